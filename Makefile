@@ -1,0 +1,67 @@
+# Every target sets up all it needs in one `.venv` of this clone; all are safe to repeat.
+# Options: PYTHON=python3.12, SELECT=<pytest -m expression>, ARGS=<more arguments for the tool>.
+
+PYTHON ?= python3
+SELECT = not slow
+ARGS =
+
+VENV = .venv
+BIN = $(VENV)/bin
+# Touched last: an interrupted installation starts again, and so does one whose versions changed.
+STAMP = $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL = help
+.PHONY: help install demo test test-slow test-all lint types format clean distclean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## the environment alone
+
+# torchvision comes with laplace-torch, and torchmetrics imports it where it finds it. Beside a CPU
+# build of torch, pip picks a CUDA build of torchvision, whose import fails ("operator
+# torchvision::nms does not exist"), and takes torchmetrics and laplace-torch down with it. Nothing
+# here needs torchvision, so one that cannot be imported is removed; one that works stays.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is not Python 3.10 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.11"; \
+		exit 1; }
+	@echo "Installing into $(VENV): a minute or two where there is no cache."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[test,laplace,demo]'
+	@$(BIN)/python -c 'import torchvision' 2>/dev/null || \
+		$(BIN)/python -m pip uninstall --quiet --yes torchvision
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## train with and without tuning: a table, plots and JSON (ARGS=--quick for a short run)
+	@$(BIN)/kfac-laplace demo $(ARGS)
+
+test: $(STAMP)  ## the tests, without the slow ones
+	@$(BIN)/python -m pytest -m "$(SELECT)" $(ARGS)
+
+test-slow:  ## the slow tests alone
+	@$(MAKE) --no-print-directory test SELECT=slow
+
+test-all:  ## every test
+	@$(MAKE) --no-print-directory test SELECT=
+
+lint: $(STAMP)  ## format and lint rules
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+types: $(STAMP)  ## static types
+	@$(BIN)/mypy $(ARGS)
+
+format: $(STAMP)  ## rewrite the files as `make lint` wants them, where that is safe
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+clean:  ## remove caches and build products
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## and the environment
+	rm -rf $(VENV)

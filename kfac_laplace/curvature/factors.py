@@ -1,0 +1,180 @@
+"""Blocks of the GGN as raw sums over examples at σ = 1, T = 1. Blocks of data sets add with `+`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.curvature.layout import Layout
+from kfac_laplace.curvature.spectral import Spectrum, eigenbasis, eigenvalues
+
+
+@dataclass(frozen=True)
+class Block(ABC):
+    """The GGN of one group of parameters, summed over examples.
+
+    Args:
+        layout: how the parameters lie in the block.
+    """
+
+    layout: Layout
+    kind: ClassVar[str]
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the parameters, in the order in which `dense` flattens them."""
+        return self.layout.params
+
+    @property
+    def name(self) -> str:
+        """First parameter, for messages."""
+        return self.params[0]
+
+    @property
+    @abstractmethod
+    def factors(self) -> Any:
+        """The stored factors."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The block as a matrix (p, p), parameters flattened one after another."""
+
+    @property
+    @abstractmethod
+    def spectrum(self) -> Spectrum:
+        """Rotation and eigenvalues, float64."""
+
+    def eigenvalues(self) -> Tensor:
+        """All p eigenvalues in ascending order, float64."""
+        return self.spectrum.values.flatten().sort().values
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The raw sums by field name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+
+    def __add__(self, other: Self) -> Self:
+        """The block of the two data sets together."""
+        mine, theirs = self.tensors(), other.tensors()
+        return type(self)(self.layout, **{name: mine[name] + theirs[name] for name in mine})
+
+    @classmethod
+    def from_tensors(cls, layout: Layout, tensors: Mapping[str, Tensor]) -> Self:
+        """Rebuild a block from `tensors()`."""
+        return cls(layout, **tensors)
+
+    def is_finite(self) -> bool:
+        """Whether every raw sum is finite."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors().values())
+
+
+class KroneckerFactors(NamedTuple):
+    """A (b, i, i), normalised by its count, and B (b, o, o), a sum: the block is B ⊗ A."""
+
+    input: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class KroneckerBlock(Block):
+    """B ⊗ A for each of b blocks [KFAC23, eqs. for K-FAC-expand and K-FAC-reduce].
+
+    Args:
+        input_sum: Σ a aᵀ over the input rows (expand) or their means by example (reduce).
+        input_count: number of such rows, shape ().
+        output_sum: B = Σ b Λ bᵀ, over rows (expand) or their sums by example (reduce).
+    """
+
+    input_sum: Tensor
+    input_count: Tensor
+    output_sum: Tensor
+    kind: ClassVar[str] = "kron"
+
+    @property
+    def factors(self) -> KroneckerFactors:
+        """A = input_sum / input_count and B."""
+        return KroneckerFactors(self.input_sum / self.input_count.clamp_min(1), self.output_sum)
+
+    def dense(self) -> Tensor:
+        """Block-diagonal over b of B ⊗ A, in parameter order."""
+        a, b = self.factors
+        blocks = [torch.kron(right, left) for left, right in zip(a, b, strict=True)]
+        order = self.layout.order.to(a.device)
+        return torch.block_diag(*blocks)[order[:, None], order]
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Bases of B and A; values μ_i λ_j."""
+        a, b = self.factors
+        mu, lam = eigenvalues(b, self.name), eigenvalues(a, self.name)
+        return Spectrum(
+            mu[..., :, None] * lam[..., None, :],
+            lambda: (eigenbasis(b, self.name), eigenbasis(a, self.name)),
+        )
+
+
+@dataclass(frozen=True)
+class DiagonalBlock(Block):
+    """The exact diagonal of the GGN.
+
+    Args:
+        values: diagonal as matrices (b, o, i).
+    """
+
+    values: Tensor
+    kind: ClassVar[str] = "diag"
+
+    @property
+    def factors(self) -> Tensor:
+        """The diagonal (b, o, i)."""
+        return self.values
+
+    def dense(self) -> Tensor:
+        """The diagonal matrix, in parameter order."""
+        order = self.layout.order.to(self.values.device)
+        return self.values.flatten()[order].diag()
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """The diagonal itself."""
+        return Spectrum(self.values.double())
+
+
+@dataclass(frozen=True)
+class DenseBlock(Block):
+    """The exact GGN of its parameters, off-diagonal entries included.
+
+    Args:
+        matrix: shape (p, p), in parameter order.
+    """
+
+    matrix: Tensor
+    kind: ClassVar[str] = "dense"
+
+    @property
+    def factors(self) -> Tensor:
+        """The matrix."""
+        return self.matrix
+
+    def dense(self) -> Tensor:
+        """The matrix."""
+        return self.matrix
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """One row of eigenvalues (1, 1, p) with the eigenvectors as right basis."""
+        matrix = self.matrix[None]
+        values = eigenvalues(matrix, self.name)
+
+        def bases() -> tuple[Tensor, Tensor]:
+            return torch.ones_like(values)[..., :1, None], eigenbasis(matrix, self.name)
+
+        return Spectrum(values[:, None], bases)
+
+
+KINDS: dict[str, type[Block]] = {
+    block.kind: block for block in (KroneckerBlock, DiagonalBlock, DenseBlock)
+}

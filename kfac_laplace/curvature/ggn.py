@@ -1,0 +1,307 @@
+"""The curvature backend: the GGN of a model as blocks, summed over the data batch by batch.
+
+All scaling happens here and in the blocks' normalisation: curvature is a raw sum over examples at
+σ = 1 and T = 1. The likelihood scale 1/(σ²T) and the prior join in the posterior.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from typing_extensions import Self
+
+from kfac_laplace import likelihoods
+from kfac_laplace.curvature import fisher as fishers
+from kfac_laplace.curvature import sums
+from kfac_laplace.curvature.factors import Block
+from kfac_laplace.curvature.fisher import Fisher
+from kfac_laplace.curvature.forward import split_batch, undisturbed
+from kfac_laplace.curvature.groups import Group, Subset
+from kfac_laplace.curvature.layout import Layout, flat_layout
+from kfac_laplace.curvature.network import GRADIENT_BUDGET, Network, Pass
+from kfac_laplace.curvature.precision import without_autocast
+from kfac_laplace.curvature.sharing import KfacApprox, check_kfac_approx, resolve_settings
+from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
+from kfac_laplace.likelihoods import Likelihood, check_finite
+
+log = logging.getLogger("kfac_laplace")
+
+Structure = Literal["kron", "diag", "full"]
+STRUCTURES = ("kron", "diag", "full")
+Uncovered = Literal["diag", "error", "freeze"]
+UNCOVERED = ("diag", "error", "freeze")
+
+
+class Curvature:
+    """The GGN Σ_n J_nᵀ Λ_n J_n of a model as blocks, at σ = 1 and T = 1 [KFAC23].
+
+    Args:
+        model: the network; it is never changed. Passes run in evaluation mode.
+        likelihood: "classification", "regression", "binary" or a `Likelihood`.
+        kfac_approx: "auto", "expand", "reduce", or patterns of layer names to these (the first
+            match counts).
+        fisher: "exact", "mc", "empirical" or an object such as `MonteCarlo(samples=4)`.
+        hessian_structure: "kron", "diag" or "full".
+        subset_of_weights: "all", "last_layer" or parameter-name patterns.
+        joint_bias: whether a weight and its bias share a block.
+        uncovered: what happens to trainable parameters without a layer rule under "kron":
+            an exact diagonal block ("diag"), an error ("error"), or they stay out ("freeze").
+        seed: seed of the label draws.
+
+    Raises:
+        InvalidValue: an unknown option or a pattern that matches nothing.
+        UnsupportedUse: a scripted or compiled module, or parameters on several devices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        *,
+        kfac_approx: KfacApprox = "auto",
+        fisher: str | Fisher = "exact",
+        hessian_structure: Structure = "kron",
+        subset_of_weights: Subset = "all",
+        joint_bias: bool = True,
+        uncovered: Uncovered = "diag",
+        seed: int = 0,
+    ):
+        _check_choice("hessian_structure", hessian_structure, STRUCTURES)
+        _check_choice("uncovered", uncovered, UNCOVERED)
+        check_kfac_approx(kfac_approx)
+        self.likelihood = likelihoods.resolve(likelihood)
+        self.network = Network(model, self.likelihood, subset_of_weights, joint_bias)
+        self.kfac_approx = kfac_approx
+        self.fisher = fishers.resolve(fisher)
+        self.hessian_structure = hessian_structure
+        self.uncovered = uncovered
+        self.generator = torch.Generator().manual_seed(seed)
+        self.blocks: dict[str, Block] = {}
+        self.settings: dict[str, str] = {}
+        self.n_data = 0
+        self.n_outputs = 0
+        self.statistic = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Groups of parameters that share a prior precision by layer, in model order."""
+        return self.network.groups
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the parameters inside the posterior, in model order."""
+        inside = {name for group in self.groups for name in group.layout.params}
+        return tuple(name for name in self.network.tracked if name in inside)
+
+    @property
+    def coverage(self) -> dict[str, str]:
+        """How each parameter of the model is treated: "kron", "diag", "dense" or "frozen"."""
+        kinds = {name: block.kind for block in self.blocks.values() for name in block.params}
+        return {
+            name: kinds.get(name, "frozen") for name, _ in self.network.model.named_parameters()
+        }
+
+    def fit(self, loader: Iterable[Any], *, key_y: str = "labels", progress: bool = False) -> Self:
+        """Add every batch of a loader.
+
+        Args:
+            loader: yields pairs (x, y) or mappings that hold the targets under `key_y`.
+            key_y: name of the targets in mappings.
+            progress: show a progress bar.
+
+        Raises:
+            InvalidValue: the loader is empty, or a batch is bad. Batches before it stay counted.
+        """
+        batches = 0
+        for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):
+            self.accumulate(*split_batch(batch, key_y))
+            batches += 1
+        if not batches:
+            raise InvalidValue(
+                "the loader yielded no batch",
+                where="train_loader",
+                got="0 batches",
+                remedy="Check its length; a generator can be read only once",
+            )
+        return self
+
+    def accumulate(self, x: Any, y: Tensor) -> Self:
+        """Add one batch; after an exception nothing has been added.
+
+        Args:
+            x: inputs: a tensor (n, ...), a mapping (keyword arguments) or a sequence.
+            y: targets that fit the likelihood.
+
+        Raises:
+            InvalidValue: non-finite outputs or curvature, targets of a wrong shape or range.
+            InvalidType: targets of a wrong dtype.
+            UnsupportedUse: a use of a parameter that cannot be treated correctly.
+        """
+        draws = self.generator.get_state()
+        try:
+            with undisturbed(self.network.model):
+                self._accumulate(x, y)
+        except BaseException:
+            self.generator.set_state(draws)
+            raise
+        return self
+
+    def _accumulate(self, x: Any, y: Tensor) -> None:
+        passed = self.network.run(self.network.batch(x))
+        y = y.to(self.network.device)
+        output = passed.recording.output
+        if (
+            y.ndim == 0
+            or output.ndim == 0
+            or len({output.shape[0], y.shape[0], passed.batch.n}) > 1
+        ):
+            raise InvalidValue(
+                "inputs, outputs and targets differ in their number of examples",
+                where="batch",
+                got=f"{passed.batch.n} inputs, output {tuple(output.shape)}, "
+                f"target {tuple(y.shape)}",
+                remedy="The first axis must run over the examples",
+            )
+        axis = self.likelihood.class_axis(output, y)
+        if not self.n_data:
+            self.network.class_axis = axis
+        f = passed.outputs
+        check_finite(f.detach())
+        y = self.likelihood.align_target(y, f.detach())
+        if not self.groups:
+            self._learn(passed)
+        passed.learn_groupings()
+        blocks = self._batch_blocks(passed, y)
+        statistic = self.likelihood.statistic(f.detach(), y)
+        for name, block in blocks.items():
+            if not block.is_finite():
+                raise InvalidValue(
+                    "non-finite curvature",
+                    where=name,
+                    remedy="Check inputs and weights; half precision may overflow",
+                )
+        self.blocks = {
+            name: self.blocks[name] + block if name in self.blocks else block
+            for name, block in blocks.items()
+        }
+        self.statistic = self.statistic.to(statistic.device) + statistic
+        self.n_data += passed.n
+        self.n_outputs += f.numel()
+
+    def _learn(self, passed: Pass) -> None:
+        """Find the groups, treat the uncovered ones, resolve the settings."""
+        network = self.network
+        network.learn(passed)
+        generic = [group.name for group in network.groups if group.role == "generic"]
+        if generic and self.hessian_structure == "kron":
+            if self.uncovered == "error":
+                network.groups = ()
+                raise UnsupportedUse(
+                    "no layer rule covers these parameters",
+                    where=", ".join(generic),
+                    remedy="Choose uncovered='diag' or 'freeze', or register a rule",
+                )
+            if self.uncovered == "freeze":
+                network.groups = tuple(g for g in network.groups if g.role != "generic")
+            log.info("no layer rule, treated as '%s': %s", self.uncovered, ", ".join(generic))
+        layers = [group.name for group in network.groups if group.role != "generic"]
+        shared = passed.recording.output.ndim > 2
+        try:
+            self.settings = dict(resolve_settings(self.kfac_approx, layers, shared))
+        except InvalidValue:
+            network.groups = ()
+            raise
+
+    def _batch_blocks(self, passed: Pass, y: Tensor) -> dict[str, Block]:
+        """The blocks of one batch."""
+        with without_autocast(self.network.device):
+            made = self._batch_sums(passed)
+        f = passed.outputs.detach()
+        vectors = self.fisher.vectors(self.likelihood, f, y, self.generator)
+        for piece in _pieces(vectors, self._piece_length(passed)):
+            generic = passed.generic_gradients(self.groups, piece)
+            for k, vector in enumerate(piece):
+                rows = passed.rows([vector], self.groups)
+                one = {name: gradients[k : k + 1] for name, gradients in generic.items()}
+                with without_autocast(self.network.device):
+                    for batch_sum in made.values():
+                        batch_sum.add(rows, one)
+        return {name: batch_sum.block() for name, batch_sum in made.items()}
+
+    def _batch_sums(self, passed: Pass) -> dict[str, sums.BatchSum]:
+        """An empty sum for each block."""
+        if self.hessian_structure == "full":
+            return {"full": sums.DenseSum(self.groups, self.full_layout, passed)}
+        return {
+            group.name: sums.KroneckerSum(group, passed, self.settings[group.name])  # type: ignore[arg-type]
+            if self.hessian_structure == "kron" and group.role != "generic"
+            else sums.DiagonalSum(group, passed)
+            for group in self.groups
+        }
+
+    @property
+    def full_layout(self) -> Layout:
+        """All parameters of the posterior behind one another, in model order."""
+        shapes = {
+            name: shape
+            for group in self.groups
+            for name, shape in zip(group.layout.params, group.layout.shapes, strict=True)
+        }
+        return flat_layout({name: shapes[name] for name in self.params})
+
+    def _piece_length(self, passed: Pass) -> int:
+        """How many vectors to hold at a time, by the size of the generic gradients they yield."""
+        generic = sum(group.layout.size for group in self.groups if group.role == "generic")
+        return max(1, GRADIENT_BUDGET // (passed.n * generic + passed.outputs.numel()))
+
+    def merge(self, other: "Curvature") -> Self:
+        """Add the curvature of other data, computed on the same model with the same options.
+
+        Raises:
+            NotFitted: `other` has seen no data.
+            InvalidValue: the two have different blocks or settings.
+        """
+        if not other.blocks:
+            raise NotFitted("nothing to merge", where="other", remedy="Fit it first")
+        if not self.blocks:
+            self.network.groups, self.settings = other.groups, dict(other.settings)
+            self.network.tracked = list(other.network.tracked)
+            self.network.class_axis = other.network.class_axis
+            self.network.row_entries = other.network.row_entries
+            self.blocks = dict(other.blocks)
+        elif self._signature() != other._signature():
+            raise InvalidValue(
+                "the two were computed with different blocks or settings",
+                where="merge",
+                remedy="Use the same model and options for both",
+            )
+        else:
+            self.blocks = {name: block + other.blocks[name] for name, block in self.blocks.items()}
+        self.network.groupings = {**other.network.groupings, **self.network.groupings}
+        self.network.settled |= other.network.settled
+        self.statistic = self.statistic.to(other.statistic.device) + other.statistic
+        self.n_data += other.n_data
+        self.n_outputs += other.n_outputs
+        return self
+
+    def _signature(self) -> object:
+        """What two curvatures must share to be added."""
+        layouts = {name: (type(block), block.layout) for name, block in self.blocks.items()}
+        return layouts, self.settings, self.fisher, type(self.likelihood)
+
+
+def _pieces(vectors: Iterator[Tensor], length: int) -> Iterator[list[Tensor]]:
+    """Lists of at most `length` vectors."""
+    while piece := list(islice(vectors, length)):
+        yield piece
+
+
+def _check_choice(where: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidValue(
+            "unknown option", where=where, got=repr(value), remedy=f"Choose one of {choices}"
+        )

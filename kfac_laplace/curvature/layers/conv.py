@@ -1,0 +1,152 @@
+"""Convolutions: a linear layer whose rows are patches, shared over the output positions."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_laplace.curvature.layers.registry import Inputs, Layer, layer_rule
+from kfac_laplace.curvature.precision import accumulable
+from kfac_laplace.curvature.sharing import Grouping
+
+#: Patches of so many bytes at most exist at a time while a Gram matrix is summed.
+PATCH_BUDGET = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Patches(Inputs):
+    """Rows cut out of a padded input, made in pieces and only where nothing else will do.
+
+    Args:
+        padded: input with its padding, shape (n, c, *space).
+        groups: number of channel groups b.
+        kernel: kernel size.
+        stride: stride.
+        dilation: dilation.
+    """
+
+    padded: Tensor
+    groups: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """(n, output positions)."""
+        return self.padded.shape[0], prod(self._positions)
+
+    @property
+    def _positions(self) -> tuple[int, ...]:
+        """Output size along each spatial axis."""
+        space = self.padded.shape[2:]
+        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
+        return tuple((s - w) // r + 1 for s, w, r in zip(space, spans, self.stride, strict=True))
+
+    def _view(self, padded: Tensor) -> Tensor:
+        """Patches as an overlapping view, shape (n, c, *kernel, *positions)."""
+        padded = padded.contiguous()
+        steps = padded.stride()[2:]
+        return padded.as_strided(
+            (*padded.shape[:2], *self.kernel, *self._positions),
+            (
+                *padded.stride()[:2],
+                *(s * d for s, d in zip(steps, self.dilation, strict=True)),
+                *(s * r for s, r in zip(steps, self.stride, strict=True)),
+            ),
+        )
+
+    def _rows(self, padded: Tensor) -> Tensor:
+        """Patches of some examples as rows (b, n, t, i)."""
+        n, b, t = padded.shape[0], self.groups, prod(self._positions)
+        return self._view(padded).reshape(n, b, -1, t).permute(1, 0, 3, 2)
+
+    def rows(self) -> Tensor:
+        """All patches, shape (b, n, t, i)."""
+        return self._rows(self.padded)
+
+    def gram(self) -> Tensor:
+        """Σ a aᵀ over chunks of examples under the byte budget."""
+        n, c = self.padded.shape[:2]
+        row_bytes = c * prod(self.kernel) * prod(self._positions) * self.padded.element_size()
+        chunk = max(1, PATCH_BUDGET // row_bytes)
+        i = c // self.groups * prod(self.kernel)
+        gram = self.padded.new_zeros(self.groups, i, i)
+        for padded in self.padded.split(chunk):
+            columns = self._view(padded).reshape(padded.shape[0], self.groups, i, -1)
+            gram += (columns @ columns.mT).sum(0)
+        return gram
+
+    def row_sum(self) -> Tensor:
+        """Σ a, shape (b, i), without patches."""
+        return self._window_sums().sum(1)
+
+    def example_sums(self, grouping: Grouping, n: int) -> Tensor:
+        """Σ_t a for each example, shape (b, n, i), without patches."""
+        if grouping.axis != 0:
+            return super().example_sums(grouping, n)
+        sums = self._window_sums()[:, :, None]  # (b, n k, 1, i)
+        return grouping.by_example(sums, n, block_axis=0).sum(2)
+
+    def _window_sums(self) -> Tensor:
+        """Sum of each kernel entry's inputs over the positions, shape (b, n, i)."""
+        space = tuple(range(-len(self.kernel), 0))
+        sums = self._view(self.padded).sum(space)  # (n, c, *kernel)
+        return sums.reshape(sums.shape[0], self.groups, -1).movedim(1, 0)
+
+
+@layer_rule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
+def conv(
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | str | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Layer:
+    """Grouped, strided, dilated convolution: one block for each group, patches as rows."""
+    dims = weight.ndim - 2
+    kernel = tuple(weight.shape[2:])
+    dilation = _per_axis(dilation, dims)
+    out_channels = weight.shape[0]
+
+    def output_rows(grad: Tensor) -> Tensor:
+        rows = grad.reshape(grad.shape[0], -1, groups, out_channels // groups, positions)
+        return rows.permute(0, 2, 1, 4, 3)  # (v, b, n, t, o)
+
+    data = accumulable(input.detach())
+    batch = data if data.ndim == dims + 2 else data[None]
+    padded = F.pad(batch, _margins(padding, kernel, dilation))
+    patches = Patches(padded, groups, kernel, _per_axis(stride, dims), dilation)
+    positions = patches.lead[1]
+    return Layer(
+        weight=weight,
+        bias=bias,
+        matrix=(groups, out_channels // groups, weight[0].numel()),
+        data=(input,),
+        inputs=patches,
+        output_rows=output_rows,
+    )
+
+
+def _per_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """Spell a setting out for each spatial axis."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _margins(
+    padding: int | str | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> list[int]:
+    """Margins (left, right) of each axis, last axis first as `F.pad` wants them."""
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in totals]
+    else:
+        sizes = (0,) * len(kernel) if padding == "valid" else _per_axis(padding, len(kernel))  # type: ignore[arg-type]
+        pairs = [(size, size) for size in sizes]
+    return [margin for pair in reversed(pairs) for margin in pair]

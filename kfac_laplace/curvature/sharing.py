@@ -1,0 +1,119 @@
+"""Weight sharing: expand or reduce, and which rows of a layer belong to which example."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import Tensor
+
+from kfac_laplace.errors import InvalidValue
+
+Setting = Literal["expand", "reduce"]
+SETTINGS = ("auto", "expand", "reduce")
+KfacApprox = str | Mapping[str, str]
+
+
+def check_kfac_approx(kfac_approx: KfacApprox) -> None:
+    """Raise `InvalidValue` for an unknown setting."""
+    values = [kfac_approx] if isinstance(kfac_approx, str) else kfac_approx.values()
+    for value in values:
+        if value not in SETTINGS:
+            raise InvalidValue(
+                "unknown setting",
+                where="kfac_approx",
+                got=repr(value),
+                remedy=f"Choose one of {SETTINGS}, or a mapping from name patterns to them",
+            )
+
+
+def resolve_settings(
+    kfac_approx: KfacApprox, groups: list[str], keeps_shared_axis: bool
+) -> dict[str, Setting]:
+    """Setting of each group: the first matching pattern, else "auto".
+
+    "auto" is "expand" where the loss keeps the shared axis (token or pixel outputs) and "reduce"
+    where the model returns one output row for each example.
+    """
+    patterns = {"*": kfac_approx} if isinstance(kfac_approx, str) else dict(kfac_approx)
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in groups):
+            raise InvalidValue(
+                "pattern matches no layer",
+                where="kfac_approx",
+                got=repr(pattern),
+                remedy=f"The layers are {groups}",
+            )
+    automatic: Setting = "expand" if keeps_shared_axis else "reduce"
+    settings: dict[str, Setting] = {}
+    for name in groups:
+        chosen = next((s for p, s in patterns.items() if _matches(name, p)), "auto")
+        settings[name] = "expand" if chosen == "expand" else "reduce"
+        if chosen == "auto":
+            settings[name] = automatic
+    return settings
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a parameter name, or the module it belongs to, fits a glob."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Where the example axis hides in the leading axes of a layer's rows.
+
+    Args:
+        axis: leading axis that runs over examples, alone or flattened with others.
+        minor: in a flattened axis, whether the example index runs fastest.
+    """
+
+    axis: int
+    minor: bool = False
+
+    def by_example(self, rows: Tensor, n: int, block_axis: int) -> Tensor:
+        """Bring rows (..., b, *lead, d) into (..., b, n, t, d).
+
+        Args:
+            rows: the rows, with the leading axes right after the block axis.
+            n: number of examples.
+            block_axis: index of the block axis in `rows`.
+        """
+        axis = block_axis + 1 + self.axis
+        k = rows.shape[axis] // n
+        rows = rows.unflatten(axis, (k, n) if self.minor else (n, k))
+        rows = rows.movedim(axis + 1 if self.minor else axis, block_axis + 1)
+        return rows.flatten(block_axis + 2, -2)
+
+
+def consistent_groupings(touched: Sequence[Tensor], examples: Sequence[Tensor]) -> list[Grouping]:
+    """The layouts of rows that agree with which rows some examples' outputs touch.
+
+    Args:
+        touched: for each probe a mask over the leading axes of a layer's rows: where the gradient
+            of the probed examples' outputs is not zero.
+        examples: for each probe the mask (n,) of the examples probed.
+
+    Returns:
+        Those under which no probe touches a row of an example outside it; batch-first first.
+    """
+    n, lead = len(examples[0]), touched[0].shape
+    candidates = [
+        Grouping(axis, minor)
+        for axis, length in enumerate(lead)
+        if length and length % n == 0
+        for minor in ((False, True) if length > n else (False,))
+    ]
+    return [
+        grouping
+        for grouping in candidates
+        if not any(
+            bool(_rows_by_example(grouping, rows, n)[~probed.to(rows.device)].any())
+            for rows, probed in zip(touched, examples, strict=True)
+        )
+    ]
+
+
+def _rows_by_example(grouping: Grouping, rows: Tensor, n: int) -> Tensor:
+    """A mask over the leading axes as (n, t)."""
+    return grouping.by_example(rows[None, ..., None], n, block_axis=0)[0, ..., 0]

@@ -1,0 +1,113 @@
+"""A block as a rotation and a table of eigenvalues: H = (L ⊗ R) diag(values) (L ⊗ R)ᵀ.
+
+Kronecker blocks have dense bases and values μ λᵀ, diagonal blocks identity bases. `scale · values
++ delta` is the only formula behind the evidence, samples and predictive variances.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.errors import InvalidValue
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues (b, o, i) of a block and, made when first asked for, its two bases.
+
+    Args:
+        values: eigenvalues of the sum over examples at σ = 1, T = 1.
+        make_bases: returns left (b, o, o) and right (b, i, i) eigenvectors as columns, or None
+            where the block is diagonal as it stands.
+    """
+
+    values: Tensor
+    make_bases: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    @cached_property
+    def bases(self) -> tuple[Tensor, Tensor] | None:
+        """Left and right eigenvectors, or None for identity bases."""
+        return self.make_bases() if self.make_bases is not None else None
+
+    def log_det_ratio(self, scale: Tensor, delta: Tensor) -> Tensor:
+        """log det(scale · H + delta · I) − log det(delta · I), differentiable in both.
+
+        Args:
+            scale: likelihood precision 1/(σ²T), shape ().
+            delta: prior precision, broadcastable to `values`.
+        """
+        return (scale * self.values / delta).log1p().sum()
+
+    def effective_dimensions(self, scale: Tensor, delta: Tensor) -> Tensor:
+        """Share of each eigendirection that the data determine, shape (b, o, i)."""
+        scaled = scale * self.values
+        return scaled / (scaled + delta)
+
+    def variances(self, scale: Tensor, delta: Tensor) -> Tensor:
+        """Posterior variance 1/(scale · value + delta) of each eigendirection, (b, o, i)."""
+        return (scale * self.values + delta).reciprocal()
+
+    def cast(self, dtype: torch.dtype) -> "Spectrum":
+        """Eigenvalues and, when asked for, bases in another precision."""
+        if dtype == self.values.dtype:
+            return self
+        if self.make_bases is None:
+            return Spectrum(self.values.to(dtype))
+
+        def bases() -> tuple[Tensor, Tensor]:
+            assert self.bases is not None
+            return self.bases[0].to(dtype), self.bases[1].to(dtype)
+
+        return Spectrum(self.values.to(dtype), bases)
+
+    def to_eigenbasis(self, matrices: Tensor) -> Tensor:
+        """Lᵀ M R for matrices (..., b, o, i)."""
+        if self.bases is None:
+            return matrices
+        left, right = self.bases
+        return left.mT @ matrices @ right
+
+    def from_eigenbasis(self, matrices: Tensor) -> Tensor:
+        """L M Rᵀ for matrices (..., b, o, i)."""
+        if self.bases is None:
+            return matrices
+        left, right = self.bases
+        return left @ matrices @ right.mT
+
+
+def eigenvalues(matrices: Tensor, where: str) -> Tensor:
+    """Eigenvalues of positive semi-definite matrices (b, d, d) in float64, ascending."""
+    return _non_negative(torch.linalg.eigvalsh(_symmetric(matrices, where)), matrices, where)
+
+
+def eigenbasis(matrices: Tensor, where: str) -> Tensor:
+    """Eigenvectors as columns, ascending eigenvalues, float64."""
+    return torch.linalg.eigh(_symmetric(matrices, where)).eigenvectors
+
+
+def _symmetric(matrices: Tensor, where: str) -> Tensor:
+    """Symmetrise in float64; refuse non-finite input, of which LAPACK makes nonsense."""
+    if not bool(torch.isfinite(matrices).all()):
+        raise InvalidValue("non-finite curvature", where=where, remedy="Check inputs and weights")
+    matrices = matrices.double()
+    return (matrices + matrices.mT) / 2
+
+
+def _non_negative(values: Tensor, matrices: Tensor, where: str) -> Tensor:
+    """Zero for negative rounding errors; an error for anything larger.
+
+    A Gram matrix summed in precision ε has eigenvalue errors up to about d ε λ_max.
+    """
+    eps = torch.finfo(matrices.dtype).eps
+    tolerance = 10 * matrices.shape[-1] * eps * values.abs().amax(-1, keepdim=True)
+    if bool((values < -tolerance).any()):
+        raise InvalidValue(
+            "curvature is not positive semi-definite",
+            where=where,
+            got=f"smallest eigenvalue {float(values.min()):.3e}",
+            remedy="A layer rule or a merged state is wrong",
+        )
+    return values.clamp_min(0)

@@ -1,0 +1,138 @@
+"""A curvature as tensors and plain data, and back."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from kfac_laplace.curvature.factors import KINDS
+from kfac_laplace.curvature.ggn import Curvature
+from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.layout import Layout
+from kfac_laplace.curvature.sharing import Grouping
+from kfac_laplace.errors import InvalidValue
+
+
+def curvature_state(curvature: Curvature) -> dict[str, Any]:
+    """Everything that `restore_curvature` needs."""
+    network = curvature.network
+    return {
+        "structure": curvature.hessian_structure,
+        "likelihood": type(curvature.likelihood).__name__,
+        "tracked": list(network.tracked),
+        "groups": groups_to_plain(network.groups),
+        "groupings": [
+            [list(params), nth, None if g is None else [g.axis, g.minor]]
+            for (params, nth), g in network.groupings.items()
+        ],
+        "class_axis": network.class_axis,
+        "row_entries": network.row_entries,
+        "settings": dict(curvature.settings),
+        "blocks": {name: block.tensors() for name, block in curvature.blocks.items()},
+        "kinds": {name: block.kind for name, block in curvature.blocks.items()},
+        "statistic": curvature.statistic,
+        "n_data": curvature.n_data,
+        "n_outputs": curvature.n_outputs,
+        "generator": curvature.generator.get_state(),
+    }
+
+
+def restore_curvature(curvature: Curvature, state: Mapping[str, Any]) -> Curvature:
+    """Fill a fresh curvature of the same model and options from a state.
+
+    Raises:
+        InvalidValue: the state is no curvature's, or belongs to another model or structure.
+    """
+    missing = {"structure", "groups", "blocks", "kinds", "tracked"} - set(state)
+    if missing:
+        raise InvalidValue("not a curvature state", where="state", got=f"no {sorted(missing)}")
+    if (state["structure"], state["likelihood"]) != (
+        curvature.hessian_structure,
+        type(curvature.likelihood).__name__,
+    ):
+        raise InvalidValue(
+            "the state belongs to other options",
+            where="state",
+            got=f"structure {state['structure']!r}, likelihood {state['likelihood']!r}",
+            remedy="Use the options that the state was made with",
+        )
+    groups = groups_from_plain(state["groups"], curvature)
+    network, device = curvature.network, curvature.network.device
+    network.tracked = list(state["tracked"])
+    network.class_axis, network.row_entries = state["class_axis"], state["row_entries"]
+    network.groupings = {
+        (tuple(params), nth): None if axes is None else Grouping(*axes)
+        for params, nth, axes in state["groupings"]
+    }
+    layouts = {group.name: group.layout for group in groups}
+    if curvature.hessian_structure == "full":
+        layouts = {"full": curvature.full_layout}
+    curvature.blocks = {
+        name: KINDS[state["kinds"][name]].from_tensors(
+            layouts[name], {key: tensor.to(device) for key, tensor in tensors.items()}
+        )
+        for name, tensors in state["blocks"].items()
+    }
+    curvature.settings = dict(state["settings"])
+    curvature.statistic = state["statistic"].to(device)
+    curvature.n_data, curvature.n_outputs = state["n_data"], state["n_outputs"]
+    curvature.generator.set_state(state["generator"].cpu())
+    return curvature
+
+
+def groups_to_plain(groups: Iterable[Group]) -> list[dict[str, Any]]:
+    """Groups as plain data."""
+    return [
+        {
+            "name": group.name,
+            "role": group.role,
+            "params": list(group.layout.params),
+            "shapes": [list(shape) for shape in group.layout.shapes],
+            "matrix": list(group.layout.matrix),
+        }
+        for group in groups
+    ]
+
+
+def groups_from_plain(
+    plain: Iterable[Mapping[str, Any]], curvature: Curvature
+) -> tuple[Group, ...]:
+    """Give a fresh curvature its groups, and track their parameters alone.
+
+    Raises:
+        InvalidValue: the model's trainable parameters are not those of the groups.
+    """
+    groups = tuple(
+        Group(
+            entry["name"],
+            Layout(
+                tuple(entry["params"]),
+                tuple(torch.Size(shape) for shape in entry["shapes"]),
+                tuple(entry["matrix"]),
+            ),
+            entry["role"],
+        )
+        for entry in plain
+    )
+    network = curvature.network
+    live = network.live_parameters()
+    have = {name: p.shape for name, p in live.items()}
+    want = {
+        name: shape
+        for group in groups
+        for name, shape in zip(group.layout.params, group.layout.shapes, strict=True)
+    }
+    wrong = [name for name, shape in want.items() if have.get(name) != shape]
+    if network.subset != "last_layer" and curvature.uncovered != "freeze":
+        wrong += [name for name in have if name not in want]
+    if wrong:
+        raise InvalidValue(
+            "the state belongs to another model",
+            where=wrong[0],
+            got=f"shape {have.get(wrong[0])} where the state has {want.get(wrong[0])}",
+            remedy="Load it into the model that it was made with",
+        )
+    network.groups = groups
+    if network.subset == "last_layer":
+        network.tracked = [name for name in network.tracked if name in want]
+    return groups

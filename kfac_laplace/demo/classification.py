@@ -1,0 +1,82 @@
+"""The classification half: every method on every network, all sharing what a seed draws."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from tqdm import tqdm
+
+from kfac_laplace.demo.data import digits
+from kfac_laplace.demo.methods import METHODS, Problem
+from kfac_laplace.demo.settings import Settings
+from kfac_laplace.demo.training import Fit
+
+CHUNK = 256  # inputs in one call of a predictive
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row: a method on a network under one seed, measured on the test set.
+
+    Attributes:
+        model: name of the network.
+        method: name of the method.
+        seed: seed of split, initial weights and batch order.
+        accuracy: share of test images whose most probable class is right.
+        nll: mean negative log probability of the right class, in nats.
+        ece: expected calibration error over 15 bins.
+        brier: squared distance to the one-hot label, summed over classes.
+        ood_auroc: area under the ROC curve of the predictive entropy, test images against patches.
+        log_evidence: log marginal likelihood of the training images by the method's own curvature
+            (K-FAC-reduce for plain training), in nats.
+        seconds: training and posterior, without prediction.
+        curvature_seconds: the part of it that went into curvature.
+        predict_seconds: predicting test images and patches.
+        training_runs: networks trained to arrive here.
+        weight_decay: the weight decay of plain training, chosen or given; None for tuned networks.
+        posterior_scale: factor on the predictive covariance; None for point estimates.
+    """
+
+    model: str
+    method: str
+    seed: int
+    accuracy: float
+    nll: float
+    ece: float
+    brier: float
+    ood_auroc: float
+    log_evidence: float
+    seconds: float
+    curvature_seconds: float
+    predict_seconds: float
+    training_runs: int
+    weight_decay: float | None
+    posterior_scale: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """An outcome with what the pictures need: probabilities (n, c), labels (n,), and the fit."""
+
+    outcome: Outcome
+    probs: Tensor
+    labels: Tensor
+    fit: Fit
+
+
+def classification(settings: Settings) -> Iterator[Result]:
+    """Run the half, yielding each result as soon as it is there."""
+    plan = [
+        (settings.seed + k, name) for name in settings.models for k in range(settings.seeds)
+    ]
+    with tqdm(total=len(plan) * len(METHODS), disable=None, leave=False) as bar:
+        for seed, name in plan:
+            data = digits(settings.n_train, settings.n_ood, seed, settings.device)
+            problem = Problem(name, data, settings, seed)
+            fits: dict[Callable[[Problem], Fit], Fit] = {}
+            for method in METHODS:
+                bar.set_description(f"{name}, seed {seed}: {method.name}")
+                if method.train not in fits:
+                    fits[method.train] = method.train(problem)
+                yield measure(method, fits[method.train], problem)
+                bar.update()

@@ -1,0 +1,60 @@
+"""Every number of the demo in one place."""
+
+from dataclasses import dataclass, field
+
+MODELS = ("cnn", "vit")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one network is trained, with or without tuning.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: examples in a mini-batch.
+        learning_rate: start of Adam's cosine schedule, which ends at zero.
+        weight_decay: the default λ of plain training, whose loss is the mean over examples plus
+            λ/2 ‖θ‖²; it amounts to the prior precision δ = λ N.
+        burn_in: epochs before the first evidence step of online tuning.
+        frequency: epochs between evidence steps.
+        hyper_steps: gradient steps on the hyperparameters in one evidence step.
+    """
+
+    epochs: int = 150
+    batch_size: int = 50
+    learning_rate: float = 3e-3
+    weight_decay: float = 5e-4
+    burn_in: int = 10
+    frequency: int = 5
+    hyper_steps: int = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the demo.
+
+    Attributes:
+        seeds: how many seeds; each draws the data split, the initial weights and the batch order.
+        seed: the first of them.
+        device: where to train, as torch names it.
+        models: networks of the classification half, from `MODELS`.
+        n_train: training images; small, so that overfitting is real.
+        n_ood: patches of photographs that serve as out-of-distribution inputs.
+        grid: weight decays that the grid tries.
+        holdout: share of the training images that the grid selects on.
+        images: recipe of the classification half.
+        n_train_regression: training patients of the regression half.
+        patients: recipe of the regression half.
+    """
+
+    seeds: int = 1
+    seed: int = 0
+    device: str = "cpu"
+    models: tuple[str, ...] = MODELS
+    n_train: int = 200
+    n_ood: int = 1000
+    grid: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    holdout: float = 0.2
+    images: Recipe = field(default_factory=Recipe)
+    n_train_regression: int = 300
+    patients: Recipe = field(default_factory=lambda: Recipe(learning_rate=1e-2))

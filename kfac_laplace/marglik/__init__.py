@@ -1,0 +1,1 @@
+"""Marginal-likelihood training: hyperparameters choose themselves while the network trains."""

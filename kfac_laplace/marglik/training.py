@@ -1,0 +1,172 @@
+"""`marglik_training`: the whole training loop in one call, as laplace-torch's users know it."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import trange
+
+from kfac_laplace.curvature.fisher import Fisher
+from kfac_laplace.curvature.forward import Batch, as_output, device_of, split_batch
+from kfac_laplace.curvature.ggn import Structure
+from kfac_laplace.curvature.sharing import KfacApprox
+from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.marglik.tuner import MarglikTuner
+from kfac_laplace.posterior.laplace import Laplace
+from kfac_laplace.priors import Structure as Sharing
+
+
+def marglik_training(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    likelihood: str | Likelihood = "classification",
+    hessian_structure: Structure = "kron",
+    *,
+    kfac_approx: KfacApprox = "auto",
+    fisher: str | Fisher = "exact",
+    optimizer_cls: type[Optimizer] = Adam,
+    optimizer_kwargs: Mapping[str, Any] | None = None,
+    scheduler_cls: type[LRScheduler] | None = None,
+    scheduler_kwargs: Mapping[str, Any] | None = None,
+    n_epochs: int = 300,
+    lr_hyp: float = 0.1,
+    prior_structure: Sharing = "layerwise",
+    n_epochs_burnin: int = 0,
+    n_hypersteps: int = 10,
+    marglik_frequency: int = 1,
+    prior_prec_init: float | Tensor = 1.0,
+    sigma_noise_init: float = 1.0,
+    temperature: float = 1.0,
+    fix_sigma_noise: bool = False,
+    progress_bar: bool = False,
+    dict_key_y: str = "labels",
+) -> tuple[Laplace, nn.Module, list[float], list[float]]:
+    """Train a network and its hyperparameters together [ML21, Algorithm 1].
+
+    Args:
+        model: the network; trained in place, its mode is put back at the end.
+        train_loader: a loader that can be read every epoch.
+        likelihood: "classification", "regression", "binary" or a `Likelihood`.
+        hessian_structure: "kron", "diag" or "full".
+        kfac_approx: "auto", "expand", "reduce" or {pattern: setting}.
+        fisher: "exact", "mc", "empirical" or an estimator object.
+        optimizer_cls: optimiser of the weights.
+        optimizer_kwargs: its options; without weight decay, which the prior is.
+        scheduler_cls: learning-rate schedule, stepped after every batch.
+        scheduler_kwargs: its options.
+        n_epochs: training epochs.
+        lr_hyp: Adam's learning rate on the log-hyperparameters.
+        prior_structure: "layerwise", "scalar" or "diag".
+        n_epochs_burnin: no hyperparameter steps before this epoch.
+        n_hypersteps: steps in each round.
+        marglik_frequency: a round in every epoch that is a multiple of it.
+        prior_prec_init: initial prior precision.
+        sigma_noise_init: initial observation noise.
+        temperature: T, the same in the loss and in the posterior.
+        fix_sigma_noise: leave σ alone.
+        progress_bar: show one, an epoch a step.
+        dict_key_y: name of the targets where batches are mappings.
+
+    Returns:
+        The posterior at the weights and hyperparameters of highest evidence, the model with those
+        weights, the negative log evidence of each round, and the mean loss of each epoch.
+
+    Raises:
+        InvalidValue: an empty loader, weight decay in `optimizer_kwargs`, or bad data.
+    """
+    options = dict(optimizer_kwargs or {})
+    if options.get("weight_decay"):
+        raise InvalidValue(
+            "the prior is the weight decay",
+            where="optimizer_kwargs",
+            got=f"weight_decay={options['weight_decay']}",
+            remedy="Leave it out; set prior_prec_init instead",
+        )
+    n_data = sum(_count(batch, dict_key_y) for batch in train_loader)
+    if not n_data:
+        raise InvalidValue("the loader yielded no batch", where="train_loader", got="0 examples")
+    tuner = MarglikTuner(
+        model,
+        likelihood,
+        n_data,
+        prior_structure=prior_structure,
+        prior_precision=prior_prec_init,
+        sigma_noise=sigma_noise_init,
+        temperature=temperature,
+        fix_sigma_noise=fix_sigma_noise,
+        kfac_approx=kfac_approx,
+        fisher=fisher,
+        hessian_structure=hessian_structure,
+        dict_key_y=dict_key_y,
+        n_epochs_burnin=n_epochs_burnin,
+        marglik_frequency=marglik_frequency,
+        n_hypersteps=n_hypersteps,
+        lr_hyp=lr_hyp,
+    )
+    if tuner.hyperparameters()["prior_precision"].numel() > 1:
+        tuner.prepare(train_loader)
+    optimiser = optimizer_cls([p for p in model.parameters() if p.requires_grad], **options)
+    scheduler = scheduler_cls(optimiser, **(scheduler_kwargs or {})) if scheduler_cls else None
+    modes = {module: module.training for module in model.modules()}
+    losses: list[float] = []
+    best: dict[str, Any] | None = None
+    try:
+        model.train()
+        for epoch in trange(1, n_epochs + 1, disable=not progress_bar, desc="marglik training"):
+            losses.append(_train_epoch(tuner, train_loader, optimiser, scheduler, dict_key_y))
+            record = tuner.step(train_loader, epoch)
+            if record is not None and record is tuner.best:
+                best = {
+                    "model": copy.deepcopy(model.state_dict()),
+                    "tuner": copy.deepcopy(tuner.state_dict()),
+                }
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    margliks = [-record.evidence for record in tuner.history]
+    if best is not None:
+        model.load_state_dict(best["model"])
+        tuner.load_state_dict(best["tuner"])
+    return tuner.laplace(train_loader), model, margliks, losses
+
+
+def _train_epoch(
+    tuner: MarglikTuner,
+    loader: Iterable[Any],
+    optimiser: Optimizer,
+    scheduler: LRScheduler | None,
+    key_y: str,
+) -> float:
+    """One pass over the data; the mean of the per-example losses."""
+    total, seen = 0.0, 0
+    for batch in loader:
+        x, y = split_batch(batch, key_y)
+        inputs = Batch(x, device_of(tuner.model))
+        args, kwargs = inputs.arguments()
+        loss = tuner.loss(as_output(tuner.model(*args, **kwargs)), y)
+        if not bool(torch.isfinite(loss)):
+            raise InvalidValue(
+                "non-finite training loss",
+                where="marglik_training",
+                got=float(loss),
+                remedy="Lower the learning rate; the weights are those of the last finite step",
+            )
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        if scheduler is not None:
+            scheduler.step()
+        total += float(loss.detach()) * inputs.n
+        seen += inputs.n
+    return total / max(1, seen)
+
+
+def _count(batch: Any, key_y: str) -> int:
+    """Number of examples in a batch."""
+    _, y = split_batch(batch, key_y)
+    return int(y.shape[0])

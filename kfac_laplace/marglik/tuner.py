@@ -1,0 +1,366 @@
+"""`MarglikTuner`: optimises hyperparameters by the Laplace evidence during training [ML21, Alg. 1].
+
+The caller keeps the training loop. The tuner supplies the loss at today's hyperparameters and,
+every few epochs, one curvature pass and some steps on log δ and log σ.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_laplace.curvature.fisher import Fisher
+from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
+from kfac_laplace.curvature.groups import Subset
+from kfac_laplace.curvature.precision import accumulable
+from kfac_laplace.curvature.sharing import KfacApprox
+from kfac_laplace.curvature.state import groups_from_plain, groups_to_plain
+from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.posterior.evidence import LogHyperparameters, mackay_step
+from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
+from kfac_laplace.posterior.laplace import Laplace
+from kfac_laplace.priors import PriorStructure
+from kfac_laplace.priors import Structure as Sharing
+
+METHODS = ("marglik", "mackay")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One round of hyperparameter steps.
+
+    Args:
+        epoch: epoch after which it took place.
+        evidence: log q(D) at the new hyperparameters, in nats over the whole data.
+        log_likelihood: Σ log p(y | f, σ), before division by T.
+        log_det_ratio: log det P − log det P₀.
+        scatter: (θ − μ)ᵀ P₀ (θ − μ).
+        hyperparameters: detached values by name.
+        seconds: duration of the whole round.
+        curvature_seconds: duration of the curvature pass within it.
+    """
+
+    epoch: int
+    evidence: float
+    log_likelihood: float
+    log_det_ratio: float
+    scatter: float
+    hyperparameters: dict[str, Tensor]
+    seconds: float
+    curvature_seconds: float
+
+
+class MarglikTuner:
+    """Tunes prior precisions, and the noise of regression, by the evidence while you train.
+
+    Args:
+        model: the network in training; never changed, its mode and optimiser are the caller's.
+        likelihood: "classification", "regression", "binary" or a `Likelihood`.
+        n_data: number of training examples, by which the loss weighs the prior.
+        prior_structure: "layerwise", "scalar" or "diag" (the last not with "kron").
+        prior_precision: initial δ.
+        prior_mean: μ.
+        sigma_noise: initial σ; regression only.
+        temperature: T, the same in the loss and in the posterior.
+        fix_sigma_noise: leave σ alone.
+        kfac_approx: as for `Laplace`; so are fisher, hessian_structure, subset_of_weights,
+            joint_bias, uncovered, seed and dict_key_y.
+        n_epochs_burnin: no round before this epoch (epochs count from 1).
+        marglik_frequency: a round in every epoch that is a multiple of it.
+        n_hypersteps: steps in each round.
+        lr_hyp: Adam's learning rate on log δ and log σ ("marglik").
+        method: "marglik" for Adam on the evidence, "mackay" for its fixed point.
+
+    Raises:
+        InvalidValue: an option out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        n_data: int,
+        *,
+        prior_structure: Sharing = "layerwise",
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        sigma_noise: float | Tensor = 1.0,
+        temperature: float = 1.0,
+        fix_sigma_noise: bool = False,
+        kfac_approx: KfacApprox = "auto",
+        fisher: str | Fisher = "exact",
+        hessian_structure: Structure = "kron",
+        subset_of_weights: Subset = "all",
+        joint_bias: bool = True,
+        uncovered: Uncovered = "diag",
+        seed: int = 0,
+        dict_key_y: str = "labels",
+        n_epochs_burnin: int = 0,
+        marglik_frequency: int = 1,
+        n_hypersteps: int = 10,
+        lr_hyp: float = 0.1,
+        method: str = "marglik",
+    ):
+        at_least = {
+            "n_data": (n_data, 1),
+            "n_epochs_burnin": (n_epochs_burnin, 0),
+            "marglik_frequency": (marglik_frequency, 1),
+            "n_hypersteps": (n_hypersteps, 1),
+        }
+        for name, (value, least) in at_least.items():
+            if value < least:
+                raise InvalidValue(f"must be at least {least}", where=name, got=value)
+        if lr_hyp <= 0:
+            raise InvalidValue("must be positive", where="lr_hyp", got=lr_hyp)
+        if method not in METHODS:
+            raise InvalidValue(
+                "unknown method", where="method", got=repr(method), remedy=f"Choose from {METHODS}"
+            )
+        self.model = model
+        self.n_data = n_data
+        self.n_epochs_burnin, self.marglik_frequency = n_epochs_burnin, marglik_frequency
+        self.n_hypersteps, self.lr_hyp, self.method = n_hypersteps, lr_hyp, method
+        self._options: dict[str, Any] = {
+            "likelihood": likelihood,
+            "hessian_structure": hessian_structure,
+            "subset_of_weights": subset_of_weights,
+            "kfac_approx": kfac_approx,
+            "fisher": fisher,
+            "prior_structure": prior_structure,
+            "prior_mean": prior_mean,
+            "joint_bias": joint_bias,
+            "uncovered": uncovered,
+            "seed": seed,
+            "dict_key_y": dict_key_y,
+        }
+        blank = Laplace(
+            model,
+            prior_precision=prior_precision,
+            sigma_noise=sigma_noise,
+            temperature=temperature,
+            **self._options,
+        )
+        self.likelihood = blank.likelihood
+        self._network = blank.curvature.network
+        self._hyper = Hyperparameters(
+            blank.prior_precision.detach(), blank.sigma_noise.detach(), blank.temperature
+        )
+        self._with_noise = self.likelihood.has_noise and not fix_sigma_noise
+        self._adam: dict[str, Any] | None = None
+        self._prior: PriorStructure | None = None
+        self._epoch = 0
+        self.history: list[Record] = []
+
+    # --- the loss ----------------------------------------------------------------------------
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Negative log joint per example: (1/B) Σ −log p(y|f, σ)/T + (1/2N) Σ δ(θ − μ)².
+
+        Log-likelihoods are sums over positions and outputs; hyperparameters are detached.
+
+        Args:
+            output: what the model returned for a batch of B examples.
+            target: its targets.
+
+        Raises:
+            InvalidValue: targets of a wrong shape or range.
+            InvalidType: targets of a wrong dtype.
+        """
+        target = target.to(output.device)
+        axis = self.likelihood.class_axis(output, target)
+        f = accumulable(self.likelihood.align(output, axis))
+        y = self.likelihood.align_target(target, f.detach())
+        sigma, temperature = self._hyper.sigma_noise.to(f), self._hyper.temperature.to(f)
+        fit = -self.likelihood.log_prob(f, y, sigma).mean() / temperature
+        return fit + self._penalty().to(f.dtype) / (2 * self.n_data)
+
+    def _penalty(self) -> Tensor:
+        """Σ δ (θ − μ)² over the parameters in the posterior."""
+        params = self._network.live_parameters()
+        mean = torch.as_tensor(self._options["prior_mean"], device=self._network.device)
+        delta = self._hyper.prior_precision
+        if self._prior is None:
+            if delta.numel() > 1 or mean.numel() > 1:
+                raise InvalidValue(
+                    "which entry belongs to which layer shows only when the model is used",
+                    where="prior_precision",
+                    got=f"{delta.numel()} precisions before the first batch was seen",
+                    remedy="Call tuner.prepare(loader) once before training",
+                )
+            squares = [(p - mean.to(p.dtype)).square().sum() for p in params.values()]
+            return delta.to(squares[0].dtype).reshape(()) * torch.stack(squares).sum()
+        prior = self._prior
+        means = prior.by_parameter(mean.reshape(-1).expand(prior.size))
+        squares = []
+        for name, delta_block in prior.by_group(delta).items():
+            layout = prior.layouts[name]
+            spread = layout.unpack(delta_block.expand(layout.matrix))
+            for parameter in layout.params:
+                p = params[parameter]
+                pull = spread[parameter].to(p.dtype) * (p - means[parameter].to(p.dtype)).square()
+                squares.append(pull.sum())
+        return torch.stack(squares).sum()
+
+    def prepare(self, loader: Iterable[Any]) -> None:
+        """Learn the groups of parameters from a loader's first batch, before the first round.
+
+        Needed only where `prior_precision` has several entries from the start.
+        """
+        self._learn_groups(self._blank().curvature.fit([next(iter(loader))], key_y=self._key_y))
+
+    @property
+    def _key_y(self) -> str:
+        return str(self._options["dict_key_y"])
+
+    # --- the rounds --------------------------------------------------------------------------
+
+    def step(self, loader: Iterable[Any] | None = None, epoch: int | None = None) -> Record | None:
+        """After an epoch: where a round is due, one curvature pass and hyperparameter steps.
+
+        Args:
+            loader: training data; read only when a round is due.
+            epoch: number of the epoch, from 1; counted by the tuner where it is left out.
+
+        Returns:
+            The round's record, or None.
+
+        Raises:
+            InvalidValue: a round is due and there is no loader, or the data are bad. Nothing is
+                changed then, the epoch count included.
+        """
+        epoch = self._epoch + 1 if epoch is None else epoch
+        if epoch < self.n_epochs_burnin or epoch % self.marglik_frequency:
+            self._epoch = epoch
+            return None
+        if loader is None:
+            raise InvalidValue(
+                "a round is due in this epoch",
+                where="loader",
+                got=None,
+                remedy="Pass the training loader",
+            )
+        start = time.perf_counter()
+        la = self._blank().fit(loader)
+        self._synchronise()
+        curvature_seconds = time.perf_counter() - start
+        hyper, adam = self._improved(la.posterior)
+        with torch.no_grad():
+            posterior = la.posterior.at(hyper)
+            record = Record(
+                epoch=epoch,
+                evidence=float(posterior.log_marginal_likelihood),
+                log_likelihood=float(posterior.log_likelihood),
+                log_det_ratio=float(posterior.log_det_ratio),
+                scatter=float(posterior.scatter),
+                hyperparameters=self._named(hyper),
+                seconds=time.perf_counter() - start,
+                curvature_seconds=curvature_seconds,
+            )
+        self._learn_groups(la.curvature)
+        self._hyper, self._adam, self._epoch = hyper, adam, epoch
+        self.history.append(record)
+        return record
+
+    def _blank(self) -> Laplace:
+        """An unfitted posterior at today's hyperparameters."""
+        return Laplace(
+            self.model,
+            prior_precision=self._hyper.prior_precision,
+            sigma_noise=self._hyper.sigma_noise,
+            temperature=float(self._hyper.temperature),
+            **self._options,
+        )
+
+    def _synchronise(self) -> None:
+        """Wait for the device, so that the clock tells the pass from the steps."""
+        if self._network.device.type == "cuda":
+            torch.cuda.synchronize(self._network.device)
+
+    def _learn_groups(self, curvature: Curvature) -> None:
+        layouts = {group.name: group.layout for group in curvature.groups}
+        self._network = curvature.network
+        self._prior = PriorStructure(self._options["prior_structure"], layouts, curvature.params)
+
+    def _improved(self, posterior: Posterior) -> tuple[Hyperparameters, dict[str, Any] | None]:
+        """The hyperparameters after this round's steps, and Adam's state after them."""
+        if self.method == "mackay":
+            hyper = posterior.hyperparameters.detached()
+            with torch.no_grad():
+                for _ in range(self.n_hypersteps):
+                    hyper = mackay_step(posterior.at(hyper), self._with_noise)
+            return hyper, None
+        free = LogHyperparameters(
+            posterior.hyperparameters, posterior.prior.length, self._with_noise
+        )
+        adam = torch.optim.Adam(free.leaves, lr=self.lr_hyp)
+        if self._adam is not None:
+            adam.load_state_dict(self._adam)
+        with torch.enable_grad():
+            for _ in range(self.n_hypersteps):
+                adam.zero_grad()
+                (-posterior.at(free.value()).log_marginal_likelihood).backward()  # type: ignore[no-untyped-call]
+                adam.step()
+        return free.value().detached(), adam.state_dict()
+
+    # --- results -----------------------------------------------------------------------------
+
+    def hyperparameters(self) -> dict[str, Tensor]:
+        """Today's values, detached, float64: δ, and σ for regression, by name."""
+        return self._named(self._hyper)
+
+    def _named(self, hyper: Hyperparameters) -> dict[str, Tensor]:
+        named = {"prior_precision": hyper.prior_precision.detach().clone()}
+        if self.likelihood.has_noise:
+            named["sigma_noise"] = hyper.sigma_noise.detach().clone()
+        return named
+
+    @property
+    def best(self) -> Record | None:
+        """The record of highest evidence, or None before the first round."""
+        return max(self.history, key=lambda record: record.evidence, default=None)
+
+    def laplace(self, loader: Iterable[Any]) -> Laplace:
+        """Fit a posterior at the model's present weights with today's hyperparameters."""
+        return self._blank().fit(loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data, from which training goes on as if it had not stopped."""
+        return {
+            "hyperparameters": asdict(self._hyper),
+            "adam": self._adam,
+            "epoch": self._epoch,
+            "history": [asdict(record) for record in self.history],
+            "groups": None if self._prior is None else groups_to_plain(self._network.groups),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state made with the same options on the same architecture.
+
+        Raises:
+            InvalidValue: not a tuner's state, or another model's; nothing is changed then.
+        """
+        missing = {"hyperparameters", "adam", "epoch", "history", "groups"} - set(state)
+        if missing:
+            raise InvalidValue(
+                "not the state of a tuner",
+                where="state",
+                got=f"no {sorted(missing)}",
+                remedy="Pass what state_dict() made",
+            )
+        curvature = self._blank().curvature
+        if state["groups"] is not None:
+            groups_from_plain(state["groups"], curvature)
+            self._learn_groups(curvature)
+        device = curvature.network.device
+        hyper = Hyperparameters(**state["hyperparameters"])
+        self._hyper = Hyperparameters(
+            hyper.prior_precision.to(device),
+            hyper.sigma_noise.to(device),
+            hyper.temperature.to(device),
+        )
+        self._adam, self._epoch = state["adam"], state["epoch"]
+        self.history = [replace(Record(**record)) for record in state["history"]]

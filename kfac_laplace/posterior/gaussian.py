@@ -1,0 +1,172 @@
+"""The Laplace posterior as a frozen Gaussian: evidence terms, samples, block posteriors.
+
+log q(D) = log p(D | θ*)/T − ½ [log det P − log det P₀ + (θ* − μ)ᵀ P₀ (θ* − μ)] with
+P = H/(σ²T) + P₀ and P₀ = diag δ [ML21, eq. 6].
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Generator, Tensor
+
+from kfac_laplace.curvature.ggn import Curvature
+from kfac_laplace.posterior.normal import BlockNormal, DenseNormal, SpectralNormal
+from kfac_laplace.priors import PriorStructure
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What the evidence is a function of; float64 tensors that may carry gradients.
+
+    Args:
+        prior_precision: δ, shape () or (length of the prior structure,).
+        sigma_noise: observation noise σ (a standard deviation), shape ().
+        temperature: T; low means a concentrated posterior, shape ().
+    """
+
+    prior_precision: Tensor
+    sigma_noise: Tensor
+    temperature: Tensor
+
+    def detached(self) -> "Hyperparameters":
+        """The same values without their graphs."""
+        return Hyperparameters(
+            self.prior_precision.detach(), self.sigma_noise.detach(), self.temperature.detach()
+        )
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """N(θ*, P⁻¹) with the evidence of its hyperparameters.
+
+    Args:
+        curvature: fitted blocks, raw sums at σ = 1 and T = 1.
+        mode: θ* by parameter name, float64, in model order.
+        prior: how precisions are shared.
+        prior_mean: μ, shape () or (p,).
+        hyperparameters: δ, σ and T.
+    """
+
+    curvature: Curvature
+    mode: Mapping[str, Tensor]
+    prior: PriorStructure
+    prior_mean: Tensor
+    hyperparameters: Hyperparameters
+
+    def at(self, hyperparameters: Hyperparameters) -> "Posterior":
+        """The same posterior at other hyperparameters; eigenvalues are shared."""
+        moved = replace(self, hyperparameters=hyperparameters)
+        # The deviations from μ depend on no hyperparameter: hand the cache on.
+        moved.__dict__["squared_deviations"] = self.squared_deviations
+        return moved
+
+    @property
+    def scale(self) -> Tensor:
+        """Likelihood precision 1/(σ²T), shape ()."""
+        hyper = self.hyperparameters
+        return self.curvature.likelihood.precision(hyper.sigma_noise) / hyper.temperature
+
+    @cached_property
+    def blocks(self) -> dict[str, BlockNormal]:
+        """Posterior of each block of the curvature."""
+        deltas = self.prior.by_group(self.hyperparameters.prior_precision)
+        blocks = self.curvature.blocks
+        if self.curvature.hessian_structure == "full":
+            by_group = {
+                name: deltas[name].expand(layout.matrix)
+                for name, layout in self.prior.layouts.items()
+            }
+            matrix = blocks["full"].dense().double()
+            return {"full": DenseNormal(matrix, self.scale, self.prior.flatten(by_group))}
+        return {
+            name: SpectralNormal(block.spectrum, self.scale, deltas[name])
+            for name, block in blocks.items()
+        }
+
+    def blocks_in(self, dtype: torch.dtype) -> Mapping[str, BlockNormal]:
+        """The blocks in the precision of the model's gradients, made once."""
+        if dtype not in self._casts:
+            self._casts[dtype] = {n: normal.cast(dtype) for n, normal in self.blocks.items()}
+        return self._casts[dtype]
+
+    @cached_property
+    def _casts(self) -> dict[torch.dtype, dict[str, BlockNormal]]:
+        return {torch.float64: self.blocks}
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """log p(D | θ*, σ), summed over examples, positions and outputs, before T."""
+        curvature = self.curvature
+        return curvature.likelihood.log_likelihood(
+            curvature.statistic, curvature.n_outputs, self.hyperparameters.sigma_noise
+        )
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        """log det P − log det P₀."""
+        return torch.stack([normal.log_det_ratio() for normal in self.blocks.values()]).sum()
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """log det P."""
+        return self.log_det_ratio + self.log_det_prior_precision
+
+    @property
+    def log_det_prior_precision(self) -> Tensor:
+        """log det P₀."""
+        deltas = self.prior.by_group(self.hyperparameters.prior_precision)
+        terms = [
+            deltas[name].log().expand(layout.matrix).sum()
+            for name, layout in self.prior.layouts.items()
+        ]
+        return torch.stack(terms).sum()
+
+    @cached_property
+    def squared_deviations(self) -> dict[str, Tensor]:
+        """(θ* − μ)² of each group as matrices (b, o, i)."""
+        flat = torch.cat([value.flatten() for value in self.mode.values()])
+        return self.prior.pack((flat - self.prior_mean).square())
+
+    @property
+    def scatter(self) -> Tensor:
+        """(θ* − μ)ᵀ P₀ (θ* − μ)."""
+        deltas = self.prior.by_group(self.hyperparameters.prior_precision)
+        return torch.stack(
+            [(deltas[name] * square).sum() for name, square in self.squared_deviations.items()]
+        ).sum()
+
+    @property
+    def log_marginal_likelihood(self) -> Tensor:
+        """The Laplace evidence log q(D), differentiable in every hyperparameter."""
+        fit = self.log_likelihood / self.hyperparameters.temperature
+        return fit - 0.5 * (self.log_det_ratio + self.scatter)
+
+    def effective_dimensions(self) -> dict[str, Tensor]:
+        """Directions that the data determine, by group: matrices (b, o, i) that sum to γ."""
+        found = {name: normal.effective_dimensions() for name, normal in self.blocks.items()}
+        return self.prior.pack(found["full"][0, 0]) if "full" in found else found
+
+    def deviations(self, n: int, generator: Generator) -> dict[str, Tensor]:
+        """Draws of θ − θ* by parameter name, shape (n, *shape), float64.
+
+        Args:
+            n: number of draws.
+            generator: source of the randomness.
+        """
+        colours = {}
+        for name, normal in self.blocks.items():
+            shape = self.curvature.blocks[name].layout.matrix
+            noise = torch.randn(
+                n, *shape, dtype=torch.float64, generator=generator, device=generator.device
+            )
+            colours[name] = normal.colour(noise.to(self.device))
+        if "full" in colours:
+            return self.prior.by_parameter(colours["full"][:, 0, 0])
+        return self.prior.by_parameter(self.prior.flatten(colours))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the mode and the blocks."""
+        return next(iter(self.mode.values())).device

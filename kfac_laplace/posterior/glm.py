@@ -1,0 +1,133 @@
+"""The linearised posterior over outputs: f(x) ~ N(f_θ*(x), J P⁻¹ Jᵀ), with J kept in factors.
+
+No (n, c, p) Jacobian is made: each block contributes from the gradient rows of its layers, a chunk
+of inputs at a time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.curvature.forward import undisturbed
+from kfac_laplace.curvature.network import Pass
+from kfac_laplace.curvature.sums import flat_gradients
+from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.normal import BlockNormal, covariance, outer_covariance
+
+#: Gradient rows of so many entries at most are held for one chunk of inputs.
+ROW_BUDGET = 2**25
+
+
+@dataclass(frozen=True)
+class OutputGaussian:
+    """Mean and covariance of the outputs at n inputs.
+
+    Args:
+        mean: f_θ*(x), shape (n, t, c).
+        covariance: shape (n, k, k) with k = t·c.
+        shape: shape of the model's output.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    shape: torch.Size
+
+    @property
+    def by_row(self) -> Tensor:
+        """Covariance of each output row, shape (n, t, c, c)."""
+        n, t, c = self.mean.shape
+        rows = self.covariance.reshape(n, t, c, t, c).diagonal(dim1=1, dim2=3)  # (n, c, c, t)
+        return rows.movedim(-1, 1)
+
+    def double(self) -> "OutputGaussian":
+        """The same in float64."""
+        return OutputGaussian(self.mean.double(), self.covariance.double(), self.shape)
+
+
+def output_gaussian(posterior: Posterior, x: Any) -> OutputGaussian:
+    """Mean and covariance of the outputs, each input on its own [REDUX21].
+
+    Args:
+        posterior: the posterior; the model runs at its mode, whatever its weights are now.
+        x: inputs as `fit` takes them.
+    """
+    curvature = posterior.curvature
+    network = curvature.network
+    outputs = max(1, curvature.n_outputs // curvature.n_data)
+    step = max(1, ROW_BUDGET // (outputs * network.row_entries))
+    with undisturbed(network.model):
+        parts = [
+            _chunk(posterior, network.run(batch, _parameters(posterior)))
+            for batch in network.batch(x).split(step)
+        ]
+    return OutputGaussian(
+        torch.cat([part.mean for part in parts]),
+        torch.cat([part.covariance for part in parts]),
+        torch.Size((sum(len(part.mean) for part in parts), *parts[0].shape[1:])),
+    )
+
+
+def joint_covariance(posterior: Posterior, x: Any) -> Tensor:
+    """Covariance of all outputs at all inputs together, shape (n k, n k)."""
+    network = posterior.curvature.network
+    with undisturbed(network.model):
+        passed = network.run(network.batch(x), _parameters(posterior))
+        total: Tensor = torch.zeros((), dtype=passed.outputs.dtype, device=passed.outputs.device)
+        for normal, gradients in _matrices(posterior, passed):
+            features = normal.features(gradients).movedim(1, 0).flatten(0, 1)  # (n k, d)
+            total = total + features @ features.mT
+    return total
+
+
+def _parameters(posterior: Posterior) -> dict[str, Tensor]:
+    """The mode in the model's own precision."""
+    live = posterior.curvature.network.live_parameters()
+    return {name: value.to(live[name].dtype) for name, value in posterior.mode.items()}
+
+
+def _chunk(posterior: Posterior, passed: Pass) -> OutputGaussian:
+    """Mean and covariance at the inputs of one pass."""
+    f = passed.outputs
+    total = f.new_zeros(passed.n, f[0].numel(), f[0].numel()).detach()
+    if posterior.curvature.hessian_structure == "full":
+        for normal, gradients in _matrices(posterior, passed):
+            total += covariance(normal, gradients)
+        return OutputGaussian(f.detach(), total, passed.recording.output.shape)
+    groups = passed.network.groups
+    normals = posterior.blocks_in(f.dtype)
+    rows = passed.rows(_unit_vectors(f), groups)
+    generic = passed.generic_gradients(groups, _unit_vectors(f))
+    for group in groups:
+        if group.name in generic:
+            total += covariance(normals[group.name], generic[group.name])
+            continue
+        outer = passed.outer(group, rows)
+        if outer is not None:
+            total += outer_covariance(normals[group.name], outer)
+    return OutputGaussian(f.detach(), total, passed.recording.output.shape)
+
+
+def _matrices(posterior: Posterior, passed: Pass) -> Iterator[tuple[BlockNormal, Tensor]]:
+    """Each block's posterior with the gradients (k, n, b, o, i) of all k outputs."""
+    f, groups = passed.outputs, passed.network.groups
+    normals = posterior.blocks_in(f.dtype)
+    rows = passed.rows(_unit_vectors(f), groups)
+    generic = passed.generic_gradients(groups, _unit_vectors(f))
+    if "full" in normals:
+        gradients = passed.gradients(groups, rows, generic)
+        flat = flat_gradients(gradients, posterior.curvature.full_layout)
+        yield normals["full"], flat[:, :, None, None]
+        return
+    for group in groups:
+        gradients = passed.gradients([group], rows, generic)
+        if gradients:
+            yield normals[group.name], group.layout.pack(gradients)
+
+
+def _unit_vectors(f: Tensor) -> list[Tensor]:
+    """One backward vector (n, t, c) for each of the k outputs of an example."""
+    units = torch.eye(f[0].numel(), dtype=f.dtype, device=f.device)
+    return [unit.reshape(f.shape[1:]).expand_as(f) for unit in units]

@@ -1,0 +1,590 @@
+"""`Laplace`: the facade that users call. Each verb is a few lines over the modules beside it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from dataclasses import replace as dataclass_replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from typing_extensions import Self
+
+from kfac_laplace.curvature.fisher import Fisher
+from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
+from kfac_laplace.curvature.groups import Subset
+from kfac_laplace.curvature.sharing import KfacApprox
+from kfac_laplace.curvature.state import curvature_state, restore_curvature
+from kfac_laplace.errors import InvalidValue, NotFitted
+from kfac_laplace.likelihoods import Gaussian, Likelihood
+from kfac_laplace.posterior import calibration, evidence, state
+from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
+from kfac_laplace.posterior.glm import joint_covariance, output_gaussian
+from kfac_laplace.posterior.links import activation, sample_outputs
+from kfac_laplace.posterior.predictive import Predictive, check_link, from_samples, restore
+from kfac_laplace.posterior.sampling import linearised_samples, network_samples
+from kfac_laplace.priors import PriorStructure, check_sharing, positive
+from kfac_laplace.priors import Structure as Sharing
+
+SAMPLERS = {"linear": linearised_samples, "nn": network_samples, "glm": linearised_samples}
+
+
+class Laplace:
+    """Laplace approximation N(θ*, P⁻¹), P = H/(σ²T) + diag δ, of a trained network [REDUX21].
+
+    Args:
+        model: the network at its mode θ*; it is never changed.
+        likelihood: "classification", "regression", "binary" or a `Likelihood`.
+        hessian_structure: "kron", "diag" or "full".
+        subset_of_weights: "all", "last_layer" or parameter-name patterns; other parameters stay
+            at their values.
+        kfac_approx: "auto", "expand", "reduce" or {pattern: setting}.
+        fisher: "exact", "mc", "empirical" or an object such as `MonteCarlo(samples=4)`.
+        prior_precision: δ, one value or one for each entry of the prior structure.
+        prior_structure: "layerwise", "scalar" or "diag" (the last not with "kron").
+        prior_mean: μ, one value or one for each parameter.
+        sigma_noise: σ, a standard deviation; regression only.
+        temperature: T; low means a concentrated posterior.
+        joint_bias: whether a weight and its bias share a block.
+        uncovered: "diag", "error" or "freeze" for parameters that no layer rule covers.
+        seed: seed of all draws inside `fit`, and of predictions without a generator.
+        dict_key_y: name of the targets where batches are mappings.
+
+    Raises:
+        InvalidValue: an option out of range.
+        UnsupportedUse: a model that cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood = "classification",
+        *,
+        hessian_structure: Structure = "kron",
+        subset_of_weights: Subset = "all",
+        kfac_approx: KfacApprox = "auto",
+        fisher: str | Fisher = "exact",
+        prior_precision: float | Tensor = 1.0,
+        prior_structure: Sharing = "layerwise",
+        prior_mean: float | Tensor = 0.0,
+        sigma_noise: float | Tensor = 1.0,
+        temperature: float = 1.0,
+        joint_bias: bool = True,
+        uncovered: Uncovered = "diag",
+        seed: int = 0,
+        dict_key_y: str = "labels",
+    ):
+        self.model = model
+        self._curvature_options: dict[str, Any] = {
+            "likelihood": likelihood,
+            "hessian_structure": hessian_structure,
+            "subset_of_weights": subset_of_weights,
+            "kfac_approx": kfac_approx,
+            "fisher": fisher,
+            "joint_bias": joint_bias,
+            "uncovered": uncovered,
+            "seed": seed,
+        }
+        check_sharing(prior_structure, hessian_structure)
+        self.curvature = self._new_curvature()
+        self.prior_structure = prior_structure
+        self.prior_mean = prior_mean
+        self.seed = seed
+        self.dict_key_y = dict_key_y
+        device = self.curvature.network.device
+        self._hyper = Hyperparameters(
+            positive(prior_precision, "prior_precision", device),
+            self._checked_sigma(sigma_noise),
+            positive(temperature, "temperature", device).detach(),
+        )
+        self._scale = torch.ones((), dtype=torch.float64, device=device)
+        self._mode: dict[str, Tensor] = {}
+        self._posterior: Posterior | None = None
+        self._loaders: list[Iterable[Any]] = []
+
+    def _new_curvature(self) -> Curvature:
+        options = dict(self._curvature_options)
+        return Curvature(self.model, options.pop("likelihood"), **options)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """p(y | f)."""
+        return self.curvature.likelihood
+
+    # --- fitting ---------------------------------------------------------------------------
+
+    def fit(
+        self, train_loader: Iterable[Any], *, override: bool = True, progress_bar: bool = False
+    ) -> Self:
+        """Compute the curvature at the model's present weights in one pass.
+
+        Args:
+            train_loader: any iterable of batches: pairs (x, y), or mappings with the targets under
+                `dict_key_y` whose other entries go to the model by keyword.
+            override: start anew; False adds the data to what was seen before.
+            progress_bar: show one.
+
+        Raises:
+            InvalidValue: an empty loader, non-finite numbers, targets out of range or shape.
+            InvalidType: targets of a wrong dtype, or batches of a wrong kind.
+            UnsupportedUse: a use of a parameter that cannot be treated correctly.
+            After an exception the posterior is as it was before.
+        """
+        curvature = self._new_curvature()
+        if not override and self._mode:
+            curvature.merge(self.curvature)
+            curvature.generator.set_state(self.curvature.generator.get_state())
+        curvature.fit(train_loader, key_y=self.dict_key_y, progress=progress_bar)
+        live = curvature.network.live_parameters()
+        mode = {name: live[name].detach().double().clone() for name in curvature.params}
+        self._adopt(curvature, mode, self._hyper)
+        self._loaders = [train_loader] if override else [*self._loaders, train_loader]
+        return self
+
+    def _adopt(self, curvature: Curvature, mode: dict[str, Tensor], hyper: Hyperparameters) -> None:
+        """Take a finished curvature and mode; nothing is stored unless everything fits."""
+        layouts = {group.name: group.layout for group in curvature.groups}
+        prior = PriorStructure(self.prior_structure, layouts, curvature.params)
+        device = curvature.network.device
+        mean = torch.as_tensor(self.prior_mean, dtype=torch.float64, device=device)
+        if mean.numel() not in (1, prior.size):
+            raise InvalidValue(
+                f"one value or {prior.size} are needed",
+                where="prior_mean",
+                got=tuple(mean.shape),
+                remedy="Follow the order of the parameters in the model",
+            )
+        full = prior.full(hyper.prior_precision.to(device))
+        hyper = Hyperparameters(full, hyper.sigma_noise.to(device), hyper.temperature.to(device))
+        self._posterior = Posterior(curvature, mode, prior, mean.reshape(-1), hyper)
+        self.curvature, self._mode, self._hyper = curvature, mode, hyper
+        self._blocks = curvature.blocks
+
+    @property
+    def posterior(self) -> Posterior:
+        """The fitted posterior at today's hyperparameters, or `NotFitted`."""
+        if self._posterior is None:
+            raise NotFitted("there is no posterior yet", where="Laplace", remedy="Call fit first")
+        if self._blocks is not self.curvature.blocks:  # merged or accumulated from outside
+            self._adopt(self.curvature, self._mode, self._hyper)
+        return self._posterior
+
+    # --- hyperparameters and evidence ------------------------------------------------------
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """δ, float64: as given before `fit`, one value for each precision after it."""
+        return self._hyper.prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: float | Tensor) -> None:
+        self._move(prior_precision=self._checked_precision(value))
+
+    @property
+    def sigma_noise(self) -> Tensor:
+        """σ, float64, shape ()."""
+        return self._hyper.sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: float | Tensor) -> None:
+        self._move(sigma_noise=self._checked_sigma(value))
+
+    @property
+    def temperature(self) -> Tensor:
+        """T, float64, shape ()."""
+        return self._hyper.temperature
+
+    @property
+    def posterior_scale(self) -> Tensor:
+        """κ ≥ 0, which multiplies the covariance of predictives and never enters the evidence."""
+        return self._scale
+
+    @posterior_scale.setter
+    def posterior_scale(self, value: float | Tensor) -> None:
+        scale = torch.as_tensor(value, dtype=torch.float64, device=self._scale.device).reshape(())
+        if not bool(torch.isfinite(scale)) or float(scale) < 0:
+            raise InvalidValue("must be ≥ 0 and finite", where="posterior_scale", got=value)
+        self._scale = scale.detach()
+
+    @property
+    def n_data(self) -> int:
+        """Number of examples seen by `fit`."""
+        return self.curvature.n_data
+
+    @property
+    def coverage(self) -> dict[str, str]:
+        """How each parameter of the model is treated: "kron", "diag", "dense" or "frozen"."""
+        return self.curvature.coverage
+
+    def log_marginal_likelihood(
+        self,
+        prior_precision: float | Tensor | None = None,
+        sigma_noise: float | Tensor | None = None,
+    ) -> Tensor:
+        """Laplace evidence log q(D), differentiable in both arguments; no data pass [ML21, eq. 6].
+
+        Values passed in are kept, detached, as the hyperparameters.
+
+        Args:
+            prior_precision: δ, one value or one for each entry of the prior structure.
+            sigma_noise: σ; regression only.
+
+        Returns:
+            A float64 scalar: the sum over all examples, positions and outputs.
+        """
+        posterior = self.posterior
+        hyper = posterior.hyperparameters
+        given = Hyperparameters(
+            hyper.prior_precision
+            if prior_precision is None
+            else self._checked_precision(prior_precision),
+            hyper.sigma_noise if sigma_noise is None else self._checked_sigma(sigma_noise),
+            hyper.temperature,
+        )
+        value = posterior.at(given).log_marginal_likelihood
+        if prior_precision is not None:
+            self._move(prior_precision=given.prior_precision.detach())
+        if sigma_noise is not None:
+            self._move(sigma_noise=given.sigma_noise.detach())
+        return value
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """log p(D | θ*, σ), a sum, before division by T."""
+        return self.posterior.log_likelihood
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        """log det P − log det P₀."""
+        return self.posterior.log_det_ratio
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """log det P."""
+        return self.posterior.log_det_posterior_precision
+
+    @property
+    def scatter(self) -> Tensor:
+        """(θ* − μ)ᵀ P₀ (θ* − μ)."""
+        return self.posterior.scatter
+
+    def optimize_prior(
+        self,
+        method: str = "marglik",
+        *,
+        val_loader: Iterable[Any] | None = None,
+        fix_sigma_noise: bool = False,
+        n_steps: int = 500,
+        tolerance: float = 1e-5,
+        grid: Iterable[float] | None = None,
+    ) -> Self:
+        """Choose δ, and σ for regression, on cached eigenvalues; no pass over the training data.
+
+        Args:
+            method: "marglik" maximises the evidence by L-BFGS, "mackay" by a fixed point;
+                "gridsearch" takes the scalar δ of least validation NLL.
+            val_loader: validation data, for "gridsearch".
+            fix_sigma_noise: leave σ alone.
+            n_steps: most iterations. A warning is logged where they do not suffice.
+            tolerance: nats per unit of log δ ("marglik"), or change of log δ ("mackay").
+            grid: candidates for "gridsearch"; 10⁻⁴ … 10⁴ by default.
+        """
+        posterior = self.posterior
+        if method == "gridsearch":
+            if val_loader is None:
+                raise InvalidValue(
+                    "a grid search needs validation data",
+                    where="val_loader",
+                    got=None,
+                    remedy="Pass a loader, or use method='marglik'",
+                )
+            best = calibration.grid_search(
+                posterior, val_loader, self.dict_key_y, float(self._scale), grid
+            )
+            self._move(prior_precision=posterior.prior.full(best).clone())
+            return self
+        methods = {"marglik": evidence.maximise, "mackay": evidence.mackay}
+        if method not in methods:
+            raise InvalidValue(
+                "unknown method",
+                where="method",
+                got=repr(method),
+                remedy=f"Choose one of {[*methods, 'gridsearch']}",
+            )
+        found = methods[method](
+            posterior, fix_sigma_noise=fix_sigma_noise, n_steps=n_steps, tolerance=tolerance
+        )
+        self._move(
+            prior_precision=found.hyperparameters.prior_precision,
+            sigma_noise=found.hyperparameters.sigma_noise,
+        )
+        return self
+
+    optimize_prior_precision = optimize_prior
+
+    def calibrate(self, loader: Iterable[Any] | None = None, method: str = "loo") -> Self:
+        """Set `posterior_scale` κ to the value of least predictive NLL.
+
+        Args:
+            loader: for "loo" the training data (by default what `fit` read), for "validation"
+                held-out data.
+            method: "loo" predicts each training point without itself, linearised; "validation"
+                predicts a loader.
+        """
+        posterior = self.posterior
+        points = {
+            "loo": calibration.leave_one_out_points,
+            "validation": calibration.validation_points,
+        }
+        if method not in points:
+            raise InvalidValue(
+                "unknown method",
+                where="method",
+                got=repr(method),
+                remedy=f"Choose one of {sorted(points)}",
+            )
+        loaders = [loader] if loader is not None else self._loaders
+        if loader is None and (method == "validation" or not loaders):
+            raise InvalidValue(
+                "no data to calibrate on",
+                where="loader",
+                got=None,
+                remedy="Pass the loader: held-out data for 'validation', training data for 'loo'",
+            )
+        batches = (batch for part in loaders for batch in part)
+        held_out = points[method](posterior, batches, self.dict_key_y)
+        self.posterior_scale = calibration.best_scale(
+            self.likelihood, held_out, self.sigma_noise.detach()
+        )
+        return self
+
+    # --- predictions -----------------------------------------------------------------------
+
+    def __call__(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        link_approx: str = "probit",
+        joint: bool = False,
+        n_samples: int = 100,
+        generator: Generator | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict at inputs x.
+
+        Args:
+            x: inputs as `fit` takes them.
+            pred_type: "glm" (closed form), "linear" (linearised samples) or "nn" (weight samples).
+            link_approx: "probit", "bridge" or "mc", for "glm" classification.
+            joint: regression with "glm": one covariance over all inputs, (N·C, N·C).
+            n_samples: samples for "mc", "linear" and "nn".
+            generator: their source; by default a fresh one seeded with `seed`.
+
+        Returns:
+            Classification and binary: probabilities, shaped like the output. Regression: the mean
+            (N, C) and the covariance (N, C, C) without noise.
+        """
+        if joint:
+            return self._joint(x, pred_type)
+        predictive = self.predict(x, pred_type, link_approx, n_samples, generator)
+        if isinstance(self.likelihood, Gaussian):
+            return predictive.mean, predictive.covariance
+        return predictive.probs
+
+    def predict(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        generator: Generator | None = None,
+    ) -> Predictive:
+        """The predictive as an object: mean, covariance, probabilities, entropy, information.
+
+        Arguments as for calling the posterior.
+        """
+        check_link(link_approx)
+        _check_samples(n_samples)
+        posterior = self.posterior
+        source = generator or torch.Generator().manual_seed(self.seed)
+        axis, sigma = self.curvature.network.class_axis, self.sigma_noise.detach()
+        if pred_type != "glm":
+            samples = self._sampled_outputs(x, n_samples, pred_type, source)
+            return from_samples(self.likelihood, samples, axis, sigma)
+        outputs = output_gaussian(posterior, x)
+        covariance = outputs.by_row * self._scale.to(outputs.mean)
+        drawn = None
+        if link_approx == "mc":
+            drawn = sample_outputs(outputs.mean, covariance, n_samples, source)
+        return Predictive(
+            self.likelihood,
+            outputs.mean,
+            covariance,
+            outputs.shape,
+            axis,
+            sigma,
+            link_approx,
+            drawn,
+            self.seed,
+            n_samples,
+        )
+
+    def _joint(self, x: Any, pred_type: str) -> tuple[Tensor, Tensor]:
+        """Regression mean (N·C,) and covariance (N·C, N·C) over all inputs together."""
+        if pred_type != "glm" or not isinstance(self.likelihood, Gaussian):
+            raise InvalidValue(
+                "a joint covariance belongs to regression by 'glm'",
+                where="joint",
+                got=True,
+                remedy="Use functional_samples for joint draws of any likelihood",
+            )
+        posterior = self.posterior
+        mean = output_gaussian(posterior, x).mean.flatten()
+        covariance = joint_covariance(posterior, x)
+        return mean, covariance * self._scale.to(covariance)
+
+    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        """Draw n parameter vectors from N(θ*, κ P⁻¹), shape (n, P), float64.
+
+        Args:
+            n: number of draws.
+            generator: source of the randomness; a fresh one seeded with `seed` by default.
+
+        Returns:
+            Rows in the order of `parameters_to_vector`, of the parameters in the posterior.
+        """
+        _check_samples(n)
+        posterior = self.posterior
+        source = generator or torch.Generator().manual_seed(self.seed)
+        drawn = posterior.deviations(n, source)
+        flat = torch.cat([drawn[name].reshape(n, -1) for name in self._mode], 1)
+        mode = torch.cat([value.flatten() for value in self._mode.values()])
+        return mode + self._scale.sqrt() * flat
+
+    def functional_samples(
+        self, x: Any, n: int = 100, *, pred_type: str = "glm", generator: Generator | None = None
+    ) -> Tensor:
+        """Draw n functions and evaluate each at all inputs, shape (n, *output shape).
+
+        Args:
+            x: inputs as `fit` takes them.
+            n: number of draws.
+            pred_type: "glm" or "linear" for f + J(θ_s − θ*), "nn" for the network at θ_s.
+            generator: source of the randomness; a fresh one seeded with `seed` by default.
+        """
+        _check_samples(n)
+        source = generator or torch.Generator().manual_seed(self.seed)
+        return self._sampled_outputs(x, n, pred_type, source)
+
+    def predictive_samples(
+        self, x: Any, n: int = 100, *, pred_type: str = "glm", generator: Generator | None = None
+    ) -> Tensor:
+        """Draws of class probabilities, or of y with its noise for regression.
+
+        Arguments and shape as for `functional_samples`, from the same functions.
+        """
+        source = generator or torch.Generator().manual_seed(self.seed)
+        f = self.functional_samples(x, n, pred_type=pred_type, generator=source)
+        if isinstance(self.likelihood, Gaussian):
+            noise = torch.randn(f.shape, dtype=f.dtype, generator=source, device=source.device)
+            return f + self.sigma_noise.detach().to(f) * noise.to(f.device)
+        axis = self.curvature.network.class_axis
+        aligned = self.likelihood.align(f.flatten(0, 1), axis)
+        return restore(activation(self.likelihood, aligned), f.shape[1:], axis).reshape(f.shape)
+
+    def _sampled_outputs(self, x: Any, n: int, pred_type: str, source: Generator) -> Tensor:
+        if pred_type not in SAMPLERS:
+            raise InvalidValue(
+                "unknown prediction type",
+                where="pred_type",
+                got=repr(pred_type),
+                remedy=f"Choose one of {sorted(SAMPLERS)}",
+            )
+        return SAMPLERS[pred_type](self.posterior, x, n, float(self._scale) ** 0.5, source)
+
+    # --- state -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data: options, curvature, mode and hyperparameters."""
+        posterior = self.posterior
+        options = {
+            **self._curvature_options,
+            "prior_structure": self.prior_structure,
+            "prior_mean": self.prior_mean,
+            "dict_key_y": self.dict_key_y,
+        }
+        return {
+            "format": state.FORMAT,
+            "options": state.plain_options(options),
+            "curvature": curvature_state(self.curvature),
+            "mode": dict(self._mode),
+            "hyperparameters": asdict(posterior.hyperparameters.detached()),
+            "posterior_scale": self._scale,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state made with the same options on the same weights.
+
+        Raises:
+            InvalidValue: a state of another kind, structure, model or of other weights; nothing
+                is changed then.
+        """
+        state.check_state(state_dict)
+        curvature = restore_curvature(self._new_curvature(), state_dict["curvature"])
+        device = curvature.network.device
+        mode = {name: value.to(device) for name, value in state_dict["mode"].items()}
+        state.check_weights(curvature, mode)
+        self._adopt(curvature, mode, Hyperparameters(**state_dict["hyperparameters"]))
+        self.posterior_scale = state_dict["posterior_scale"]
+        self._loaders = []
+
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict()` to a file that `torch.load(weights_only=True)` reads."""
+        torch.save(self.state_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module, **overrides: Any) -> Self:
+        """Read a saved posterior for a model that holds the weights of the fit.
+
+        Args:
+            path: file made by `save`.
+            model: the network, with its weights loaded.
+            overrides: options that the file cannot hold, such as a likelihood of your own.
+        """
+        stored = torch.load(path, weights_only=True, map_location="cpu")
+        state.check_state(stored)
+        options = state.options_from_plain(stored["options"], overrides)
+        loaded = cls(model, options.pop("likelihood"), **options)
+        loaded.load_state_dict(stored)
+        return loaded
+
+    # --- checks ----------------------------------------------------------------------------
+
+    def _checked_precision(self, value: float | Tensor) -> Tensor:
+        """δ > 0 of a length that fits the prior structure."""
+        delta = positive(value, "prior_precision", self.curvature.network.device)
+        if self._posterior is None:
+            return delta
+        return self._posterior.prior.full(delta)
+
+    def _checked_sigma(self, value: float | Tensor) -> Tensor:
+        """σ > 0, and 1 for likelihoods without noise."""
+        sigma = positive(value, "sigma_noise", self.curvature.network.device).reshape(())
+        if not self.likelihood.has_noise and float(sigma) != 1.0:
+            raise InvalidValue(
+                "only regression has an observation noise",
+                where="sigma_noise",
+                got=float(sigma),
+                remedy="Leave it out",
+            )
+        return sigma
+
+    def _move(self, **changed: Tensor) -> None:
+        """Store changed hyperparameters here and in the posterior."""
+        self._hyper = dataclass_replace(self._hyper, **changed)
+        if self._posterior is not None:
+            self._posterior = self.posterior.at(self._hyper)
+
+
+def _check_samples(n: int) -> None:
+    if n < 1:
+        raise InvalidValue("at least one sample is needed", where="n_samples", got=n)

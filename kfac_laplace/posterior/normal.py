@@ -1,0 +1,150 @@
+"""The posterior of one block, N(θ*, (scale · H + δ)⁻¹): log-determinants, samples, variances."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.curvature.network import Outer
+from kfac_laplace.curvature.spectral import Spectrum
+from kfac_laplace.errors import InvalidValue
+
+
+class BlockNormal(Protocol):
+    """What the evidence and the predictives ask of a block."""
+
+    def log_det_ratio(self) -> Tensor:
+        """log det P − log det P₀, shape ()."""
+
+    def effective_dimensions(self) -> Tensor:
+        """Share of each direction that the data determine, shape (b, o, i)."""
+
+    def colour(self, noise: Tensor) -> Tensor:
+        """Turn standard normal noise (s, b, o, i) into samples of N(0, P⁻¹)."""
+
+    def features(self, gradients: Tensor) -> Tensor:
+        """φ with φ φᵀ = g P⁻¹ gᵀ for gradients g (..., b, o, i), shape (..., k)."""
+
+    def cast(self, dtype: torch.dtype) -> "BlockNormal":
+        """The same in the precision of a model's gradients, for predictives."""
+
+
+@dataclass(frozen=True)
+class SpectralNormal:
+    """A block with a spectrum and a prior that is constant on it, or diagonal as the block is.
+
+    Args:
+        spectrum: eigenvalues and bases of H.
+        scale: likelihood precision 1/(σ²T), shape ().
+        delta: prior precision, broadcastable to the eigenvalues.
+    """
+
+    spectrum: Spectrum
+    scale: Tensor
+    delta: Tensor
+
+    def log_det_ratio(self) -> Tensor:
+        """Σ log(1 + scale · value/δ)."""
+        return self.spectrum.log_det_ratio(self.scale, self.delta)
+
+    def effective_dimensions(self) -> Tensor:
+        """scale · value/(scale · value + δ)."""
+        return self.spectrum.effective_dimensions(self.scale, self.delta)
+
+    @cached_property
+    def _deviations(self) -> Tensor:
+        """Posterior standard deviation of each eigendirection, (b, o, i)."""
+        return self.spectrum.variances(self.scale, self.delta).sqrt()
+
+    def colour(self, noise: Tensor) -> Tensor:
+        """Scale in the eigenbasis and rotate back."""
+        return self.spectrum.from_eigenbasis(noise * self._deviations)
+
+    def features(self, gradients: Tensor) -> Tensor:
+        """Rotate into the eigenbasis and scale."""
+        return (self.spectrum.to_eigenbasis(gradients) * self._deviations).flatten(-3)
+
+    def cast(self, dtype: torch.dtype) -> "SpectralNormal":
+        """Bases and eigenvalues in `dtype`; decomposed in float64 all the same."""
+        return SpectralNormal(self.spectrum.cast(dtype), self.scale.to(dtype), self.delta.to(dtype))
+
+    def unshared_covariance(self, outer: Outer) -> Tensor:
+        """J P⁻¹ Jᵀ (n, v, v) for one row an example, from the two sides: O(o i + v² o) each.
+
+        With rotated rows b̂, â: Σ_i b̂_ci b̂_c'i m_i, where m_i = Σ_j â_j² var_ij.
+        """
+        left, right = outer.left[..., 0, :], outer.right[..., 0, :]  # (v, b, n, o), (b, n, i)
+        if self.spectrum.bases is not None:
+            basis_left, basis_right = self.spectrum.bases
+            left, right = left @ basis_left, right @ basis_right
+        spread = right.square() @ self._deviations.square().mT  # (b, n, o)
+        return torch.einsum("vbno,bno,wbno->nvw", left, spread, left)
+
+
+@dataclass(frozen=True)
+class DenseNormal:
+    """A dense block under any diagonal prior, by Cholesky factors.
+
+    Args:
+        matrix: H (p, p) in parameter order.
+        scale: likelihood precision 1/(σ²T), shape ().
+        delta: prior precision of each entry, shape (p,).
+    """
+
+    matrix: Tensor
+    scale: Tensor
+    delta: Tensor
+
+    @cached_property
+    def _cholesky(self) -> Tensor:
+        """Lower factor of D^{-½} P D^{-½}, D = diag δ: well scaled whatever δ is."""
+        root = self.delta.rsqrt()
+        scaled = self.scale * self.matrix * root[:, None] * root
+        eye = torch.eye(len(root), dtype=scaled.dtype, device=scaled.device)
+        factor, info = torch.linalg.cholesky_ex(scaled + eye)
+        if int(info):
+            raise InvalidValue("posterior precision is not positive definite", where="full block")
+        return factor
+
+    def log_det_ratio(self) -> Tensor:
+        """2 Σ log of the factor's diagonal."""
+        return 2 * self._cholesky.diagonal().log().sum()
+
+    def effective_dimensions(self) -> Tensor:
+        """1 − δ_i [P⁻¹]_ii, shape (1, 1, p)."""
+        return (1 - torch.cholesky_inverse(self._cholesky).diagonal())[None, None]
+
+    def colour(self, noise: Tensor) -> Tensor:
+        """D^{-½} L⁻ᵀ noise."""
+        solved = torch.linalg.solve_triangular(self._cholesky.mT, noise[:, 0, 0].mT, upper=True)
+        return (solved.mT * self.delta.rsqrt())[:, None, None]
+
+    def features(self, gradients: Tensor) -> Tensor:
+        """L⁻¹ D^{-½} g."""
+        scaled = (gradients.flatten(-3) * self.delta.rsqrt()).flatten(0, -2)  # (k, p)
+        solved = torch.linalg.solve_triangular(self._cholesky, scaled.mT, upper=False)
+        return solved.mT.reshape(*gradients.shape[:-3], -1)
+
+    def cast(self, dtype: torch.dtype) -> "DenseNormal":
+        """Factorised in float64, used in `dtype`."""
+        moved = DenseNormal(self.matrix, self.scale, self.delta.to(dtype))
+        moved.__dict__["_cholesky"] = self._cholesky.to(dtype)
+        return moved
+
+
+def outer_covariance(normal: BlockNormal, outer: Outer) -> Tensor:
+    """J P⁻¹ Jᵀ of each example from factored gradients, shape (n, v, v).
+
+    One row an example stays factored; shared rows become matrices, a few examples at a time.
+    """
+    if outer.right.shape[2] == 1 and isinstance(normal, SpectralNormal):
+        return normal.unshared_covariance(outer)
+    return torch.cat([covariance(normal, chunk) for chunk in outer.dense_chunks()])
+
+
+def covariance(normal: BlockNormal, gradients: Tensor) -> Tensor:
+    """J P⁻¹ Jᵀ of each example from gradients (v, n, b, o, i), shape (n, v, v)."""
+    features = normal.features(gradients).movedim(1, 0)  # (n, v, k)
+    return features @ features.mT

@@ -1,0 +1,84 @@
+"""Outputs at sampled weights: linearised by forward-mode products, or through the network."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kfac_laplace.curvature.forward import as_output, undisturbed
+from kfac_laplace.posterior.gaussian import Posterior
+
+#: Weight samples are drawn so many at a time.
+SAMPLES_AT_ONCE = 16
+
+
+def linearised_samples(
+    posterior: Posterior, x: Any, n: int, scale: float, generator: Generator
+) -> Tensor:
+    """f_θ*(x) + J (θ_s − θ*), joint across inputs, shape (n, *output shape).
+
+    Args:
+        posterior: the posterior.
+        x: inputs as `fit` takes them.
+        n: number of samples.
+        scale: factor on the deviations, √κ.
+        generator: source of the weight samples.
+    """
+    model, mode = posterior.curvature.network.model, _mode(posterior)
+    batch = posterior.curvature.network.batch(x)
+    args, kwargs = batch.arguments()
+
+    def outputs(params: dict[str, Tensor]) -> Tensor:
+        return as_output(functional_call(model, params, args, kwargs))
+
+    # Fused attention kernels have no forward-mode derivative; the plain one has.
+    with undisturbed(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        samples = []
+        for deviation in _deviations(posterior, mode, n, generator):
+            tangents = {name: scale * value for name, value in deviation.items()}
+            f, change = jvp(outputs, (mode,), (tangents,))
+            samples.append(f + change)
+    return torch.stack(samples)
+
+
+def network_samples(
+    posterior: Posterior, x: Any, n: int, scale: float, generator: Generator
+) -> Tensor:
+    """f_θs(x) through the network with sampled weights, shape (n, *output shape).
+
+    The weights go in by a functional call: the model itself is never written to.
+
+    Args:
+        posterior: the posterior.
+        x: inputs as `fit` takes them.
+        n: number of samples.
+        scale: factor on the deviations, √κ.
+        generator: source of the weight samples.
+    """
+    model, mode = posterior.curvature.network.model, _mode(posterior)
+    args, kwargs = posterior.curvature.network.batch(x).arguments()
+    with undisturbed(model), torch.no_grad():
+        samples = []
+        for deviation in _deviations(posterior, mode, n, generator):
+            weights = {name: mode[name] + scale * value for name, value in deviation.items()}
+            samples.append(as_output(functional_call(model, weights, args, kwargs)))
+    return torch.stack(samples)
+
+
+def _mode(posterior: Posterior) -> dict[str, Tensor]:
+    """θ* in the model's own precision."""
+    live = posterior.curvature.network.live_parameters()
+    return {name: value.to(live[name].dtype) for name, value in posterior.mode.items()}
+
+
+def _deviations(
+    posterior: Posterior, mode: Mapping[str, Tensor], n: int, generator: Generator
+) -> Iterator[dict[str, Tensor]]:
+    """θ_s − θ* in the model's precision, one sample after another."""
+    for start in range(0, n, SAMPLES_AT_ONCE):
+        drawn = posterior.deviations(min(SAMPLES_AT_ONCE, n - start), generator)
+        for s in range(len(next(iter(drawn.values())))):
+            yield {name: value[s].to(mode[name].dtype) for name, value in drawn.items()}

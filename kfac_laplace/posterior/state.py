@@ -1,0 +1,83 @@
+"""A fitted Laplace posterior as tensors and plain data, readable with `weights_only=True`."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_laplace import likelihoods
+from kfac_laplace.curvature import fisher as fishers
+from kfac_laplace.curvature.ggn import Curvature
+from kfac_laplace.errors import InvalidValue
+
+FORMAT = 1
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor options as plain data; objects that have no name become None."""
+    plain = dict(options)
+    plain["likelihood"] = _name_of(likelihoods.resolve(options["likelihood"]), likelihoods.NAMED)
+    fisher = fishers.resolve(options["fisher"])
+    name = _name_of(fisher, fishers.NAMED)
+    plain["fisher"] = None if name is None else [name, asdict(fisher)]  # type: ignore[call-overload]
+    if not isinstance(options["kfac_approx"], str):
+        plain["kfac_approx"] = dict(options["kfac_approx"])
+    if not isinstance(options["subset_of_weights"], str):
+        plain["subset_of_weights"] = list(options["subset_of_weights"])
+    return plain
+
+
+def options_from_plain(plain: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor options from plain data.
+
+    Raises:
+        InvalidValue: a likelihood or estimator of the user's own, which only `overrides` can give.
+    """
+    options = {**plain, **overrides}
+    for name in ("likelihood", "fisher"):
+        if options[name] is None:
+            raise InvalidValue(
+                "an object of your own is not stored in the file",
+                where=name,
+                remedy=f"Pass it: Laplace.load(path, model, {name}=...)",
+            )
+    if isinstance(options["fisher"], list):
+        kind, fields = options["fisher"]
+        options["fisher"] = fishers.NAMED[kind](**fields)
+    return options
+
+
+def _name_of(value: object, named: Mapping[str, type]) -> str | None:
+    return next((name for name, kind in named.items() if type(value) is kind), None)
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raise `InvalidValue` unless the state is one of ours."""
+    keys = {"format", "options", "curvature", "mode", "hyperparameters", "posterior_scale"}
+    if not isinstance(state, Mapping) or keys - set(state):
+        raise InvalidValue(
+            "not the state of a Laplace posterior",
+            where="state",
+            remedy="Pass what state_dict() or save() made",
+        )
+    if state["format"] != FORMAT:
+        raise InvalidValue(
+            "unknown format",
+            where="state",
+            got=state["format"],
+            remedy=f"This version reads format {FORMAT}",
+        )
+
+
+def check_weights(curvature: Curvature, mode: Mapping[str, Tensor]) -> None:
+    """Raise `InvalidValue` if the model's weights are not those of the fit."""
+    live = curvature.network.live_parameters()
+    for name, value in mode.items():
+        if not torch.equal(live[name].detach().to(value), value):
+            raise InvalidValue(
+                "the model's weights differ from those at the fit",
+                where=name,
+                remedy="Load the model's own state_dict of that time first",
+            )

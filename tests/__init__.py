@@ -1,0 +1,1 @@
+"""The tests mirror the package; `cases`, `oracles` and `laws` are what they share."""

@@ -1,0 +1,94 @@
+"""Low-precision models: their factors are summed in float32 or better."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, build
+from laws import fitted, relative_error
+from torch import nn
+
+from kfac_laplace.errors import InvalidValue
+
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+REPEATS = 400
+
+
+def cast(name: str, dtype: torch.dtype) -> Case:
+    """The case in another precision; the values survive a trip through bfloat16 unchanged."""
+    example = build(name)
+
+    def rounded(t):
+        return t.to(torch.bfloat16).to(dtype) if t.is_floating_point() else t
+
+    for parameter in example.model.parameters():
+        parameter.data = rounded(parameter.data)
+    batches = [(rounded(x), rounded(y)) for x, y in example.batches]
+    return Case(example.model, example.likelihood, batches)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["mlp-tanh", "mlp-regression", "deep-linear-reduce"])
+def test_factors_are_float32_or_better(name, dtype):
+    curvature = fitted(cast(name, HALF[dtype]))
+    for block in curvature.blocks.values():
+        for factor in block.factors:
+            assert factor.dtype in (torch.float32, torch.float64)
+        assert block.dense().dtype in (torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_sums_over_many_batches_do_not_stall(structure):
+    """A bfloat16 sum stops growing at 256 times its first term; float32 keeps 6 digits."""
+    example = cast("mlp-tanh", torch.bfloat16)
+    batch = example.batches[0]
+    once = fitted(example, [batch], hessian_structure=structure)
+    often = fitted(example, [batch] * REPEATS, hessian_structure=structure)
+    for name, block in often.blocks.items():
+        want = REPEATS * once.blocks[name].dense().double()
+        assert relative_error(block.dense().double(), want) < 1e-5
+
+
+@pytest.mark.parametrize("setting", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["mlp-regression", "deep-linear-reduce", "conv-2d-groups"])
+def test_sums_over_rows_are_not_rounded_to_half_precision(name, setting):
+    """Inputs that bfloat16 holds exactly: the input factor agrees to float32, not to 2 digits."""
+    exact = fitted(cast(name, torch.float64), kfac_approx=setting)
+    got = fitted(cast(name, torch.bfloat16), kfac_approx=setting).blocks["0.weight"].factors.input
+    # float32: a few ulp (1e-7) times the number of terms; bfloat16 would give 1e-3
+    assert relative_error(got.double(), exact.blocks["0.weight"].factors.input) < 1e-6
+
+
+def test_float32_models_agree_with_float64():
+    for name in ("mlp-tanh", "conv-2d-groups", "tokens"):
+        got, want = fitted(cast(name, torch.float32)), fitted(cast(name, torch.float64))
+        for key, block in want.blocks.items():
+            assert relative_error(got.blocks[key].dense().double(), block.dense()) < 1e-5
+
+
+def test_eigenvalues_are_float64():
+    for dtype in (torch.float32, torch.bfloat16):
+        for block in fitted(cast("mlp-tanh", dtype)).blocks.values():
+            assert block.eigenvalues().dtype == torch.float64
+
+
+def test_half_precision_overflow_is_reported_not_swallowed():
+    """float16 ends at 65504: an activation beyond it has to be an error."""
+    model = nn.Linear(2, 2).half()
+    with torch.no_grad():
+        model.weight.fill_(3e4)
+    batch = (torch.full((3, 2), 100.0).half(), torch.zeros(3).long())
+    with pytest.raises(InvalidValue, match="(?i)finite"):
+        fitted(Case(model, "classification", [batch]))
+
+
+def test_a_callers_autocast_does_not_round_the_factors():
+    """Inputs of the first layer are float32: their Gram matrix must not be a bfloat16 product."""
+    example = cast("mlp-regression", torch.float32)
+    exact = fitted(cast("mlp-regression", torch.float64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        curvature = fitted(example)
+    for block in curvature.blocks.values():
+        assert {factor.dtype for factor in block.factors} <= {torch.float32, torch.float64}
+    got = curvature.blocks["0.weight"].factors.input
+    assert relative_error(got.double(), exact.blocks["0.weight"].factors.input) < 1e-6

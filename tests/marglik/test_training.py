@@ -1,0 +1,150 @@
+"""`marglik_training`: laplace-torch's signature and returns, built on the tuner."""
+
+import inspect
+
+import pytest
+import torch
+from cases import build
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kfac_laplace import Laplace, marglik_training
+
+# The names that laplace-torch users have in their fingers; backend belongs to laplace-torch alone.
+NAMES = (
+    "model train_loader likelihood hessian_structure optimizer_cls optimizer_kwargs scheduler_cls "
+    "scheduler_kwargs n_epochs lr_hyp prior_structure n_epochs_burnin n_hypersteps "
+    "marglik_frequency prior_prec_init sigma_noise_init temperature fix_sigma_noise progress_bar "
+    "dict_key_y"
+).split()
+
+
+def test_signature():
+    parameters = inspect.signature(marglik_training).parameters
+    assert set(NAMES) <= set(parameters)
+    assert {"kfac_approx", "fisher"} <= set(parameters)
+    assert list(parameters)[:4] == NAMES[:4]
+    defaults = {name: parameters[name].default for name in NAMES[2:4]}
+    assert defaults == {"likelihood": "classification", "hessian_structure": "kron"}
+
+
+def loader_of(case):
+    return DataLoader(TensorDataset(case.x, case.y), batch_size=4)
+
+
+def run(name, **options):
+    case = build(name)
+    options = {"n_epochs": 6, "optimizer_kwargs": {"lr": 0.01}} | options
+    return case, marglik_training(case.model, loader_of(case), case.likelihood, **options)
+
+
+@pytest.mark.parametrize("name", ["mlp-tanh", "mlp-regression", "cnn"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_returns(name, structure):
+    case, (la, model, margliks, losses) = run(name, hessian_structure=structure)
+    assert isinstance(la, Laplace) and isinstance(model, nn.Module)
+    assert len(losses) == 6 and all(isinstance(float(loss), float) for loss in losses)
+    assert losses[-1] < losses[0]
+    assert len(margliks) >= 6
+    # negative log evidences; the returned posterior is that of the best weights seen
+    assert -float(la.log_marginal_likelihood()) <= min(float(m) for m in margliks) + 1e-6
+    assert torch.isfinite(la.prior_precision).all()
+    assert la.n_data == 7
+
+
+def test_returned_posterior_is_at_the_returned_models_weights():
+    case, (la, model, _, _) = run("mlp-tanh")
+    again = Laplace(model, "classification").fit(loader_of(case))
+    got = again.log_marginal_likelihood(prior_precision=la.prior_precision.detach())
+    torch.testing.assert_close(got, la.log_marginal_likelihood())
+
+
+def test_hyperparameters_are_tuned_after_the_burn_in_only():
+    _, (la, _, margliks, _) = run("mlp-tanh", n_epochs_burnin=100, prior_prec_init=2.0)
+    torch.testing.assert_close(
+        la.prior_precision.detach(), torch.full_like(la.prior_precision.detach(), 2.0)
+    )
+    assert margliks == []
+    _, (la, _, margliks, _) = run("mlp-tanh", n_epochs_burnin=2, prior_prec_init=2.0)
+    assert len(margliks) > 0 and not torch.allclose(
+        la.prior_precision.detach(), torch.full_like(la.prior_precision.detach(), 2.0)
+    )
+
+
+def test_fixed_noise_stays_and_free_noise_moves():
+    _, (fixed, *_) = run("mlp-regression", sigma_noise_init=0.5, fix_sigma_noise=True)
+    assert float(fixed.sigma_noise) == pytest.approx(0.5, abs=1e-12)
+    _, (free, *_) = run("mlp-regression", sigma_noise_init=0.5)
+    assert float(free.sigma_noise) != pytest.approx(0.5, abs=1e-3)
+
+
+def test_the_callers_options_are_not_written_to():
+    options = {"lr": 0.01, "betas": (0.8, 0.9)}
+    schedule = {"step_size": 2}
+    run(
+        "mlp-tanh",
+        optimizer_kwargs=options,
+        scheduler_cls=torch.optim.lr_scheduler.StepLR,
+        scheduler_kwargs=schedule,
+    )
+    assert options == {"lr": 0.01, "betas": (0.8, 0.9)} and schedule == {"step_size": 2}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_as_it_was(training):
+    case = build("mlp-tanh")
+    case.model.train(training)
+    marglik_training(case.model, loader_of(case), "classification", n_epochs=3)
+    assert case.model.training is training
+
+
+def test_weight_decay_is_refused_because_the_prior_is_the_weight_decay():
+    """laplace-torch overwrites the caller's dictionary instead."""
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    try:
+        run("mlp-tanh", optimizer_kwargs=options)
+    except ValueError as error:
+        assert "weight_decay" in str(error)
+    assert options == {"lr": 0.01, "weight_decay": 0.1}
+
+
+def test_optimiser_class_and_schedule_are_used():
+    """SGD with a zero learning rate leaves the weights; the scheduler steps once a batch."""
+    steps = []
+
+    class Counting(torch.optim.lr_scheduler.LambdaLR):
+        def step(self, *args):
+            steps.append(1)
+            super().step(*args)
+
+    case = build("mlp-tanh")
+    before = [p.detach().clone() for p in case.model.parameters()]
+    marglik_training(
+        case.model,
+        loader_of(case),
+        "classification",
+        optimizer_cls=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.0},
+        scheduler_cls=Counting,
+        scheduler_kwargs={"lr_lambda": lambda _: 1.0},
+        n_epochs=3,
+    )
+    for p, b in zip(case.model.parameters(), before, strict=True):
+        assert torch.equal(p, b)
+    assert len(steps) - 1 == 3 * 2  # the constructor steps once
+
+
+@pytest.mark.parametrize("setting", ["expand", "reduce"])
+def test_kfac_approx_and_fisher_reach_the_curvature(setting):
+    _, (la, *_) = run("cnn", kfac_approx=setting, fisher="mc", n_epochs=2)
+    assert set(la.curvature.settings.values()) == {setting}
+
+
+def test_global_rng_drives_only_the_callers_loader():
+    """Two runs from the same weights and seed agree."""
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        _, (la, *_) = run("mlp-tanh")
+        results.append(la.log_marginal_likelihood().detach())
+    assert torch.equal(*results)
