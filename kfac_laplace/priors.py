@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.forward import outside_inference
 from kfac_laplace.curvature.layout import Layout
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidType, InvalidValue
 
 Structure = Literal["layerwise", "scalar", "diag"]
 STRUCTURES = ("layerwise", "scalar", "diag")
@@ -118,10 +119,25 @@ def check_sharing(sharing: str, hessian_structure: str) -> None:
 
 def positive(value: object, where: str, device: torch.device | None = None) -> Tensor:
     """A hyperparameter as a float64 tensor that keeps its graph, checked to be positive."""
-    tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+    tensor = real(value, where, device)
     inside = tensor.detach()
-    if inside.numel() == 0 or not bool((torch.isfinite(inside) & (inside > 0)).all()):
+    if inside.numel() == 0 or not bool((inside > 0).all()):
         raise InvalidValue(
             "must be positive and finite", where=where, got=value, remedy="Pass a positive number"
         )
+    return tensor
+
+
+def real(value: object, where: str, device: torch.device | None = None) -> Tensor:
+    """A finite float64 tensor that keeps its graph, usable inside and outside inference mode."""
+    try:
+        with torch.inference_mode(False):
+            tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+            tensor = outside_inference(tensor)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidType(
+            "not a number or tensor", where=where, got=repr(value), remedy="Pass a real number"
+        ) from error
+    if not bool(torch.isfinite(tensor.detach()).all()):
+        raise InvalidValue("must be positive and finite", where=where, got=value)
     return tensor

@@ -59,8 +59,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
+    fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
+        # The fused attention of evaluation mode has no derivative.
+        torch.backends.mha.set_fastpath_enabled(False)
         with (
             torch.random.fork_rng(devices=devices),
             torch.inference_mode(False),
@@ -68,6 +71,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         ):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, training in modes.items():
             module.training = training
 
@@ -87,15 +91,35 @@ def split_batch(batch: Any, key_y: str) -> tuple[Any, Tensor]:
                 got=sorted(map(str, batch)),
                 remedy="Name the entry with dict_key_y",
             )
-        return {key: value for key, value in batch.items() if key != key_y}, batch[key_y]
+        x = {key: value for key, value in batch.items() if key != key_y}
+        return x, _target(batch[key_y])
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
-        return batch[0], batch[1]
+        return batch[0], _target(batch[1])
     raise InvalidType(
         "a batch is a pair (x, y) or a mapping with targets",
         where="train_loader",
         got=type(batch).__name__,
         remedy="Wrap the loader so that it yields pairs",
     )
+
+
+def _target(y: Any) -> Tensor:
+    if not isinstance(y, Tensor):
+        raise InvalidType(
+            "targets must be a tensor",
+            where="target",
+            got=type(y).__name__,
+            remedy="Collate them with torch.tensor",
+        )
+    return outside_inference(y)
+
+
+def outside_inference(tensor: Tensor) -> Tensor:
+    """A tensor that a backward pass may save: a copy of one made in inference mode."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 class Batch:
@@ -108,7 +132,9 @@ class Batch:
 
     def __init__(self, x: Any, device: torch.device):
         leaves, self._tree = tree_flatten(dict(x) if isinstance(x, Mapping) else x)
-        self._leaves = [v.to(device) if isinstance(v, Tensor) else v for v in leaves]
+        self._leaves = [
+            outside_inference(v).to(device) if isinstance(v, Tensor) else v for v in leaves
+        ]
         self._device = device
         sizes = [v.shape[0] for v in self._leaves if isinstance(v, Tensor) and v.ndim]
         if not sizes:
@@ -135,6 +161,13 @@ class Batch:
         if isinstance(x, dict):
             return (), x
         return (tuple(x) if isinstance(x, tuple | list) else (x,)), {}
+
+    def select(self, examples: Tensor) -> "Batch":
+        """The examples of the given indices."""
+        return Batch(
+            self._rebuild([tensor[examples.to(tensor.device)] for tensor in self.by_example]),
+            self._device,
+        )
 
     def split(self, step: int) -> "Iterator[Batch]":
         """The batch in pieces of at most `step` examples."""

@@ -25,7 +25,7 @@ from kfac_laplace.curvature.layout import Layout, flat_layout
 from kfac_laplace.curvature.network import GRADIENT_BUDGET, Network, Pass
 from kfac_laplace.curvature.precision import without_autocast
 from kfac_laplace.curvature.sharing import KfacApprox, check_kfac_approx, resolve_settings
-from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
+from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood, check_finite
 
 log = logging.getLogger("kfac_laplace")
@@ -116,6 +116,13 @@ class Curvature:
         Raises:
             InvalidValue: the loader is empty, or a batch is bad. Batches before it stay counted.
         """
+        if not isinstance(loader, Iterable):
+            raise InvalidType(
+                "not an iterable of batches",
+                where="train_loader",
+                got=type(loader).__name__,
+                remedy="Pass a DataLoader or a list of batches",
+            )
         batches = 0
         for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):
             self.accumulate(*split_batch(batch, key_y))

@@ -11,7 +11,7 @@ from torch import Tensor
 from kfac_laplace.curvature.layers.registry import Inputs, Ones, WithOne
 from kfac_laplace.curvature.layout import Layout, flat_layout
 from kfac_laplace.curvature.tape import Recording, Use
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidType, InvalidValue
 
 Subset = str | Sequence[str]
 Role = Literal["joint", "weight", "bias", "generic"]
@@ -75,6 +75,13 @@ def select_parameters(
                 remedy="Choose 'all', 'last_layer' or a list of parameter-name patterns",
             )
         return list(trainable)
+    if not isinstance(subset, Sequence) or not all(isinstance(p, str) for p in subset):
+        raise InvalidType(
+            "not a subset",
+            where="subset_of_weights",
+            got=repr(subset),
+            remedy="Choose 'all', 'last_layer' or a list of parameter-name patterns",
+        )
     for pattern in subset:
         if not any(fnmatchcase(name, pattern) for name in shapes):
             raise InvalidValue(

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kfac_laplace.demo import metrics
 from kfac_laplace.demo.data import digits
-from kfac_laplace.demo.methods import METHODS, Problem
+from kfac_laplace.demo.methods import METHODS, Answer, Method, Problem
 from kfac_laplace.demo.settings import Settings
+from kfac_laplace.demo.timing import Stopwatch
 from kfac_laplace.demo.training import Fit
 
 CHUNK = 256  # inputs in one call of a predictive
@@ -80,3 +83,35 @@ def classification(settings: Settings) -> Iterator[Result]:
                     fits[method.train] = method.train(problem)
                 yield measure(method, fits[method.train], problem)
                 bar.update()
+
+
+def measure(method: Method, fit: Fit, problem: Problem) -> Result:
+    """Predict the test images and the patches, and score the predictions."""
+    answer = method.answer(fit, problem)
+    test, ood = problem.data.test, problem.data.ood
+    clock = Stopwatch(test.x)
+    probs, ood_probs = in_chunks(answer, test.x), in_chunks(answer, ood)
+    predict_seconds = clock()
+    outcome = Outcome(
+        model=problem.name,
+        method=method.name,
+        seed=problem.seed,
+        accuracy=metrics.accuracy(probs, test.y),
+        nll=metrics.nll(probs, test.y),
+        ece=metrics.ece(probs, test.y),
+        brier=metrics.brier(probs, test.y),
+        ood_auroc=metrics.ood_auroc(probs, ood_probs),
+        log_evidence=answer.log_evidence,
+        seconds=fit.seconds + answer.seconds,
+        curvature_seconds=fit.curvature_seconds + answer.curvature_seconds,
+        predict_seconds=predict_seconds,
+        training_runs=fit.runs,
+        weight_decay=fit.weight_decay,
+        posterior_scale=answer.posterior_scale,
+    )
+    return Result(outcome, probs.cpu(), test.y.cpu(), fit)
+
+
+def in_chunks(answer: Answer, x: Tensor) -> Tensor:
+    """Probabilities (n, c) for inputs (n, ...), a few hundred at a time."""
+    return torch.cat([answer.predict(chunk).detach() for chunk in x.split(CHUNK)])

@@ -39,12 +39,14 @@ class Answer:
         log_evidence: log marginal likelihood of the training data, in nats.
         seconds: wall-clock time of the posterior; training and predicting not included.
         curvature_seconds: the part of `seconds` that went into curvature.
+        posterior_scale: factor on the predictive covariance; None for a point estimate.
     """
 
     predict: Callable[[Tensor], Tensor]
     log_evidence: float
     seconds: float = 0.0
     curvature_seconds: float = 0.0
+    posterior_scale: float | None = None
 
 
 # ---------------------------------------------------------------- ways to train
@@ -146,7 +148,7 @@ def calibrated(fit: Fit, problem: Problem) -> Answer:
     curvature = clock()
     la.calibrate(in_order(problem))
     seconds = clock()
-    return Answer(la, float(la.log_marginal_likelihood()), seconds, curvature)
+    return Answer(la, float(la.log_marginal_likelihood()), seconds, curvature, float(la.posterior_scale))
 
 
 def post_hoc(hessian_structure: str, kfac_approx: str) -> Callable[[Fit, Problem], Answer]:
@@ -163,7 +165,7 @@ def post_hoc(hessian_structure: str, kfac_approx: str) -> Callable[[Fit, Problem
         curvature = clock()
         la.optimize_prior()
         seconds = clock()
-        return Answer(la, float(la.log_marginal_likelihood()), seconds, curvature)
+        return Answer(la, float(la.log_marginal_likelihood()), seconds, curvature, float(la.posterior_scale))
 
     return answer
 

@@ -108,8 +108,7 @@ def marglik_training(
         n_hypersteps=n_hypersteps,
         lr_hyp=lr_hyp,
     )
-    if tuner.hyperparameters()["prior_precision"].numel() > 1:
-        tuner.prepare(train_loader)
+    tuner.prepare(train_loader)
     optimiser = optimizer_cls([p for p in model.parameters() if p.requires_grad], **options)
     scheduler = scheduler_cls(optimiser, **(scheduler_kwargs or {})) if scheduler_cls else None
     modes = {module: module.training for module in model.modules()}
@@ -153,11 +152,11 @@ def _train_epoch(
             raise InvalidValue(
                 "non-finite training loss",
                 where="marglik_training",
-                got=float(loss),
+                got=float(loss.detach()),
                 remedy="Lower the learning rate; the weights are those of the last finite step",
             )
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         if scheduler is not None:
             scheduler.step()

@@ -6,7 +6,7 @@ every few epochs, one curvature pass and some steps on log δ and log σ.
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.curvature.state import groups_from_plain, groups_to_plain
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
-from kfac_laplace.posterior.evidence import LogHyperparameters, mackay_step
+from kfac_laplace.posterior.evidence import FixedPoint, LogHyperparameters
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 from kfac_laplace.posterior.laplace import Laplace
-from kfac_laplace.priors import PriorStructure
+from kfac_laplace.posterior.state import refusing_damage
+from kfac_laplace.priors import PriorStructure, positive
 from kfac_laplace.priors import Structure as Sharing
 
 METHODS = ("marglik", "mackay")
@@ -184,11 +185,14 @@ class MarglikTuner:
         mean = torch.as_tensor(self._options["prior_mean"], device=self._network.device)
         delta = self._hyper.prior_precision
         if self._prior is None:
-            if delta.numel() > 1 or mean.numel() > 1:
+            options = self._options
+            partial = options["subset_of_weights"] == "last_layer"
+            partial |= options["uncovered"] == "freeze"
+            if delta.numel() > 1 or mean.numel() > 1 or partial:
                 raise InvalidValue(
-                    "which entry belongs to which layer shows only when the model is used",
+                    "which parameters belong to which precision shows only when the model is used",
                     where="prior_precision",
-                    got=f"{delta.numel()} precisions before the first batch was seen",
+                    got="a loss before the first batch was seen",
                     remedy="Call tuner.prepare(loader) once before training",
                 )
             squares = [(p - mean.to(p.dtype)).square().sum() for p in params.values()]
@@ -208,7 +212,8 @@ class MarglikTuner:
     def prepare(self, loader: Iterable[Any]) -> None:
         """Learn the groups of parameters from a loader's first batch, before the first round.
 
-        Needed only where `prior_precision` has several entries from the start.
+        Needed only where the loss cannot know before it which precision pulls which parameter:
+        several initial precisions or means, "last_layer", or uncovered="freeze".
         """
         self._learn_groups(self._blank().curvature.fit([next(iter(loader))], key_y=self._key_y))
 
@@ -280,29 +285,31 @@ class MarglikTuner:
         if self._network.device.type == "cuda":
             torch.cuda.synchronize(self._network.device)
 
-    def _learn_groups(self, curvature: Curvature) -> None:
+    def _prior_of(self, curvature: Curvature) -> PriorStructure:
         layouts = {group.name: group.layout for group in curvature.groups}
-        self._network = curvature.network
-        self._prior = PriorStructure(self._options["prior_structure"], layouts, curvature.params)
+        return PriorStructure(self._options["prior_structure"], layouts, curvature.params)
+
+    def _learn_groups(self, curvature: Curvature) -> None:
+        self._network, self._prior = curvature.network, self._prior_of(curvature)
 
     def _improved(self, posterior: Posterior) -> tuple[Hyperparameters, dict[str, Any] | None]:
         """The hyperparameters after this round's steps, and Adam's state after them."""
         if self.method == "mackay":
-            hyper = posterior.hyperparameters.detached()
             with torch.no_grad():
+                place = FixedPoint(posterior, self._with_noise)
                 for _ in range(self.n_hypersteps):
-                    hyper = mackay_step(posterior.at(hyper), self._with_noise)
-            return hyper, None
+                    place = place.next()
+            return place.posterior.hyperparameters, None
         free = LogHyperparameters(
             posterior.hyperparameters, posterior.prior.length, self._with_noise
         )
         adam = torch.optim.Adam(free.leaves, lr=self.lr_hyp)
         if self._adam is not None:
             adam.load_state_dict(self._adam)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             for _ in range(self.n_hypersteps):
                 adam.zero_grad()
-                (-posterior.at(free.value()).log_marginal_likelihood).backward()  # type: ignore[no-untyped-call]
+                (-posterior.at(free.value()).log_marginal_likelihood).backward()
                 adam.step()
         return free.value().detached(), adam.state_dict()
 
@@ -352,15 +359,19 @@ class MarglikTuner:
                 remedy="Pass what state_dict() made",
             )
         curvature = self._blank().curvature
-        if state["groups"] is not None:
-            groups_from_plain(state["groups"], curvature)
-            self._learn_groups(curvature)
         device = curvature.network.device
-        hyper = Hyperparameters(**state["hyperparameters"])
-        self._hyper = Hyperparameters(
-            hyper.prior_precision.to(device),
-            hyper.sigma_noise.to(device),
-            hyper.temperature.to(device),
-        )
-        self._adam, self._epoch = state["adam"], state["epoch"]
-        self.history = [replace(Record(**record)) for record in state["history"]]
+        with refusing_damage():
+            stored = state["hyperparameters"]
+            hyper = Hyperparameters(
+                positive(stored["prior_precision"], "prior_precision", device),
+                positive(stored["sigma_noise"], "sigma_noise", device),
+                positive(stored["temperature"], "temperature", device),
+            )
+            history = [Record(**record) for record in state["history"]]
+            epoch = int(state["epoch"])
+            if state["groups"] is not None:
+                groups_from_plain(state["groups"], curvature)
+                self._prior_of(curvature).full(hyper.prior_precision)
+        if state["groups"] is not None:
+            self._learn_groups(curvature)
+        self._hyper, self._adam, self._epoch, self.history = hyper, state["adam"], epoch, history

@@ -1,13 +1,11 @@
 """Evidence maximisation on cached eigenvalues: by gradient, and MacKay's fixed point."""
 
 import logging
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kfac_laplace.likelihoods import Gaussian
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 
 log = logging.getLogger("kfac_laplace")
@@ -40,9 +38,10 @@ class LogHyperparameters:
     """
 
     def __init__(self, start: Hyperparameters, length: int, with_noise: bool):
-        delta = start.prior_precision.detach().reshape(-1).expand(length)
-        self.log_delta = delta.log().clone().requires_grad_()
-        self.log_sigma = start.sigma_noise.detach().log().clone().requires_grad_(with_noise)
+        with torch.inference_mode(False):
+            delta = start.prior_precision.detach().reshape(-1).expand(length)
+            self.log_delta = delta.log().clone().requires_grad_()
+            self.log_sigma = start.sigma_noise.detach().log().clone().requires_grad_(with_noise)
         self.temperature = start.temperature.detach()
 
     @property
@@ -84,7 +83,7 @@ def maximise(
         loss.backward()
         return loss
 
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         optimiser.step(closure)
         final = -closure().detach()
     slope = max(float(leaf.grad.abs().max()) for leaf in free.leaves if leaf.grad is not None)
@@ -97,7 +96,7 @@ def maximise(
 def mackay(
     posterior: Posterior, *, fix_sigma_noise: bool, n_steps: int, tolerance: float
 ) -> Optimum:
-    """MacKay's fixed point: δ ← γ/‖θ* − μ‖² for each shared precision, σ² ← RSS/(N C − γ).
+    """MacKay's fixed point: δ ← γ/‖θ* − μ‖² for each shared precision, σ² ← RSS/(N C − T γ).
 
     γ = Σ τμλ/(τμλ + δ) counts the directions that the data determine; no learning rate.
 
@@ -105,48 +104,80 @@ def mackay(
         posterior: start, with cached eigenvalues; no data pass is made.
         fix_sigma_noise: keep σ.
         n_steps: most iterations.
-        tolerance: converged once no log δ or log σ moves by more.
+        tolerance: converged once every component of the gradient is below it, in nats per unit of
+            log δ or log σ.
     """
-    hyper = posterior.hyperparameters.detached()
     noise = posterior.curvature.likelihood.has_noise and not fix_sigma_noise
-    hyper = Hyperparameters(
-        posterior.prior.full(hyper.prior_precision).clone(), hyper.sigma_noise, hyper.temperature
-    )
-    converged, step, moved = False, 0, math.inf
     with torch.no_grad():
-        while step < n_steps and not converged:
+        step, here = 0, FixedPoint(posterior, noise)
+        while step < n_steps and here.slope > tolerance:
             step += 1
-            updated = mackay_step(posterior.at(hyper), noise)
-            moved = float((updated.prior_precision / hyper.prior_precision).log().abs().max())
-            moved = max(moved, abs(float((updated.sigma_noise / hyper.sigma_noise).log())))
-            hyper = updated
-            converged = moved <= tolerance
-        evidence = float(posterior.at(hyper).log_marginal_likelihood)
-    return _report(Optimum(hyper, evidence, converged, step), moved)
+            before, here = here, here.next()
+            if here is before:  # no step climbs: as far as the arithmetic goes
+                break
+    hyper = here.posterior.hyperparameters
+    return _report(Optimum(hyper, here.evidence, here.slope <= tolerance, step), here.slope)
 
 
-def mackay_step(posterior: Posterior, noise: bool) -> Hyperparameters:
-    """One update of δ, and of σ where it is free.
+class FixedPoint:
+    """One place on MacKay's way, with the evidence and its gradient there.
 
     Args:
         posterior: at the present hyperparameters.
         noise: whether σ is free.
     """
-    hyper = posterior.hyperparameters
-    dimensions = posterior.effective_dimensions()
-    gamma = _shared(posterior, dimensions)
-    squares = _shared(posterior, posterior.squared_deviations)
-    # θ = μ exactly asks for δ → ∞: stay at the largest finite step instead of dividing by zero.
-    tiny = torch.finfo(squares.dtype).tiny
-    delta = gamma.clamp_min(tiny) / squares.clamp_min(tiny)
-    factor = (delta / hyper.prior_precision).clamp(1e-3, 1e3)
-    sigma = hyper.sigma_noise
-    if noise:
-        curvature = posterior.curvature
-        assert isinstance(curvature.likelihood, Gaussian)
-        free = (curvature.n_outputs - hyper.temperature * gamma.sum()).clamp_min(1.0)
-        sigma = (curvature.statistic / free).sqrt()
-    return Hyperparameters(hyper.prior_precision * factor, sigma, hyper.temperature)
+
+    def __init__(self, posterior: Posterior, noise: bool):
+        hyper = posterior.hyperparameters.detached()
+        delta = posterior.prior.full(hyper.prior_precision)
+        self.posterior = posterior.at(replace(hyper, prior_precision=delta))
+        self.noise = noise
+        self.evidence = float(self.posterior.log_marginal_likelihood)
+        self._gamma = _shared(posterior, self.posterior.effective_dimensions())
+        self._squares = _shared(posterior, posterior.squared_deviations)
+
+    @property
+    def _free_outputs(self) -> Tensor:
+        """N C − T γ, the outputs that the noise has to explain."""
+        hyper = self.posterior.hyperparameters
+        return self.posterior.curvature.n_outputs - hyper.temperature * self._gamma.sum()
+
+    @property
+    def slope(self) -> float:
+        """Largest component of the evidence's gradient in log δ and log σ."""
+        hyper = self.posterior.hyperparameters
+        slopes = 0.5 * (self._gamma - hyper.prior_precision * self._squares).abs()
+        if not self.noise:
+            return float(slopes.max())
+        statistic = self.posterior.curvature.statistic
+        by_sigma = (statistic / hyper.sigma_noise**2 - self._free_outputs) / hyper.temperature
+        return max(float(slopes.max()), abs(float(by_sigma)))
+
+    def next(self) -> "FixedPoint":
+        """The next place: the fixed-point step, shortened until the evidence does not fall.
+
+        Each coordinate moves along its gradient, so a short enough step climbs.
+        """
+        hyper = self.posterior.hyperparameters
+        tiny = torch.finfo(torch.float64).tiny
+        # γ = 0 or θ = μ ask for δ → 0 or ∞: a factor of 1000 a step is the way there.
+        target = self._gamma.clamp_min(tiny) / self._squares.clamp_min(tiny)
+        log_delta = (target / hyper.prior_precision).clamp(1e-3, 1e3).log()
+        log_sigma = torch.zeros_like(hyper.sigma_noise)
+        if self.noise:
+            variance = self.posterior.curvature.statistic / self._free_outputs.clamp_min(tiny)
+            log_sigma = 0.5 * (variance / hyper.sigma_noise**2).clamp(1e-6, 1e6).log()
+        length = 1.0
+        while True:
+            moved = Hyperparameters(
+                hyper.prior_precision * (length * log_delta).exp(),
+                hyper.sigma_noise * (length * log_sigma).exp(),
+                hyper.temperature,
+            )
+            there = FixedPoint(self.posterior.at(moved), self.noise)
+            if there.evidence >= self.evidence or length < 1e-6:
+                return there if there.evidence >= self.evidence else self
+            length /= 2
 
 
 def _shared(posterior: Posterior, matrices: dict[str, Tensor]) -> Tensor:

@@ -148,6 +148,16 @@ class Posterior:
         found = {name: normal.effective_dimensions() for name, normal in self.blocks.items()}
         return self.prior.pack(found["full"][0, 0]) if "full" in found else found
 
+    def with_temperature(self, temperature: Tensor) -> "Posterior":
+        """The same posterior at another T."""
+        return self.at(replace(self.hyperparameters.detached(), temperature=temperature))
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The mode in the model's own precision."""
+        live = self.curvature.network.live_parameters()
+        return {name: value.to(live[name].dtype) for name, value in self.mode.items()}
+
     def deviations(self, n: int, generator: Generator) -> dict[str, Tensor]:
         """Draws of θ − θ* by parameter name, shape (n, *shape), float64.
 

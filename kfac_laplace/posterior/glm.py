@@ -6,12 +6,11 @@ of inputs at a time.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.forward import undisturbed
+from kfac_laplace.curvature.forward import Batch, undisturbed
 from kfac_laplace.curvature.network import Pass
 from kfac_laplace.curvature.sums import flat_gradients
 from kfac_laplace.posterior.gaussian import Posterior
@@ -47,12 +46,12 @@ class OutputGaussian:
         return OutputGaussian(self.mean.double(), self.covariance.double(), self.shape)
 
 
-def output_gaussian(posterior: Posterior, x: Any) -> OutputGaussian:
+def output_gaussian(posterior: Posterior, batch: Batch) -> OutputGaussian:
     """Mean and covariance of the outputs, each input on its own [REDUX21].
 
     Args:
         posterior: the posterior; the model runs at its mode, whatever its weights are now.
-        x: inputs as `fit` takes them.
+        batch: the inputs.
     """
     curvature = posterior.curvature
     network = curvature.network
@@ -60,8 +59,8 @@ def output_gaussian(posterior: Posterior, x: Any) -> OutputGaussian:
     step = max(1, ROW_BUDGET // (outputs * network.row_entries))
     with undisturbed(network.model):
         parts = [
-            _chunk(posterior, network.run(batch, _parameters(posterior)))
-            for batch in network.batch(x).split(step)
+            _chunk(posterior, network.run(piece, posterior.parameters))
+            for piece in batch.split(step)
         ]
     return OutputGaussian(
         torch.cat([part.mean for part in parts]),
@@ -70,22 +69,20 @@ def output_gaussian(posterior: Posterior, x: Any) -> OutputGaussian:
     )
 
 
-def joint_covariance(posterior: Posterior, x: Any) -> Tensor:
-    """Covariance of all outputs at all inputs together, shape (n k, n k)."""
+def output_features(posterior: Posterior, batch: Batch) -> list[Tensor]:
+    """Features φ (n k, d), one matrix a block, whose φ φᵀ add up to the covariance of all outputs.
+
+    Args:
+        posterior: the posterior.
+        batch: the inputs.
+    """
     network = posterior.curvature.network
     with undisturbed(network.model):
-        passed = network.run(network.batch(x), _parameters(posterior))
-        total: Tensor = torch.zeros((), dtype=passed.outputs.dtype, device=passed.outputs.device)
-        for normal, gradients in _matrices(posterior, passed):
-            features = normal.features(gradients).movedim(1, 0).flatten(0, 1)  # (n k, d)
-            total = total + features @ features.mT
-    return total
-
-
-def _parameters(posterior: Posterior) -> dict[str, Tensor]:
-    """The mode in the model's own precision."""
-    live = posterior.curvature.network.live_parameters()
-    return {name: value.to(live[name].dtype) for name, value in posterior.mode.items()}
+        passed = network.run(batch, posterior.parameters)
+        return [
+            normal.features(gradients).movedim(1, 0).flatten(0, 1)
+            for normal, gradients in _matrices(posterior, passed)
+        ]
 
 
 def _chunk(posterior: Posterior, passed: Pass) -> OutputGaussian:
@@ -123,7 +120,10 @@ def _matrices(posterior: Posterior, passed: Pass) -> Iterator[tuple[BlockNormal,
         return
     for group in groups:
         gradients = passed.gradients([group], rows, generic)
-        if gradients:
+        if not gradients:  # the outputs do not depend on this group
+            empty = f.new_zeros(f[0].numel(), passed.n, *group.layout.matrix)
+            yield normals[group.name], empty
+        else:
             yield normals[group.name], group.layout.pack(gradients)
 
 

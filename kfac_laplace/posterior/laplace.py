@@ -19,14 +19,12 @@ from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Gaussian, Likelihood
 from kfac_laplace.posterior import calibration, evidence, state
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
-from kfac_laplace.posterior.glm import joint_covariance, output_gaussian
-from kfac_laplace.posterior.links import activation, sample_outputs
-from kfac_laplace.posterior.predictive import Predictive, check_link, from_samples, restore
-from kfac_laplace.posterior.sampling import linearised_samples, network_samples
-from kfac_laplace.priors import PriorStructure, check_sharing, positive
+from kfac_laplace.posterior.held_out import validation_points
+from kfac_laplace.posterior.leave_one_out import leave_one_out_points
+from kfac_laplace.posterior.predictive import Predictive
+from kfac_laplace.posterior.predictor import Predictor
+from kfac_laplace.priors import PriorStructure, check_sharing, positive, real
 from kfac_laplace.priors import Structure as Sharing
-
-SAMPLERS = {"linear": linearised_samples, "nn": network_samples, "glm": linearised_samples}
 
 
 class Laplace:
@@ -89,6 +87,7 @@ class Laplace:
         self.curvature = self._new_curvature()
         self.prior_structure = prior_structure
         self.prior_mean = prior_mean
+        real(prior_mean, "prior_mean")
         self.seed = seed
         self.dict_key_y = dict_key_y
         device = self.curvature.network.device
@@ -136,7 +135,8 @@ class Laplace:
             curvature.generator.set_state(self.curvature.generator.get_state())
         curvature.fit(train_loader, key_y=self.dict_key_y, progress=progress_bar)
         live = curvature.network.live_parameters()
-        mode = {name: live[name].detach().double().clone() for name in curvature.params}
+        with torch.inference_mode(False):
+            mode = {name: live[name].detach().double().clone() for name in curvature.params}
         self._adopt(curvature, mode, self._hyper)
         self._loaders = [train_loader] if override else [*self._loaders, train_loader]
         return self
@@ -146,7 +146,7 @@ class Laplace:
         layouts = {group.name: group.layout for group in curvature.groups}
         prior = PriorStructure(self.prior_structure, layouts, curvature.params)
         device = curvature.network.device
-        mean = torch.as_tensor(self.prior_mean, dtype=torch.float64, device=device)
+        mean = real(self.prior_mean, "prior_mean", device).detach()
         if mean.numel() not in (1, prior.size):
             raise InvalidValue(
                 f"one value or {prior.size} are needed",
@@ -201,10 +201,7 @@ class Laplace:
 
     @posterior_scale.setter
     def posterior_scale(self, value: float | Tensor) -> None:
-        scale = torch.as_tensor(value, dtype=torch.float64, device=self._scale.device).reshape(())
-        if not bool(torch.isfinite(scale)) or float(scale) < 0:
-            raise InvalidValue("must be ≥ 0 and finite", where="posterior_scale", got=value)
-        self._scale = scale.detach()
+        self._scale = _checked_scale(value, self._scale.device)
 
     @property
     def n_data(self) -> int:
@@ -332,16 +329,13 @@ class Laplace:
                 predicts a loader.
         """
         posterior = self.posterior
-        points = {
-            "loo": calibration.leave_one_out_points,
-            "validation": calibration.validation_points,
-        }
-        if method not in points:
+        methods = ("loo", "validation")
+        if method not in methods:
             raise InvalidValue(
                 "unknown method",
                 where="method",
                 got=repr(method),
-                remedy=f"Choose one of {sorted(points)}",
+                remedy=f"Choose one of {methods}",
             )
         loaders = [loader] if loader is not None else self._loaders
         if loader is None and (method == "validation" or not loaders):
@@ -352,13 +346,20 @@ class Laplace:
                 remedy="Pass the loader: held-out data for 'validation', training data for 'loo'",
             )
         batches = (batch for part in loaders for batch in part)
-        held_out = points[method](posterior, batches, self.dict_key_y)
+        if method == "loo":
+            points = leave_one_out_points(posterior, batches, self.dict_key_y, self.seed)
+        else:
+            points = validation_points(posterior, batches, self.dict_key_y)
         self.posterior_scale = calibration.best_scale(
-            self.likelihood, held_out, self.sigma_noise.detach()
+            self.likelihood, points, self.sigma_noise.detach()
         )
         return self
 
     # --- predictions -----------------------------------------------------------------------
+
+    @property
+    def _predictor(self) -> Predictor:
+        return Predictor(self.posterior, self._scale, self.seed)
 
     def __call__(
         self,
@@ -368,14 +369,14 @@ class Laplace:
         joint: bool = False,
         n_samples: int = 100,
         generator: Generator | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Any:
         """Predict at inputs x.
 
         Args:
             x: inputs as `fit` takes them.
             pred_type: "glm" (closed form), "linear" (linearised samples) or "nn" (weight samples).
             link_approx: "probit", "bridge" or "mc", for "glm" classification.
-            joint: regression with "glm": one covariance over all inputs, (N·C, N·C).
+            joint: regression with "glm": one mean (N·C,) and covariance (N·C, N·C) over all inputs.
             n_samples: samples for "mc", "linear" and "nn".
             generator: their source; by default a fresh one seeded with `seed`.
 
@@ -384,7 +385,7 @@ class Laplace:
             (N, C) and the covariance (N, C, C) without noise.
         """
         if joint:
-            return self._joint(x, pred_type)
+            return self._predictor.joint(x, pred_type)
         predictive = self.predict(x, pred_type, link_approx, n_samples, generator)
         if isinstance(self.likelihood, Gaussian):
             return predictive.mean, predictive.covariance
@@ -402,68 +403,25 @@ class Laplace:
 
         Arguments as for calling the posterior.
         """
-        check_link(link_approx)
-        _check_samples(n_samples)
-        posterior = self.posterior
-        source = generator or torch.Generator().manual_seed(self.seed)
-        axis, sigma = self.curvature.network.class_axis, self.sigma_noise.detach()
-        if pred_type != "glm":
-            samples = self._sampled_outputs(x, n_samples, pred_type, source)
-            return from_samples(self.likelihood, samples, axis, sigma)
-        outputs = output_gaussian(posterior, x)
-        covariance = outputs.by_row * self._scale.to(outputs.mean)
-        drawn = None
-        if link_approx == "mc":
-            drawn = sample_outputs(outputs.mean, covariance, n_samples, source)
-        return Predictive(
-            self.likelihood,
-            outputs.mean,
-            covariance,
-            outputs.shape,
-            axis,
-            sigma,
-            link_approx,
-            drawn,
-            self.seed,
-            n_samples,
-        )
-
-    def _joint(self, x: Any, pred_type: str) -> tuple[Tensor, Tensor]:
-        """Regression mean (N·C,) and covariance (N·C, N·C) over all inputs together."""
-        if pred_type != "glm" or not isinstance(self.likelihood, Gaussian):
-            raise InvalidValue(
-                "a joint covariance belongs to regression by 'glm'",
-                where="joint",
-                got=True,
-                remedy="Use functional_samples for joint draws of any likelihood",
-            )
-        posterior = self.posterior
-        mean = output_gaussian(posterior, x).mean.flatten()
-        covariance = joint_covariance(posterior, x)
-        return mean, covariance * self._scale.to(covariance)
+        return self._predictor.predict(x, pred_type, link_approx, n_samples, generator)
 
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """Draw n parameter vectors from N(θ*, κ P⁻¹), shape (n, P), float64.
+        """Draw parameter vectors from N(θ*, κ P⁻¹).
 
         Args:
             n: number of draws.
             generator: source of the randomness; a fresh one seeded with `seed` by default.
 
         Returns:
-            Rows in the order of `parameters_to_vector`, of the parameters in the posterior.
+            Float64 rows (n, P) in the order of `parameters_to_vector`, of the parameters in the
+            posterior.
         """
-        _check_samples(n)
-        posterior = self.posterior
-        source = generator or torch.Generator().manual_seed(self.seed)
-        drawn = posterior.deviations(n, source)
-        flat = torch.cat([drawn[name].reshape(n, -1) for name in self._mode], 1)
-        mode = torch.cat([value.flatten() for value in self._mode.values()])
-        return mode + self._scale.sqrt() * flat
+        return self._predictor.parameters(n, generator)
 
     def functional_samples(
         self, x: Any, n: int = 100, *, pred_type: str = "glm", generator: Generator | None = None
     ) -> Tensor:
-        """Draw n functions and evaluate each at all inputs, shape (n, *output shape).
+        """Draw functions and evaluate each at all inputs, shape (n, *output shape).
 
         Args:
             x: inputs as `fit` takes them.
@@ -471,9 +429,7 @@ class Laplace:
             pred_type: "glm" or "linear" for f + J(θ_s − θ*), "nn" for the network at θ_s.
             generator: source of the randomness; a fresh one seeded with `seed` by default.
         """
-        _check_samples(n)
-        source = generator or torch.Generator().manual_seed(self.seed)
-        return self._sampled_outputs(x, n, pred_type, source)
+        return self._predictor.functions(x, n, pred_type, generator)
 
     def predictive_samples(
         self, x: Any, n: int = 100, *, pred_type: str = "glm", generator: Generator | None = None
@@ -482,24 +438,7 @@ class Laplace:
 
         Arguments and shape as for `functional_samples`, from the same functions.
         """
-        source = generator or torch.Generator().manual_seed(self.seed)
-        f = self.functional_samples(x, n, pred_type=pred_type, generator=source)
-        if isinstance(self.likelihood, Gaussian):
-            noise = torch.randn(f.shape, dtype=f.dtype, generator=source, device=source.device)
-            return f + self.sigma_noise.detach().to(f) * noise.to(f.device)
-        axis = self.curvature.network.class_axis
-        aligned = self.likelihood.align(f.flatten(0, 1), axis)
-        return restore(activation(self.likelihood, aligned), f.shape[1:], axis).reshape(f.shape)
-
-    def _sampled_outputs(self, x: Any, n: int, pred_type: str, source: Generator) -> Tensor:
-        if pred_type not in SAMPLERS:
-            raise InvalidValue(
-                "unknown prediction type",
-                where="pred_type",
-                got=repr(pred_type),
-                remedy=f"Choose one of {sorted(SAMPLERS)}",
-            )
-        return SAMPLERS[pred_type](self.posterior, x, n, float(self._scale) ** 0.5, source)
+        return self._predictor.targets(x, n, pred_type, generator)
 
     # --- state -----------------------------------------------------------------------------
 
@@ -529,13 +468,20 @@ class Laplace:
                 is changed then.
         """
         state.check_state(state_dict)
-        curvature = restore_curvature(self._new_curvature(), state_dict["curvature"])
-        device = curvature.network.device
-        mode = {name: value.to(device) for name, value in state_dict["mode"].items()}
+        with state.refusing_damage():
+            curvature = restore_curvature(self._new_curvature(), state_dict["curvature"])
+            device = curvature.network.device
+            mode = {name: state_dict["mode"][name].to(device) for name in curvature.params}
+            stored = state_dict["hyperparameters"]
+            hyper = Hyperparameters(
+                positive(stored["prior_precision"], "prior_precision", device),
+                positive(stored["sigma_noise"], "sigma_noise", device),
+                positive(stored["temperature"], "temperature", device),
+            )
+            scale = _checked_scale(state_dict["posterior_scale"], device)
         state.check_weights(curvature, mode)
-        self._adopt(curvature, mode, Hyperparameters(**state_dict["hyperparameters"]))
-        self.posterior_scale = state_dict["posterior_scale"]
-        self._loaders = []
+        self._adopt(curvature, mode, hyper)
+        self._scale, self._loaders = scale, []
 
     def save(self, path: str | Path) -> None:
         """Write `state_dict()` to a file that `torch.load(weights_only=True)` reads."""
@@ -585,6 +531,9 @@ class Laplace:
             self._posterior = self.posterior.at(self._hyper)
 
 
-def _check_samples(n: int) -> None:
-    if n < 1:
-        raise InvalidValue("at least one sample is needed", where="n_samples", got=n)
+def _checked_scale(value: float | Tensor, device: torch.device) -> Tensor:
+    """κ ≥ 0, float64, shape ()."""
+    scale = real(value, "posterior_scale", device).detach()
+    if scale.numel() != 1 or float(scale) < 0:
+        raise InvalidValue("must be one number ≥ 0", where="posterior_scale", got=value)
+    return scale.reshape(())

@@ -150,14 +150,3 @@ def from_samples(
     return Predictive(
         likelihood, f.mean(0), covariance, samples.shape[1:], class_axis, sigma, samples=f
     )
-
-
-def check_link(link: str) -> None:
-    """Raise `InvalidValue` for an unknown link."""
-    if link not in links.LINKS:
-        raise InvalidValue(
-            "unknown link",
-            where="link_approx",
-            got=repr(link),
-            remedy=f"Choose one of {links.LINKS}",
-        )

@@ -27,7 +27,7 @@ def linearised_samples(
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
     """
-    model, mode = posterior.curvature.network.model, _mode(posterior)
+    model, mode = posterior.curvature.network.model, posterior.parameters
     batch = posterior.curvature.network.batch(x)
     args, kwargs = batch.arguments()
 
@@ -39,7 +39,7 @@ def linearised_samples(
         samples = []
         for deviation in _deviations(posterior, mode, n, generator):
             tangents = {name: scale * value for name, value in deviation.items()}
-            f, change = jvp(outputs, (mode,), (tangents,))
+            f, change = jvp(outputs, (mode,), (tangents,))  # type: ignore[misc]  # two without aux
             samples.append(f + change)
     return torch.stack(samples)
 
@@ -58,7 +58,7 @@ def network_samples(
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
     """
-    model, mode = posterior.curvature.network.model, _mode(posterior)
+    model, mode = posterior.curvature.network.model, posterior.parameters
     args, kwargs = posterior.curvature.network.batch(x).arguments()
     with undisturbed(model), torch.no_grad():
         samples = []
@@ -66,12 +66,6 @@ def network_samples(
             weights = {name: mode[name] + scale * value for name, value in deviation.items()}
             samples.append(as_output(functional_call(model, weights, args, kwargs)))
     return torch.stack(samples)
-
-
-def _mode(posterior: Posterior) -> dict[str, Tensor]:
-    """θ* in the model's own precision."""
-    live = posterior.curvature.network.live_parameters()
-    return {name: value.to(live[name].dtype) for name, value in posterior.mode.items()}
 
 
 def _deviations(

@@ -1,6 +1,7 @@
 """A fitted Laplace posterior as tensors and plain data, readable with `weights_only=True`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from kfac_laplace import likelihoods
 from kfac_laplace.curvature import fisher as fishers
 from kfac_laplace.curvature.ggn import Curvature
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidValue, KfacLaplaceError
 
 FORMAT = 1
 
@@ -69,6 +70,19 @@ def check_state(state: Mapping[str, Any]) -> None:
             got=state["format"],
             remedy=f"This version reads format {FORMAT}",
         )
+
+
+@contextmanager
+def refusing_damage() -> Iterator[None]:
+    """Turn what a damaged state does to its reader into `InvalidValue`."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        if isinstance(error, KfacLaplaceError):
+            raise
+        raise InvalidValue(
+            "a damaged state", where="state", got=repr(error), remedy="Save it again"
+        ) from error
 
 
 def check_weights(curvature: Curvature, mode: Mapping[str, Tensor]) -> None:

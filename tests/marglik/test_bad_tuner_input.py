@@ -6,7 +6,7 @@ from cases import build
 from laws import Untouched
 
 from kfac_laplace import KfacLaplaceError, MarglikTuner
-from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted
+from kfac_laplace.errors import InvalidType, InvalidValue
 
 
 def stepped(name="mlp-tanh"):
@@ -157,15 +157,54 @@ def test_kron_refuses_a_diagonal_prior():
         MarglikTuner(build("mlp-tanh").model, "classification", 7, prior_structure="diag")
 
 
-def test_a_count_that_contradicts_the_loader_is_reported():
-    """n_data scales the prior in the loss: 7 seen where 700 were promised is a mistake."""
+def tampered(state, change):
+    state = {**state, "hyperparameters": dict(state["hyperparameters"])}
+    change(state)
+    return state
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["hyperparameters"].update(prior_precision=torch.ones(5).double()),
+        lambda s: s["hyperparameters"].update(prior_precision=-torch.ones(2).double()),
+        lambda s: s["hyperparameters"].pop("sigma_noise"),
+        lambda s: s.update(history=[{"epoch": 1}]),
+        lambda s: s.update(groups=[{"nonsense": 1}]),
+    ],
+    ids=["length", "sign", "missing value", "record", "groups"],
+)
+def test_tampered_states(change):
+    """A file cut short or edited by hand is refused before anything of it is taken over."""
+    tuner, case = stepped()
+    other, _ = stepped()
+    other.step(case.batches)
+    before = snapshot(tuner)
+    with pytest.raises(KfacLaplaceError):
+        tuner.load_state_dict(tampered(other.state_dict(), change))
+    assert snapshot(tuner) == before
+    tuner.step(case.batches)
+
+
+def test_a_state_of_another_prior_structure():
+    tuner, _ = stepped()
     case = build("mlp-tanh")
-    tuner = MarglikTuner(case.model, "classification", 700)
-    try:
-        record = tuner.step(case.batches)
-    except KfacLaplaceError as error:
-        assert "n_data" in str(error)
-        with pytest.raises(NotFitted):
-            raise NotFitted("no record") from error
-    else:
-        assert record is not None
+    scalar = MarglikTuner(case.model, "classification", 7, prior_structure="scalar")
+    scalar.step(case.batches)
+    before = snapshot(scalar)
+    with pytest.raises(KfacLaplaceError):
+        scalar.load_state_dict(tuner.state_dict())
+    assert snapshot(scalar) == before
+
+
+def test_a_vector_of_precisions_before_the_first_batch_asks_for_prepare():
+    """Which entry belongs to which layer shows only when the model is used."""
+    case = build("mlp-tanh")
+    tuner = MarglikTuner(case.model, "classification", 7, prior_precision=torch.ones(2))
+    with pytest.raises(InvalidValue, match="prepare"):
+        tuner.loss(case.model(case.x), case.y)
+    tuner.prepare(case.batches)
+    tuner.loss(case.model(case.x), case.y)
+    wrong = MarglikTuner(case.model, "classification", 7, prior_precision=torch.ones(5))
+    with pytest.raises(InvalidValue, match="2 precisions"):
+        wrong.step(case.batches)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from cases import build
 from posterior import dense
 
-from kfac_laplace import MarglikTuner
+from kfac_laplace import Laplace, MarglikTuner
+from kfac_laplace.errors import InvalidValue
 
 NAMES = ("mlp-tanh", "mlp-regression", "mlp-binary", "tokens", "tokens-regression", "vit")
 
@@ -95,6 +96,7 @@ def test_hyperparameters_are_detached():
 def test_layerwise_precisions_pull_each_layer_on_its_own():
     case = build("mlp-tanh")
     tuner = tuner_of(case, prior_precision=torch.tensor([0.5, 8.0]))
+    tuner.prepare(case.batches)  # which layer is first shows only in use
     loss = tuner.loss(case.model(case.x), case.y)
     nll = F.cross_entropy(case.model(case.x), case.y)
     squares = [sum(p.square().sum() for p in case.model[i].parameters()) for i in (0, 2)]
@@ -132,3 +134,41 @@ def test_single_precision_models_get_a_single_precision_loss():
     tuner = MarglikTuner(case.model.float(), "classification", 7)
     loss = tuner.loss(case.model(case.x.float()), case.y)
     assert loss.dtype == torch.float32 and loss.shape == ()
+
+
+PARTS = {
+    "last layer": ({"subset_of_weights": "last_layer"}, ("head.",)),
+    "globs": ({"subset_of_weights": ["mlp.*"]}, ("mlp.",)),
+    "freeze": ({"uncovered": "freeze"}, ("patch.", "attention.", "mlp.", "head.")),
+}
+
+
+@pytest.mark.parametrize(("options", "inside"), PARTS.values(), ids=PARTS.keys())
+def test_only_parameters_of_the_posterior_are_pulled(options, inside):
+    """The loss has the scatter of the posterior that will be fitted."""
+    case = build("vit")
+    tuner = tuner_of(case, prior_precision=3.0, **options)
+    tuner.prepare(case.batches)
+    squares = sum(
+        p.square().sum() for name, p in case.model.named_parameters() if name.startswith(inside)
+    )
+    la = Laplace(case.model, "classification", prior_precision=3.0, **options).fit(case.batches)
+    torch.testing.assert_close(la.scatter, 3 * squares.detach())
+    expected = F.cross_entropy(case.model(case.x), case.y) + 3 * squares / 14
+    torch.testing.assert_close(tuner.loss(case.model(case.x), case.y), expected)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_first_epoch_pulls_the_same_parameters_or_asks_for_prepare(part):
+    """Which layer is last, or uncovered, shows only in use: an error, never another loss."""
+    case, (options, _) = build("vit"), PARTS[part]
+    prepared, fresh = tuner_of(case, **options), tuner_of(case, **options)
+    prepared.prepare(case.batches)
+    output = case.model(case.x)
+    if part == "globs":
+        torch.testing.assert_close(fresh.loss(output, case.y), prepared.loss(output, case.y))
+    else:
+        with pytest.raises(InvalidValue, match="prepare"):
+            fresh.loss(output, case.y)
+    fresh.step(case.batches)
+    fresh.loss(output, case.y)

@@ -1,6 +1,7 @@
 """`marglik_training`: laplace-torch's signature and returns, built on the tuner."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from cases import build
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kfac_laplace import Laplace, marglik_training
+from kfac_laplace import KfacLaplaceError, Laplace, marglik_training
 
 # The names that laplace-torch users have in their fingers; backend belongs to laplace-torch alone.
 NAMES = (
@@ -43,11 +44,12 @@ def run(name, **options):
 def test_returns(name, structure):
     case, (la, model, margliks, losses) = run(name, hessian_structure=structure)
     assert isinstance(la, Laplace) and isinstance(model, nn.Module)
-    assert len(losses) == 6 and all(isinstance(float(loss), float) for loss in losses)
-    assert losses[-1] < losses[0]
-    assert len(margliks) >= 6
+    assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
+    if name != "mlp-regression":  # whose noise moves the loss as well
+        assert losses[-1] < losses[0]
+    assert len(margliks) == 6
     # negative log evidences; the returned posterior is that of the best weights seen
-    assert -float(la.log_marginal_likelihood()) <= min(float(m) for m in margliks) + 1e-6
+    assert -float(la.log_marginal_likelihood()) == pytest.approx(min(margliks), abs=1e-6)
     assert torch.isfinite(la.prior_precision).all()
     assert la.n_data == 7
 
@@ -101,10 +103,8 @@ def test_training_mode_is_as_it_was(training):
 def test_weight_decay_is_refused_because_the_prior_is_the_weight_decay():
     """laplace-torch overwrites the caller's dictionary instead."""
     options = {"lr": 0.01, "weight_decay": 0.1}
-    try:
+    with pytest.raises(KfacLaplaceError, match="weight_decay"):
         run("mlp-tanh", optimizer_kwargs=options)
-    except ValueError as error:
-        assert "weight_decay" in str(error)
     assert options == {"lr": 0.01, "weight_decay": 0.1}
 
 
@@ -148,3 +148,43 @@ def test_global_rng_drives_only_the_callers_loader():
         _, (la, *_) = run("mlp-tanh")
         results.append(la.log_marginal_likelihood().detach())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_bad_data_raise_and_give_the_mode_back(training):
+    """NaN inputs and empty loaders; laplace-torch trains on and returns NaN."""
+    case = build("mlp-tanh")
+    case.model.train(training)
+    before = {k: v.clone() for k, v in case.model.state_dict().items()}
+    broken = [(torch.full_like(case.x, torch.nan), case.y)]
+    for loader in (broken, []):
+        with pytest.raises(KfacLaplaceError):
+            marglik_training(case.model, loader, "classification", n_epochs=2)
+        assert case.model.training is training
+        for name, value in case.model.state_dict().items():
+            assert torch.equal(value, before[name])
+
+
+def test_a_vector_of_initial_precisions():
+    """One for each layer, from the first epoch on."""
+    start = torch.tensor([0.5, 8.0])
+    _, (la, *_) = run("mlp-tanh", prior_prec_init=start, n_epochs_burnin=100)
+    torch.testing.assert_close(la.prior_precision.detach(), start.double())
+
+
+def test_dropout_is_on_while_training():
+    """Every epoch trains in train mode; the curvature passes run in eval mode."""
+
+    class Watched(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.modes = net, []
+
+        def forward(self, x):
+            self.modes.append(self.training)
+            return self.net(x)
+
+    case = build("mlp-tanh")
+    model = Watched(case.model).eval()
+    marglik_training(model, [(case.x, case.y)], "classification", n_epochs=4)
+    assert sum(model.modes) == 4 and not model.training

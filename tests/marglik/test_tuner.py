@@ -97,6 +97,18 @@ def test_hyper_steps_raise_the_evidence_of_a_fixed_model(name, method):
     assert float(tuner.best.evidence) == max(float(r.evidence) for r in tuner.history)
 
 
+@pytest.mark.parametrize("name", ["mlp-tanh", "mlp-regression"])
+def test_two_rounds_of_five_steps_are_one_of_ten_on_a_fixed_model(name):
+    """The hyper-optimiser's moments carry over from round to round."""
+    case = build(name)
+    once, twice = tuner_of(case, n_hypersteps=10), tuner_of(case, n_hypersteps=5)
+    once.step(case.batches)
+    twice.step(case.batches)
+    twice.step(case.batches)
+    for key, value in values(once).items():
+        torch.testing.assert_close(values(twice)[key], value, rtol=1e-12, atol=0)
+
+
 def test_best_is_the_record_of_highest_evidence():
     """Also when later weights are worse."""
     case = build("mlp-tanh")

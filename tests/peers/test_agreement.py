@@ -47,13 +47,16 @@ def precisions(ours):
 @backends
 @settings
 def test_kronecker_factors(setting, backend):
-    """B and A of each tensor; laplace-torch keeps both as sums that multiply to the block."""
+    """B (x) A of each tensor; for regression laplace-torch spreads the loss's 1/2 over both."""
     theirs, ours, _ = both(setting, "kron", backend)
     blocks = list(ours.curvature.blocks.values())
     assert len(blocks) == len(theirs.H_facs.kfacs)
     for block, factors in zip(blocks, theirs.H_facs.kfacs, strict=True):
-        torch.testing.assert_close(block.factors.output[0], factors[0], **TOL)
-        if len(factors) == 2:
+        expected = torch.kron(*factors) if len(factors) == 2 else factors[0]
+        torch.testing.assert_close(block.dense(), expected, **TOL)
+        if setting != "mlp-regression":
+            torch.testing.assert_close(block.factors.output[0], factors[0], **TOL)
+        if setting != "mlp-regression" and len(factors) == 2:
             torch.testing.assert_close(block.factors.input[0], factors[1], **TOL)
 
 
@@ -61,10 +64,12 @@ def test_kronecker_factors(setting, backend):
 @structures
 @settings
 def test_log_marginal_likelihood(setting, structure, backend):
-    """With one precision for each tensor, and sigma and temperature away from 1."""
-    options = {"temperature": 0.7}
-    if setting == "mlp-regression":
-        options["sigma_noise"] = 0.6
+    """With one precision for each tensor, and sigma or temperature away from 1.
+
+    Not both: under a temperature laplace-torch tempers the squares but not the normaliser of the
+    Gaussian, so that its evidence does not belong to likelihood^(1/T).
+    """
+    options = {"sigma_noise": 0.6} if setting == "mlp-regression" else {"temperature": 0.7}
     theirs, ours, _ = both(setting, structure, backend, **options)
     delta = precisions(ours) if structure != "full" else torch.tensor(1.7, dtype=torch.float64)
     expected = theirs.log_marginal_likelihood(delta)

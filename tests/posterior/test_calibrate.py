@@ -9,7 +9,7 @@ from posterior import dense
 from torch import nn
 
 from kfac_laplace import KfacLaplaceError, Laplace
-from kfac_laplace.posterior.calibration import leave_one_out_points
+from kfac_laplace.posterior.leave_one_out import leave_one_out_points
 
 STRUCTURES = ("kron", "diag", "full")
 
@@ -60,6 +60,12 @@ def test_scale_multiplies_every_predictive_covariance_and_not_the_evidence():
     torch.testing.assert_close(la.predict(case.x).covariance, 0.25 * covariance)
     again = la.functional_samples(case.x, 4, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(again - mean, 0.5 * (samples - mean))
+    la.posterior_scale = 1.0
+    weights = la.sample(4, generator=torch.Generator().manual_seed(1))
+    la.posterior_scale = 0.25
+    mode = dense.theta(la, case.model)
+    scaled_weights = la.sample(4, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(scaled_weights - mode, 0.5 * (weights - mode))
     torch.testing.assert_close(la.log_marginal_likelihood().detach(), evidence, rtol=0, atol=0)
 
 
@@ -123,7 +129,7 @@ def test_leave_one_out_equals_exact_refits_on_a_linear_gaussian_model(structure)
         sigma_noise=0.4,
         prior_structure="scalar",
     ).fit([(x, y)])
-    points = leave_one_out_points(la.posterior, [(x, y)], "labels")
+    points = leave_one_out_points(la.posterior, [(x, y)], "labels", seed=0)
     for i in range(len(x)):
         mean, variance = refit_without(x, y, i)
         torch.testing.assert_close(points.mean[i, 0], mean, rtol=1e-9, atol=1e-9)
@@ -170,11 +176,13 @@ def test_the_scale_is_a_finite_number_from_zero_up(value):
 
 def test_leave_one_out_reads_again_what_fit_read():
     """Without a loader: all loaders of streaming fits; a spent generator is an error."""
-    la, case = dense.fit("mlp-tanh")
+    la, case = dense.fit("mlp-regression")
     expected = float(la.calibrate(case.batches).posterior_scale)
-    streamed = Laplace(case.model, "classification").fit(case.batches[:1])
+    part = float(la.calibrate(case.batches[1:]).posterior_scale)
+    assert part != pytest.approx(expected, rel=0.1)
+    streamed = Laplace(case.model, "regression").fit(case.batches[:1])
     streamed.fit(case.batches[1:], override=False)
     assert float(streamed.calibrate().posterior_scale) == pytest.approx(expected, rel=1e-6)
-    spent = Laplace(case.model, "classification").fit(batch for batch in case.batches)
+    spent = Laplace(case.model, "regression").fit(batch for batch in case.batches)
     with pytest.raises(KfacLaplaceError, match="loader"):
         spent.calibrate()

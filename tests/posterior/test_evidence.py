@@ -3,6 +3,7 @@
 import oracles
 import pytest
 import torch
+from cases import build
 from posterior import dense
 from torch import nn
 
@@ -58,14 +59,14 @@ def test_full_and_diag_evidence_from_the_exact_ggn(name):
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-6)  # 1.7 is a float32
 
 
-@pytest.mark.parametrize(
-    ("structure", "prior"),
-    [(s, p) for s in STRUCTURES for p in ("scalar", "layerwise", "diag")][1:],
-)
+# "kron" refuses a "diag" prior; see test_kron_refuses_a_diagonal_prior
+PRIORS = [(s, p) for s in STRUCTURES for p in ("scalar", "layerwise", "diag")]
+PRIORS.remove(("kron", "diag"))
+
+
+@pytest.mark.parametrize(("structure", "prior"), PRIORS)
 def test_prior_structures(structure, prior):
     """A scalar, one value for each block, or one for each parameter reach every term."""
-    if (structure, prior) == ("kron", "diag"):
-        pytest.skip("refused; see test_kron_refuses_a_diagonal_prior")
     la, case = dense.fit("mlp-tanh", hessian_structure=structure, prior_structure=prior)
     size = len(dense.theta(la, case.model))
     groups = 2  # the two layers, each with its bias
@@ -85,15 +86,10 @@ def test_prior_structures(structure, prior):
     torch.testing.assert_close(la.log_marginal_likelihood(values), expected, **TOL)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("prior", ["scalar", "layerwise", "diag"])
-@pytest.mark.parametrize("name", ["mlp-regression", "mlp-tanh", "vit"])
+@pytest.mark.parametrize(("structure", "prior"), PRIORS)
+@pytest.mark.parametrize("name", ["mlp-regression", "mlp-tanh", "cnn"])
 def test_gradients_match_finite_differences(structure, prior, name):
     """Both delta and sigma reach the evidence; laplace-torch 0.3 loses sigma for kron."""
-    if (structure, prior) == ("kron", "diag"):
-        pytest.skip("refused; see test_kron_refuses_a_diagonal_prior")
-    if name == "vit" and prior == "diag":
-        pytest.skip("the same code path as mlp-tanh with 150 more finite differences")
     la, case = dense.fit(name, hessian_structure=structure, prior_structure=prior, temperature=0.8)
     precision = spread(la.prior_precision.numel()).requires_grad_()
     inputs = (precision,)
@@ -117,6 +113,27 @@ def test_values_passed_in_are_kept_detached(structure):
     if again.requires_grad:
         again.backward()
     assert precision.grad is None and sigma.grad is None
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_stored_hyperparameters_are_differentiable_too(structure):
+    """Set as attributes or in the constructor, they keep their graph."""
+    case = build("mlp-regression")
+    start = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    la = Laplace(case.model, "regression", hessian_structure=structure, prior_precision=start)
+    la.fit(case.batches)
+    (from_constructor,) = torch.autograd.grad(la.log_marginal_likelihood(), start)
+    delta = torch.full((2,), 2.0, dtype=torch.float64, requires_grad=True)
+    sigma = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    la.prior_precision = delta
+    torch.testing.assert_close(
+        torch.autograd.grad(la.log_marginal_likelihood(), delta)[0].sum(), from_constructor
+    )
+    la.sigma_noise = sigma
+    (stored,) = torch.autograd.grad(la.log_marginal_likelihood(), sigma)
+    other = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    (passed,) = torch.autograd.grad(la.log_marginal_likelihood(sigma_noise=other), other)
+    torch.testing.assert_close(stored, passed)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -169,6 +169,14 @@ def test_other_fishers_fit_reproducibly(fisher):
     assert torch.equal(evidence(first), evidence(other)) == (fisher == "empirical")
 
 
+def test_added_data_draw_fresh_labels():
+    """The stream of draws goes on where it stopped: two halves are the whole, draw for draw."""
+    case = build("mlp-tanh")
+    whole = fit(case, case.batches, fisher="mc")
+    halves = fit(case, case.batches[:1], fisher="mc").fit(case.batches[1:], override=False)
+    torch.testing.assert_close(evidence(halves), evidence(whole), **SAME)
+
+
 @pytest.mark.parametrize("structure", ["diag", "full"])
 def test_empirical_fisher_is_the_sum_of_score_outer_products(structure):
     """For regression a peer's is twice as large."""

@@ -102,8 +102,11 @@ def test_both_methods_agree(prior, structure):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("method", METHODS)
-def test_noise_is_optimised_jointly(method, structure):
-    la, _ = fit("mlp-regression", hessian_structure=structure, sigma_noise=0.3)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_noise_is_optimised_jointly(temperature, method, structure):
+    la, _ = fit(
+        "mlp-regression", hessian_structure=structure, sigma_noise=0.3, temperature=temperature
+    )
     before = evidence(la)
     la.optimize_prior(method=method)
     assert evidence(la) >= before

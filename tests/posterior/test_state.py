@@ -154,3 +154,34 @@ def test_an_unfitted_posterior_has_nothing_to_save(tmp_path):
     with pytest.raises(KfacLaplaceError, match="fit"):
         la.save(tmp_path / "posterior.pt")
     assert not (tmp_path / "posterior.pt").exists()
+
+
+def without(key):
+    return lambda state: state["hyperparameters"].pop(key)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["hyperparameters"].update(prior_precision=torch.ones(5).double()),
+        lambda s: s["hyperparameters"].update(prior_precision=-torch.ones(2).double()),
+        without("temperature"),
+        lambda s: s["mode"].pop("0.bias"),
+        lambda s: s.update(curvature={}),
+        lambda s: s.update(posterior_scale=torch.tensor(-1.0)),
+    ],
+    ids=["length", "sign", "missing value", "missing mode", "curvature", "scale"],
+)
+def test_tampered_states(change):
+    """A file cut short or edited by hand is refused before anything of it is taken over."""
+    la, case = tuned("mlp-tanh", "kron")
+    other, _ = tuned("mlp-tanh", "kron")
+    other.prior_precision = torch.tensor([5.0, 6.0])
+    state = other.state_dict()
+    state |= {name: dict(state[name]) for name in ("hyperparameters", "mode")}
+    change(state)
+    before = [la.log_marginal_likelihood().detach(), la.posterior_scale, la(case.x)]
+    with pytest.raises(KfacLaplaceError):
+        la.load_state_dict(state)
+    after = [la.log_marginal_likelihood().detach(), la.posterior_scale, la(case.x)]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -1,0 +1,77 @@
+"""Predicted outputs of held-out points with their targets, and how well they are predicted."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.curvature.forward import split_batch
+from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods import Bernoulli, Gaussian, Likelihood
+from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.glm import output_gaussian
+from kfac_laplace.posterior.links import probit
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Outputs predicted for points that the prediction did not see, with their targets.
+
+    Args:
+        mean: shape (n, t, c).
+        covariance: of each output row at κ = 1, shape (n, t, c, c).
+        target: aligned targets.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    target: Tensor
+
+
+def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -> HeldOut:
+    """Output moments on a loader of held-out data, in float64.
+
+    Args:
+        posterior: predicts by its linearisation.
+        loader: batches as `fit` takes them.
+        key_y: name of the targets in mappings.
+    """
+    network, likelihood = posterior.curvature.network, posterior.curvature.likelihood
+    means, covariances, targets = [], [], []
+    for raw in loader:
+        x, y = split_batch(raw, key_y)
+        outputs = output_gaussian(posterior, network.batch(x)).double()
+        means.append(outputs.mean)
+        covariances.append(outputs.by_row)
+        targets.append(likelihood.align_target(y.to(network.device), outputs.mean))
+    if not means:
+        raise InvalidValue(
+            "the loader yielded no batch",
+            where="loader",
+            got="0 batches",
+            remedy="A generator can be read only once: pass a loader",
+        )
+    return HeldOut(torch.cat(means), torch.cat(covariances), torch.cat(targets))
+
+
+def negative_log_likelihood(
+    likelihood: Likelihood, points: HeldOut, sigma: Tensor, kappa: float
+) -> float:
+    """Mean −log p(y) over the points with the covariance times κ, by the probit link."""
+    mean, covariance, y = points.mean, kappa * points.covariance, points.target
+    if isinstance(likelihood, Gaussian):
+        eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        total = covariance + sigma.to(mean) ** 2 * eye
+        normal = torch.distributions.MultivariateNormal(mean, total)
+        return -float(normal.log_prob(y).sum()) / len(mean)
+    probs = probit(likelihood, mean, covariance)
+    tiny = torch.finfo(probs.dtype).tiny
+    if isinstance(likelihood, Bernoulli):
+        # Products of the logits keep the complement's digits: 1 − p loses them.
+        other = probit(likelihood, -mean, covariance)
+        terms = y * probs.clamp_min(tiny).log() + (1 - y) * other.clamp_min(tiny).log()
+        return -float(terms.sum()) / len(mean)
+    picked = probs.gather(-1, y[..., None]).clamp_min(tiny)
+    return -float(picked.log().sum()) / len(mean)

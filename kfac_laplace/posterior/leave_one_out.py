@@ -1,0 +1,148 @@
+"""Outputs at training points as if each had been left out, without refitting.
+
+With Σ the posterior covariance of a point's outputs, Λ their curvature and g = ∂(−log p)/∂f (both
+with the likelihood's scale), linearised leave-one-out gives Σ₋ₙ = Σ (I − ΛΣ)⁻¹ and
+f₋ₙ = f + Σ₋ₙ g. That needs the leverages ΛΣ below 1, which holds for the exact GGN alone: a
+block-diagonal or Kronecker posterior is too wide in directions that the data determine jointly, and
+its leverages exceed 1. So the points looked at enter by their exact Gauss-Newton curvature, all
+parameters together, in the dual form Σ = K − K (K + Λ⁻¹)⁻¹ K, and only the remaining data by the
+posterior's own structure.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.curvature.forward import Batch, split_batch
+from kfac_laplace.errors import InvalidValue
+from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.glm import OutputGaussian, output_features, output_gaussian
+from kfac_laplace.posterior.held_out import HeldOut
+
+#: Output rows of the points looked at, at most, and entries of their features, at most.
+MAX_ROWS = 2048
+MAX_FEATURES = 2**27
+
+
+def leave_one_out_points(
+    posterior: Posterior, loader: Iterable[Any], key_y: str, seed: int
+) -> HeldOut:
+    """Moments of training points' outputs when each point is left out.
+
+    The means come from the exact curvature of the points looked at, and are exact for
+    linear-Gaussian models at their mode. The covariances are the posterior's own, which
+    predictions use, widened by as much as leaving the point out widens the exact ones.
+
+    Args:
+        posterior: the posterior whose scale is asked for.
+        loader: its training data.
+        key_y: name of the targets in mappings.
+        seed: seed of the choice of points where there are too many to look at all.
+    """
+    picked = [*_picked(posterior, loader, key_y, seed)]
+    if not picked:
+        raise InvalidValue(
+            "the loader yielded no batch",
+            where="loader",
+            got="0 batches",
+            remedy="A generator can be read only once: pass a loader",
+        )
+    count = sum(batch.n for batch, _ in picked)
+    outputs = [output_gaussian(posterior, batch).double() for batch, _ in picked]
+    mean = torch.cat([part.mean for part in outputs])  # (m, t, c)
+    align = posterior.curvature.likelihood.align_target
+    target = torch.cat([align(y, part.mean) for (_, y), part in zip(picked, outputs, strict=True)])
+    own = torch.cat([part.by_row for part in outputs])  # (m, t, c, c)
+    hessian, score = _curvature(posterior, mean, target)
+    exact = _exact_covariances(posterior, [batch for batch, _ in picked], hessian, count)
+    without, _ = leave_out(exact, hessian)
+    shift = (without @ score[..., None])[..., 0]
+    widened = _by_row(without, mean).diagonal(dim1=-2, dim2=-1).sum(-1)
+    before = _by_row(exact, mean).diagonal(dim1=-2, dim2=-1).sum(-1)
+    ratio = torch.where(before > 0, widened / before.where(before > 0, 1.0), 1.0)  # (m, t)
+    return HeldOut(mean + shift.reshape(mean.shape), own * ratio[..., None, None], target)
+
+
+def leave_out(covariance: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariance (m, k, k) without each point's own curvature, and the leverages (m, k) < 1.
+
+    Args:
+        covariance: Σ, shape (m, k, k), from a posterior that contains each point's curvature.
+        hessian: scaled Λ, shape (m, k, k).
+    """
+    values, basis = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    root = basis * values.clamp_min(0).sqrt()[..., None, :]
+    leverage, inner = torch.linalg.eigh(root.mT @ hessian @ root)
+    # A leverage of 1 up to rounding: the point alone determines that direction.
+    remaining = (1 - leverage).clamp_min(torch.finfo(leverage.dtype).eps)
+    factor = root @ inner * remaining.rsqrt()[..., None, :]
+    return factor @ factor.mT, leverage
+
+
+def _picked(
+    posterior: Posterior, loader: Iterable[Any], key_y: str, seed: int
+) -> Iterator[tuple[Batch, Tensor]]:
+    """The points to look at with their targets, batch by batch."""
+    curvature = posterior.curvature
+    network = curvature.network
+    outputs = curvature.n_outputs // curvature.n_data
+    rows = min(MAX_ROWS, MAX_FEATURES // posterior.prior.size)
+    count = min(curvature.n_data, max(1, rows // outputs))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(curvature.n_data, generator=generator)[:count]
+    seen = 0
+    for raw in loader:
+        x, y = split_batch(raw, key_y)
+        batch = network.batch(x)
+        here = chosen[(chosen >= seen) & (chosen < seen + batch.n)].sort().values - seen
+        seen += batch.n
+        if len(here):
+            part = batch.select(here)
+            y = y.to(network.device)[here.to(network.device)]
+            yield part, y
+    if seen > curvature.n_data:
+        raise InvalidValue(
+            "leave-one-out needs data that the fit saw",
+            where="loader",
+            got=f"{seen} examples where the fit saw {curvature.n_data}",
+            remedy="Pass the training loader, or use method='validation'",
+        )
+
+
+def _curvature(posterior: Posterior, mean: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled Λ (m, k, k) and score (m, k) of each point, k = t·c."""
+    likelihood, scale = posterior.curvature.likelihood, posterior.scale.detach()
+    n, t, c = mean.shape
+    by_row = scale * likelihood.hessian(mean).movedim(1, -1)  # (m, c, c, t)
+    hessian = torch.diag_embed(by_row).permute(0, 3, 1, 4, 2).reshape(n, t * c, t * c)
+    return hessian, (scale * likelihood.score(mean, target)).flatten(1)
+
+
+def _exact_covariances(
+    posterior: Posterior, batches: list[Batch], hessian: Tensor, count: int
+) -> Tensor:
+    """Output covariance (m, k, k) of each point; the points' own curvature enters exactly."""
+    k = hessian.shape[-1]
+    share = count / posterior.curvature.n_data
+    hyper = posterior.hyperparameters.detached()
+    # The rest of the data keep the posterior's structure: scale · (1 − share) · H.
+    rest = posterior.with_temperature(hyper.temperature / (1 - share))
+    kernel = hessian.new_zeros(())
+    pieces = [output_features(rest, batch) for batch in batches]
+    for parts in zip(*pieces, strict=True):
+        features = torch.cat(parts).double()  # (m k, p of the block)
+        kernel = kernel + features @ features.mT
+    values, basis = torch.linalg.eigh(hessian)
+    roots = torch.block_diag(*(basis * values.clamp_min(0).sqrt()[..., None, :]))
+    inner = roots.mT @ kernel @ roots
+    factor = torch.linalg.cholesky(inner + torch.eye(len(inner)).to(inner))
+    half = torch.linalg.solve_triangular(factor, roots.mT @ kernel, upper=False)
+    covariance = kernel - half.mT @ half
+    return covariance.reshape(count, k, count, k).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def _by_row(covariance: Tensor, mean: Tensor) -> Tensor:
+    """Blocks (m, t, c, c) of covariances (m, k, k)."""
+    return OutputGaussian(mean, covariance, mean.shape).by_row

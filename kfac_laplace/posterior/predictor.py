@@ -1,0 +1,130 @@
+"""Everything that a posterior with its scale κ can say about new inputs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from kfac_laplace.curvature.forward import Batch
+from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods import Gaussian
+from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.glm import output_features, output_gaussian
+from kfac_laplace.posterior.links import LINKS, activation, sample_outputs
+from kfac_laplace.posterior.predictive import Predictive, from_samples, restore
+from kfac_laplace.posterior.sampling import linearised_samples, network_samples
+
+SAMPLERS = {"glm": linearised_samples, "linear": linearised_samples, "nn": network_samples}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predictions under N(θ*, κ P⁻¹).
+
+    Args:
+        posterior: N(θ*, P⁻¹).
+        scale: κ ≥ 0, shape ().
+        seed: seed of samples that are drawn without a generator.
+    """
+
+    posterior: Posterior
+    scale: Tensor
+    seed: int
+
+    def source(self, generator: Generator | None) -> Generator:
+        """The caller's generator, or a fresh one."""
+        return torch.Generator().manual_seed(self.seed) if generator is None else generator
+
+    def predict(
+        self, x: Any, pred_type: str, link: str, n_samples: int, generator: Generator | None
+    ) -> Predictive:
+        """The predictive at x by closed form ("glm") or by samples ("linear", "nn")."""
+        if link not in LINKS:
+            raise InvalidValue(
+                "unknown link", where="link_approx", got=repr(link), remedy=f"Choose from {LINKS}"
+            )
+        check_count(n_samples)
+        curvature, source = self.posterior.curvature, self.source(generator)
+        axis, sigma = curvature.network.class_axis, self._sigma
+        if pred_type != "glm":
+            samples = self.functions(x, n_samples, pred_type, source)
+            return from_samples(curvature.likelihood, samples, axis, sigma)
+        outputs = output_gaussian(self.posterior, self._batch(x))
+        covariance = outputs.by_row * self.scale.to(outputs.mean)
+        drawn = None
+        if link == "mc":
+            drawn = sample_outputs(outputs.mean, covariance, n_samples, source)
+        return Predictive(
+            curvature.likelihood,
+            outputs.mean,
+            covariance,
+            outputs.shape,
+            axis,
+            sigma,
+            link,
+            drawn,
+            self.seed,
+            n_samples,
+        )
+
+    def joint(self, x: Any, pred_type: str) -> tuple[Tensor, Tensor]:
+        """Regression mean (N·C,) and covariance (N·C, N·C) over all inputs together."""
+        if pred_type != "glm" or not isinstance(self.posterior.curvature.likelihood, Gaussian):
+            raise InvalidValue(
+                "a joint covariance belongs to regression by 'glm'",
+                where="joint",
+                got=True,
+                remedy="Use functional_samples for joint draws of any likelihood",
+            )
+        mean = output_gaussian(self.posterior, self._batch(x)).mean.flatten()
+        features = torch.cat(output_features(self.posterior, self._batch(x)), 1)
+        return mean, features @ features.mT * self.scale.to(features)
+
+    def _batch(self, x: Any) -> Batch:
+        return self.posterior.curvature.network.batch(x)
+
+    def parameters(self, n: int, generator: Generator | None) -> Tensor:
+        """Draws (n, P) in the order of the parameters."""
+        check_count(n)
+        mode = self.posterior.mode
+        drawn = self.posterior.deviations(n, self.source(generator))
+        flat = torch.cat([drawn[name].reshape(n, -1) for name in mode], 1)
+        centre = torch.cat([value.flatten() for value in mode.values()])
+        return centre + self.scale.sqrt() * flat
+
+    def functions(self, x: Any, n: int, pred_type: str, generator: Generator | None) -> Tensor:
+        """Draws of functions, each at all inputs, shape (n, *output shape)."""
+        check_count(n)
+        if pred_type not in SAMPLERS:
+            raise InvalidValue(
+                "unknown prediction type",
+                where="pred_type",
+                got=repr(pred_type),
+                remedy=f"Choose from {sorted(SAMPLERS)}",
+            )
+        draw = SAMPLERS[pred_type]
+        return draw(self.posterior, x, n, float(self.scale) ** 0.5, self.source(generator))
+
+    def targets(self, x: Any, n: int, pred_type: str, generator: Generator | None) -> Tensor:
+        """Draws of class probabilities, or of y with its noise, shape (n, *output shape)."""
+        source = self.source(generator)
+        f = self.functions(x, n, pred_type, source)
+        curvature = self.posterior.curvature
+        if isinstance(curvature.likelihood, Gaussian):
+            noise = torch.randn(f.shape, dtype=f.dtype, generator=source, device=source.device)
+            return f + self._sigma.to(f) * noise.to(f.device)
+        axis = curvature.network.class_axis
+        aligned = curvature.likelihood.align(f.flatten(0, 1), axis)
+        probs = restore(activation(curvature.likelihood, aligned), f.shape[1:], axis)
+        return probs.reshape(f.shape)
+
+    @property
+    def _sigma(self) -> Tensor:
+        return self.posterior.hyperparameters.sigma_noise.detach()
+
+
+def check_count(n: int) -> None:
+    """Raise `InvalidValue` unless at least one sample is asked for."""
+    if n < 1:
+        raise InvalidValue("at least one sample is needed", where="n_samples", got=n)
