@@ -203,19 +203,21 @@ class Curvature:
         """Find the groups, treat the uncovered ones, resolve the settings."""
         network = self.network
         network.learn(passed)
-        generic = [group.name for group in network.groups if group.role == "generic"]
+        generic = [group.name for group in network.groups if not group.kronecker]
         if generic and self.hessian_structure == "kron":
             if self.uncovered == "error":
                 network.groups = ()
                 raise UnsupportedUse(
-                    "no layer rule covers these parameters",
+                    "no layer rule gives these parameters Kronecker factors",
                     where=", ".join(generic),
                     remedy="Choose uncovered='diag' or 'freeze', or register a rule",
                 )
             if self.uncovered == "freeze":
-                network.groups = tuple(g for g in network.groups if g.role != "generic")
-            log.info("no layer rule, treated as '%s': %s", self.uncovered, ", ".join(generic))
-        layers = [group.name for group in network.groups if group.role != "generic"]
+                network.groups = tuple(g for g in network.groups if g.kronecker)
+            log.info(
+                "without Kronecker factors, treated as '%s': %s", self.uncovered, ", ".join(generic)
+            )
+        layers = [group.name for group in network.groups if group.kronecker]
         shared = passed.recording.output.ndim > 2
         try:
             self.settings = dict(resolve_settings(self.kfac_approx, layers, shared))
@@ -245,7 +247,7 @@ class Curvature:
             return {"full": sums.DenseSum(self.groups, self.full_layout, passed)}
         return {
             group.name: sums.KroneckerSum(group, passed, self.settings[group.name])  # type: ignore[arg-type]
-            if self.hessian_structure == "kron" and group.role != "generic"
+            if self.hessian_structure == "kron" and group.kronecker
             else sums.DiagonalSum(group, passed)
             for group in self.groups
         }

@@ -25,11 +25,13 @@ class Group:
         name: the weight's parameter name (the bias's where only the bias is random).
         layout: how the parameters lie in the block.
         role: "joint" weight and bias, "weight" or "bias" alone, "generic" without a layer rule.
+        kronecker: whether a layer rule gives it Kronecker factors.
     """
 
     name: str
     layout: Layout
     role: Role
+    kronecker: bool
 
     def terms(self, recording: Recording) -> list[tuple[int, Inputs]]:
         """Indices of the uses in a recording, each with the input rows that meet this group."""
@@ -46,7 +48,7 @@ class Group:
         if self.role == "joint":
             return WithOne(inputs)
         if self.role == "bias":
-            return Ones(inputs.lead, use.layer.weight.detach())
+            return Ones(inputs.lead, use.layer.weight.detach(), self.layout.matrix[0])
         return inputs
 
     def own_rows(self, rows: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ class Group:
 
         A bias alone is one matrix (1, b·o, 1) also where its weight has several blocks.
         """
-        if self.role != "bias":
+        if self.role != "bias" or not self.kronecker:
             return rows
         return rows.movedim(1, -2).flatten(-2)[:, None]
 
@@ -124,27 +126,32 @@ def find_groups(
         if name in biases:
             continue
         if name not in matrices:
-            groups.append(Group(name, flat_layout({name: shape}), "generic"))
+            groups.append(Group(name, flat_layout({name: shape}), "generic", False))
             continue
-        role, (b, o, i) = matrices[name]
+        role, (b, o, i), kronecker = matrices[name]
         bias = partner.get(name)
         if bias is None:
-            groups.append(Group(name, Layout((name,), (shape,), (b, o, i)), role))
+            groups.append(Group(name, Layout((name,), (shape,), (b, o, i)), role, kronecker))
         else:
             layout = Layout((name, bias), (shape, shapes[bias]), (b, o, i + 1))
-            groups.append(Group(name, layout, "joint"))
+            groups.append(Group(name, layout, "joint", True))
     return tuple(groups)
 
 
-def _matrices(recording: Recording) -> dict[str, tuple[Role, tuple[int, int, int]]]:
-    """Role and matrix shape of each parameter that is used by layer rules alone, in one way."""
-    found: dict[str, set[tuple[Role, tuple[int, int, int]]]] = {}
+Way = tuple[Role, tuple[int, int, int], bool]
+
+
+def _matrices(recording: Recording) -> dict[str, Way]:
+    """Role, matrix shape and treatment of each parameter that layer rules alone use, in one way."""
+    found: dict[str, set[Way]] = {}
     for use in recording.uses:
         b, o, i = use.layer.matrix
+        kronecker = use.layer.kronecker
+        alone = (1, b * o, 1) if kronecker else (b, o, 1)
         if use.weight is not None:
-            found.setdefault(use.weight, set()).add(("weight", (b, o, i)))
+            found.setdefault(use.weight, set()).add(("weight", (b, o, i), kronecker))
         if use.bias is not None:
-            found.setdefault(use.bias, set()).add(("bias", (1, b * o, 1)))
+            found.setdefault(use.bias, set()).add(("bias", alone, kronecker))
     return {
         name: ways.pop()
         for name, ways in found.items()
@@ -152,9 +159,7 @@ def _matrices(recording: Recording) -> dict[str, tuple[Role, tuple[int, int, int
     }
 
 
-def _partners(
-    recording: Recording, matrices: Mapping[str, tuple[Role, tuple[int, int, int]]]
-) -> dict[str, str]:
+def _partners(recording: Recording, matrices: Mapping[str, Way]) -> dict[str, str]:
     """Weight to bias, where the two are always and only used with each other."""
     pairs: dict[str, set[str | None]] = {}
     for use in recording.uses:
@@ -164,7 +169,8 @@ def _partners(
     return {
         use.weight: use.bias
         for use in recording.uses
-        if use.weight is not None
+        if use.layer.kronecker
+        and use.weight is not None
         and use.bias is not None
         and {use.weight, use.bias} <= matrices.keys()
         and pairs[use.weight] == {use.bias}

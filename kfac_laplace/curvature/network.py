@@ -40,6 +40,8 @@ class Outer:
 
     def dense(self) -> Tensor:
         """The gradients as matrices, shape (v, n, b, o, i)."""
+        if self.left.shape[-1] == self.right.shape[-1] == 1:  # a product of scalars for each row
+            return (self.left * self.right).sum(3).movedim(1, 2)[..., None]
         return torch.einsum("vbnto,bnti->vnboi", self.left, self.right)
 
     def dense_chunks(self) -> Iterator[Tensor]:
@@ -118,6 +120,11 @@ class Network:
             else:
                 output = as_output(functional_call(self.model, used, args, kwargs))
         return Pass(self, tape.recording(output), batch, used)
+
+    def remember(self, other: "Network") -> None:
+        """Take over how rows lie in the layers of the same model, so that it is not probed again."""
+        self.groupings |= other.groupings
+        self.settled |= other.settled
 
     def learn(self, first: "Pass") -> None:
         """Find groups (and with "last_layer" the tracked parameters) from the first pass."""

@@ -89,6 +89,7 @@ def groups_to_plain(groups: Iterable[Group]) -> list[dict[str, Any]]:
             "params": list(group.layout.params),
             "shapes": [list(shape) for shape in group.layout.shapes],
             "matrix": list(group.layout.matrix),
+            "kronecker": group.kronecker,
         }
         for group in groups
     ]
@@ -111,6 +112,7 @@ def groups_from_plain(
                 tuple(entry["matrix"]),
             ),
             entry["role"],
+            entry["kronecker"],
         )
         for entry in plain
     )

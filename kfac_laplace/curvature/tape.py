@@ -102,7 +102,9 @@ class Tape(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is not None and isinstance(output, Tensor) and output.requires_grad:
             if any(id(value) in self._names for value in (*args, *(kwargs or {}).values())):
-                self._record(rule(output, *args, **(kwargs or {})), output)
+                layer = rule(output, *args, **(kwargs or {}))
+                if layer is not None:
+                    self._record(layer, output)
         return output
 
     def _record(self, layer: Layer, output: Tensor) -> None:

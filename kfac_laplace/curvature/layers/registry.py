@@ -65,10 +65,11 @@ class Rows(Inputs):
 
 @dataclass(frozen=True)
 class Ones(Inputs):
-    """What a bias meets: a one for each row of its layer's input."""
+    """What a bias meets: a one for each row of its layer."""
 
     axes: tuple[int, ...]
     like: Tensor
+    blocks: int = 1
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -76,8 +77,8 @@ class Ones(Inputs):
         return self.axes
 
     def rows(self) -> Tensor:
-        """Ones (1, *lead, 1), without memory of their own."""
-        return accumulable(self.like.new_ones(())).expand(1, *self.axes, 1)
+        """Ones (b, *lead, 1), without memory of their own."""
+        return accumulable(self.like.new_ones(())).expand(self.blocks, *self.axes, 1)
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Layer:
         data: the tensors through which the graph goes on below this layer.
         inputs: rows that meet the weight.
         output_rows: takes gradients of the call's output (v, *shape) to rows (v, b, *lead, o).
+        kronecker: whether B ⊗ A is the treatment; False asks for an exact diagonal block.
     """
 
     weight: Tensor
@@ -135,9 +137,10 @@ class Layer:
     data: tuple[Tensor, ...]
     inputs: Inputs
     output_rows: Callable[[Tensor], Tensor]
+    kronecker: bool = True
 
 
-Rule = Callable[..., Layer]
+Rule = Callable[..., Layer | None]
 RULES: dict[Callable[..., Any], Rule] = {}
 
 
@@ -145,7 +148,8 @@ def layer_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     """Register a rule for functional calls.
 
     The rule is called as `rule(output, *args, **kwargs)` with the call's output and its own
-    arguments, and describes the call as a `Layer`.
+    arguments, and describes the call as a `Layer`, or returns None for a call that it does not
+    cover.
 
     Args:
         functions: the functions, as `torch.overrides` sees them (`F.linear`, `F.conv2d`, …).
