@@ -290,8 +290,7 @@ class Curvature:
             )
         else:
             self.blocks = {name: block + other.blocks[name] for name, block in self.blocks.items()}
-        self.network.groupings = {**other.network.groupings, **self.network.groupings}
-        self.network.settled |= other.network.settled
+        self.network.remember(other.network)
         self.statistic = self.statistic.to(other.statistic.device) + other.statistic
         self.n_data += other.n_data
         self.n_outputs += other.n_outputs

@@ -122,7 +122,7 @@ class Network:
         return Pass(self, tape.recording(output), batch, used)
 
     def remember(self, other: "Network") -> None:
-        """Take over how rows lie in the layers of the same model, so that it is not probed again."""
+        """Take over from the same model how rows lie in its layers: no need to probe again."""
         self.groupings |= other.groupings
         self.settled |= other.settled
 

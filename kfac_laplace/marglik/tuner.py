@@ -272,13 +272,15 @@ class MarglikTuner:
 
     def _blank(self) -> Laplace:
         """An unfitted posterior at today's hyperparameters."""
-        return Laplace(
+        blank = Laplace(
             self.model,
             prior_precision=self._hyper.prior_precision,
             sigma_noise=self._hyper.sigma_noise,
             temperature=float(self._hyper.temperature),
             **self._options,
         )
+        blank.curvature.network.remember(self._network)
+        return blank
 
     def _synchronise(self) -> None:
         """Wait for the device, so that the clock tells the pass from the steps."""

@@ -130,6 +130,7 @@ class Laplace:
             After an exception the posterior is as it was before.
         """
         curvature = self._new_curvature()
+        curvature.network.remember(self.curvature.network)
         if not override and self._mode:
             curvature.merge(self.curvature)
             curvature.generator.set_state(self.curvature.generator.get_state())

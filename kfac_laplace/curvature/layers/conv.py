@@ -75,8 +75,10 @@ class Patches(Inputs):
         i = c // self.groups * prod(self.kernel)
         gram = self.padded.new_zeros(self.groups, i, i)
         for padded in self.padded.split(chunk):
-            columns = self._view(padded).reshape(padded.shape[0], self.groups, i, -1)
-            gram += (columns @ columns.mT).sum(0)
+            # One product over all positions of the chunk: (b, i, n t).
+            patches = self._view(padded).movedim(0, 1 + len(self.kernel))
+            columns = patches.reshape(self.groups, i, -1)
+            gram += columns @ columns.mT
         return gram
 
     def row_sum(self) -> Tensor:
