@@ -22,8 +22,10 @@ from kfac_laplace.curvature.fisher import Fisher
 from kfac_laplace.curvature.forward import split_batch, undisturbed
 from kfac_laplace.curvature.groups import Group, Subset
 from kfac_laplace.curvature.layout import Layout, flat_layout
-from kfac_laplace.curvature.network import GRADIENT_BUDGET, Network, Pass
+from kfac_laplace.curvature.network import Network, Pass
+from kfac_laplace.curvature.outer import GRADIENT_BUDGET
 from kfac_laplace.curvature.precision import without_autocast
+from kfac_laplace.curvature.probing import learn_groupings
 from kfac_laplace.curvature.sharing import KfacApprox, check_kfac_approx, resolve_settings
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood, check_finite
@@ -181,7 +183,7 @@ class Curvature:
         y = self.likelihood.align_target(y, f.detach())
         if not self.groups:
             self._learn(passed)
-        passed.learn_groupings()
+        learn_groupings(passed)
         blocks = self._batch_blocks(passed, y)
         statistic = self.likelihood.statistic(f.detach(), y)
         for name, block in blocks.items():

@@ -1,6 +1,6 @@
 """A model as the backend sees it: its tracked parameters, its groups, one recorded pass a batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -14,42 +14,14 @@ from kfac_laplace.curvature.forward import Batch, as_output, device_of, unwrap
 from kfac_laplace.curvature.generic import ExampleGraph
 from kfac_laplace.curvature.groups import Group, Subset, find_groups, last_layer, select_parameters
 from kfac_laplace.curvature.layers.registry import Inputs
+from kfac_laplace.curvature.outer import Outer
 from kfac_laplace.curvature.precision import accumulable
-from kfac_laplace.curvature.sharing import Grouping, consistent_groupings
+from kfac_laplace.curvature.sharing import Grouping
 from kfac_laplace.curvature.tape import Recording, Tape
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
 
 UseKey = tuple[tuple[str, ...], int]
-
-#: Per-example gradients of so many entries at most exist at a time.
-GRADIENT_BUDGET = 2**24
-
-
-@dataclass(frozen=True)
-class Outer:
-    """Per-example gradients Σ_t left[v, b, n, t] right[b, n, t]ᵀ of a group, in factored form.
-
-    Args:
-        left: gradient rows (v, b, n, t, o).
-        right: input rows (b, n, t, i).
-    """
-
-    left: Tensor
-    right: Tensor
-
-    def dense(self) -> Tensor:
-        """The gradients as matrices, shape (v, n, b, o, i)."""
-        if self.left.shape[-1] == self.right.shape[-1] == 1:  # a product of scalars for each row
-            return (self.left * self.right).sum(3).movedim(1, 2)[..., None]
-        return torch.einsum("vbnto,bnti->vnboi", self.left, self.right)
-
-    def dense_chunks(self) -> Iterator[Tensor]:
-        """The same in pieces over n of at most about `GRADIENT_BUDGET` entries."""
-        v, b, _, _, o = self.left.shape
-        step = max(1, GRADIENT_BUDGET // (v * b * o * self.right.shape[-1]))
-        for left, right in zip(self.left.split(step, 2), self.right.split(step, 1), strict=True):
-            yield Outer(left, right).dense()
 
 
 @dataclass
@@ -265,7 +237,7 @@ class Pass:
     def grouping(self, u: int) -> Grouping:
         """Row layout of a use, or an error that asks for it."""
         use = self.recording.uses[u]
-        grouping = self.network.groupings.get(self._key(u), Grouping(0))
+        grouping = self.network.groupings.get(self.key(u), Grouping(0))
         if grouping is None:
             raise UnsupportedUse(
                 "cannot tell which rows belong to which example",
@@ -276,65 +248,7 @@ class Pass:
             )
         return grouping
 
-    def _key(self, u: int) -> UseKey:
+    def key(self, u: int) -> UseKey:
         """A use's parameters and how often they were used before in this pass."""
         params = self.recording.uses[u].params
         return params, sum(use.params == params for use in self.recording.uses[:u])
-
-    def learn_groupings(self) -> None:
-        """See from a few backward passes which rows each example's output touches.
-
-        A use is settled once a single layout of its rows agrees with what was seen. Until then
-        batch-first is taken where it agrees, and a later contradiction is an error.
-        """
-        settled = self.network.settled
-        open_uses = {
-            u: key for u in range(len(self.recording.uses)) if (key := self._key(u)) not in settled
-        }
-        if self.n < 2 or not open_uses:
-            return
-        touched: list[list[Tensor]] = [[] for _ in open_uses]
-        halves = _halves(self.n)
-        for half in halves:
-            found = self.recording.output_rows(self.outputs, [self._probe(half)], [*open_uses])
-            for masks, rows in zip(touched, found, strict=True):
-                if rows is not None:
-                    masks.append((rows[0] != 0).any(-1).any(0))  # (*lead)
-        for (u, key), masks in zip(open_uses.items(), touched, strict=True):
-            if len(masks) == len(halves):
-                candidates = consistent_groupings(masks, halves)
-                self._settle(u, key, candidates)
-
-    def _settle(self, u: int, key: UseKey, candidates: list[Grouping]) -> None:
-        """Store the first layout that agrees; refuse one that contradicts earlier batches."""
-        known = self.network.groupings
-        if key in known and known[key] is not None and known[key] not in candidates:
-            raise UnsupportedUse(
-                "rows lie in another way than earlier batches suggested",
-                where=self.recording.uses[u].params[0],
-                remedy="Begin with a batch in which every example reaches this layer",
-            )
-        known.setdefault(key, candidates[0] if candidates else None)
-        if len(candidates) < 2:
-            self.network.settled.add(key)
-
-    def _probe(self, half: Tensor) -> Tensor:
-        """A backward vector from the examples of a mask (n,) alone."""
-        shape = self.outputs.shape
-        # Irregular weights: equal ones could cancel in a softmax or a normalisation.
-        weights = torch.arange(1, self.outputs[0].numel() + 1, dtype=self.outputs.dtype).sqrt()
-        probe = half.to(self.outputs.dtype)[:, None] * weights
-        return probe.reshape(shape).to(self.outputs.device)
-
-
-def _halves(n: int) -> list[Tensor]:
-    """Masks (n,) that tell examples apart: each alone if few, else two random halvings."""
-    if n <= 4:
-        return list(torch.eye(n, dtype=torch.bool))
-    generator = torch.Generator().manual_seed(0)
-    masks = []
-    for _ in range(2):
-        half = torch.zeros(n, dtype=torch.bool)
-        half[torch.randperm(n, generator=generator)[: n // 2]] = True
-        masks += [half, ~half]
-    return masks

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.network import Outer
+from kfac_laplace.curvature.outer import Outer
 from kfac_laplace.curvature.spectral import Spectrum
 from kfac_laplace.errors import InvalidValue
 

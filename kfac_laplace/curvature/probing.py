@@ -1,0 +1,73 @@
+"""Finds out which rows of a layer belong to which example, by a few backward passes."""
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.curvature.network import Pass, UseKey
+from kfac_laplace.curvature.sharing import Grouping, consistent_groupings
+from kfac_laplace.errors import UnsupportedUse
+
+
+def learn_groupings(passed: Pass) -> None:
+    """See which rows the outputs of some examples touch, in each use that is not settled yet.
+
+    A use is settled once a single layout of its rows agrees with what was seen. Until then
+    batch-first is taken where it agrees, and a later contradiction is an error.
+
+    Raises:
+        UnsupportedUse: the rows contradict what earlier batches suggested.
+    """
+    open_uses = {
+        u: key
+        for u in range(len(passed.recording.uses))
+        if (key := passed.key(u)) not in passed.network.settled
+    }
+    if passed.n < 2 or not open_uses:
+        return
+    touched: list[list[Tensor]] = [[] for _ in open_uses]
+    halves = _halves(passed.n)
+    for half in halves:
+        found = passed.recording.output_rows(
+            passed.outputs, [_probe(passed.outputs, half)], [*open_uses]
+        )
+        for masks, rows in zip(touched, found, strict=True):
+            if rows is not None:
+                masks.append((rows[0] != 0).any(-1).any(0))  # (*lead)
+    for (u, key), masks in zip(open_uses.items(), touched, strict=True):
+        if len(masks) == len(halves):
+            _settle(passed, u, key, consistent_groupings(masks, halves))
+
+
+def _settle(passed: Pass, u: int, key: UseKey, candidates: list[Grouping]) -> None:
+    """Store the first layout that agrees; refuse one that contradicts earlier batches."""
+    known = passed.network.groupings
+    if key in known and known[key] is not None and known[key] not in candidates:
+        raise UnsupportedUse(
+            "rows lie in another way than earlier batches suggested",
+            where=passed.recording.uses[u].params[0],
+            remedy="Begin with a batch in which every example reaches this layer",
+        )
+    known.setdefault(key, candidates[0] if candidates else None)
+    if len(candidates) < 2:
+        passed.network.settled.add(key)
+
+
+def _probe(outputs: Tensor, half: Tensor) -> Tensor:
+    """A backward vector from the examples of a mask (n,) alone."""
+    # Irregular weights: equal ones could cancel in a softmax or a normalisation.
+    weights = torch.arange(1, outputs[0].numel() + 1, dtype=outputs.dtype).sqrt()
+    probe = half.to(outputs.dtype)[:, None] * weights
+    return probe.reshape(outputs.shape).to(outputs.device)
+
+
+def _halves(n: int) -> list[Tensor]:
+    """Masks (n,) that tell examples apart: each alone if few, else two random halvings."""
+    if n <= 4:
+        return list(torch.eye(n, dtype=torch.bool))
+    generator = torch.Generator().manual_seed(0)
+    masks = []
+    for _ in range(2):
+        half = torch.zeros(n, dtype=torch.bool)
+        half[torch.randperm(n, generator=generator)[: n // 2]] = True
+        masks += [half, ~half]
+    return masks
