@@ -10,7 +10,7 @@ from kfac_laplace.curvature.factors import Block, DenseBlock, DiagonalBlock, Kro
 from kfac_laplace.curvature.groups import Group
 from kfac_laplace.curvature.layout import Layout
 from kfac_laplace.curvature.network import Pass
-from kfac_laplace.curvature.precision import accumulable
+from kfac_laplace.curvature.precision import accumulable, gram
 from kfac_laplace.curvature.sharing import Setting
 
 
@@ -38,10 +38,10 @@ class KroneckerSum(BatchSum):
         self._group, self._passed, self._setting = group, passed, setting
         self._uses = [u for u, _ in passed.terms[group.name]]
         b, o, i = group.layout.matrix
-        like = accumulable(passed.params[group.name].detach())
-        self._input_sum = like.new_zeros(b, i, i)
-        self._output_sum = like.new_zeros(b, o, o)
-        self._count = like.new_zeros((), dtype=torch.float64)
+        device = passed.network.device
+        self._input_sum = torch.zeros(b, i, i, device=device)
+        self._output_sum = torch.zeros(b, o, o, device=device)
+        self._count = torch.zeros((), dtype=torch.float64, device=device)
         if self._uses:
             self._add_inputs(group)
 
@@ -50,13 +50,13 @@ class KroneckerSum(BatchSum):
         total = sum(inputs.count for _, inputs in terms)
         if self._setting == "expand":
             for _, inputs in terms:
-                self._input_sum += inputs.gram()
+                self._input_sum = self._input_sum + inputs.gram()
             self._count += total
             return
         n = self._passed.n
         parts = [inputs.example_sums(self._passed.grouping(u), n) for u, inputs in terms]
         means = torch.stack(parts).sum(0) * (n / total)  # (b, n, i)
-        self._input_sum += means.mT @ means
+        self._input_sum = gram(means)
         self._count += n
 
     def add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
@@ -76,7 +76,7 @@ class KroneckerSum(BatchSum):
     def _add_outputs(self, rows: Tensor) -> None:
         """Add the Gram matrix of rows (v, b, ..., o)."""
         rows = rows.movedim(1, 0).flatten(1, -2)  # (b, v ..., o)
-        self._output_sum += rows.mT @ rows
+        self._output_sum = self._output_sum + gram(rows)
 
     def block(self) -> KroneckerBlock:
         """Sums and count."""
@@ -124,7 +124,7 @@ class DenseSum(BatchSum):
         gradients = self._passed.gradients(self._groups, rows, generic)
         if gradients:
             flat = flat_gradients(gradients, self._layout).flatten(0, 1)  # (v n, p)
-            self._matrix += flat.mT @ flat
+            self._matrix = self._matrix + gram(flat)
 
     def block(self) -> DenseBlock:
         """The matrix."""

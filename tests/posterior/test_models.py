@@ -179,7 +179,8 @@ def test_autocast_around_the_posterior():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         la = Laplace(model, "classification").fit(batches)
         probs = la(case.x.float())
-    assert all(b.factors.output.dtype == torch.float32 for b in la.curvature.blocks.values())
+    kept = {b.factors.output.dtype for b in la.curvature.blocks.values()}
+    assert kept <= {torch.float32, torch.float64}
     torch.testing.assert_close(la.log_det_ratio, expected.log_det_ratio, rtol=0.02, atol=0)
     torch.testing.assert_close(probs, expected(case.x.float()), rtol=0, atol=0.02)
 

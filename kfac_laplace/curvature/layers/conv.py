@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_laplace.curvature.layers.registry import Inputs, Layer, layer_rule
-from kfac_laplace.curvature.precision import accumulable
+from kfac_laplace.curvature.precision import accumulable, gram
 from kfac_laplace.curvature.sharing import Grouping
 
 #: Patches of so many bytes at most exist at a time while a Gram matrix is summed.
@@ -73,17 +73,17 @@ class Patches(Inputs):
         row_bytes = c * prod(self.kernel) * prod(self._positions) * self.padded.element_size()
         chunk = max(1, PATCH_BUDGET // row_bytes)
         i = c // self.groups * prod(self.kernel)
-        gram = self.padded.new_zeros(self.groups, i, i)
+        total = torch.zeros((), device=self.padded.device)
         for padded in self.padded.split(chunk):
             # One product over all positions of the chunk: (b, i, n t).
             patches = self._view(padded).movedim(0, 1 + len(self.kernel))
             columns = patches.reshape(self.groups, i, -1)
-            gram += columns @ columns.mT
-        return gram
+            total = total + gram(columns.mT)
+        return total
 
     def row_sum(self) -> Tensor:
         """Σ a, shape (b, i), without patches."""
-        return self._window_sums().sum(1)
+        return self._window_sums().double().sum(1)
 
     def example_sums(self, grouping: Grouping, n: int) -> Tensor:
         """Σ_t a for each example, shape (b, n, i), without patches."""

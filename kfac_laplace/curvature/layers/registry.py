@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.precision import accumulable
+from kfac_laplace.curvature.precision import accumulable, gram
 from kfac_laplace.curvature.sharing import Grouping
 
 
@@ -30,12 +30,11 @@ class Inputs(ABC):
 
     def gram(self) -> Tensor:
         """Σ_{n,t} a aᵀ, shape (b, i, i)."""
-        rows = self.rows().flatten(1, -2)
-        return rows.mT @ rows
+        return gram(self.rows().flatten(1, -2))
 
     def row_sum(self) -> Tensor:
         """Σ_{n,t} a, shape (b, i)."""
-        return self.rows().flatten(1, -2).sum(1)
+        return self.rows().flatten(1, -2).double().sum(1)
 
     def example_sums(self, grouping: Grouping, n: int) -> Tensor:
         """Σ_t a_{n,t}, shape (b, n, i)."""
