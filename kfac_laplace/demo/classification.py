@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kfac_laplace.demo import metrics
-from kfac_laplace.demo.data import digits
+from kfac_laplace.demo.data import Images, digits
 from kfac_laplace.demo.methods import METHODS, Answer, Method, Problem
 from kfac_laplace.demo.settings import Settings
 from kfac_laplace.demo.timing import Stopwatch
@@ -69,12 +69,10 @@ class Result:
 
 def classification(settings: Settings) -> Iterator[Result]:
     """Run the half, yielding each result as soon as it is there."""
-    plan = [
-        (settings.seed + k, name) for name in settings.models for k in range(settings.seeds)
-    ]
+    plan = [(settings.seed + k, name) for name in settings.models for k in range(settings.seeds)]
     with tqdm(total=len(plan) * len(METHODS), disable=None, leave=False) as bar:
         for seed, name in plan:
-            data = digits(settings.n_train, settings.n_ood, seed, settings.device)
+            data = draw(settings, seed)
             problem = Problem(name, data, settings, seed)
             fits: dict[Callable[[Problem], Fit], Fit] = {}
             for method in METHODS:
@@ -83,6 +81,11 @@ def classification(settings: Settings) -> Iterator[Result]:
                     fits[method.train] = method.train(problem)
                 yield measure(method, fits[method.train], problem)
                 bar.update()
+
+
+def draw(settings: Settings, seed: int) -> Images:
+    """The images that all methods see under one seed."""
+    return digits(settings.n_train, settings.n_test, settings.n_ood, seed, settings.device)
 
 
 def measure(method: Method, fit: Fit, problem: Problem) -> Result:

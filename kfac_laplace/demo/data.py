@@ -10,6 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 BMI = 2  # column of the body-mass index in the diabetes data
 
 
+Batches = DataLoader[tuple[Tensor, ...]]
+
+
 class Split(NamedTuple):
     """Inputs (n, ...) and targets (n,) or (n, 1)."""
 
@@ -45,11 +48,12 @@ class Patients(NamedTuple):
     y_scale: Scale
 
 
-def digits(n_train: int, n_ood: int, seed: int, device: str = "cpu") -> Images:
+def digits(n_train: int, n_test: int, n_ood: int, seed: int, device: str = "cpu") -> Images:
     """A random split of the 1,797 digits, standardised by the training pixels.
 
     Args:
-        n_train: training images; all others are the test set.
+        n_train: training images.
+        n_test: test images, or all that are left if those are fewer.
         n_ood: out-of-distribution patches.
         seed: seed of the split and of the patches' positions.
         device: where the tensors shall live.
@@ -59,7 +63,8 @@ def digits(n_train: int, n_ood: int, seed: int, device: str = "cpu") -> Images:
     pixels = torch.tensor(raw.images, dtype=torch.float32)[:, None] / 16  # (n, 1, 8, 8) in [0, 1]
     labels = torch.tensor(raw.target)
     order = torch.randperm(len(labels), generator=generator)
-    train, test = Split(pixels[order], labels[order]).cut(n_train)
+    train, rest = Split(pixels[order], labels[order]).cut(n_train)
+    test, _ = rest.cut(n_test)
     mean, std = train.x.mean(), train.x.std()
 
     def ready(split: Split) -> Split:
@@ -102,7 +107,7 @@ def diabetes(n_train: int, seed: int, device: str = "cpu") -> Patients:
     return Patients(ready(train), ready(test), x_scale, y_scale)
 
 
-def loader(split: Split, batch_size: int, shuffle_seed: int | None = None) -> DataLoader:
+def loader(split: Split, batch_size: int, shuffle_seed: int | None = None) -> Batches:
     """Mini-batches, in order, or shuffled anew each epoch from a generator of their own."""
     generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
     return DataLoader(

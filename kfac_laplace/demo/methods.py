@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_laplace import Laplace
+from kfac_laplace.curvature.ggn import Structure
+from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.demo import metrics
-from kfac_laplace.demo.data import Images, Split, loader
-from kfac_laplace.demo.models import IMAGE_MODELS, seeded
-from kfac_laplace.demo.settings import Settings
+from kfac_laplace.demo.data import Batches, Images, Split, loader
+from kfac_laplace.demo.models import IMAGE_MODELS, REDUCE, seeded
+from kfac_laplace.demo.settings import Recipe, Settings
 from kfac_laplace.demo.timing import Stopwatch
 from kfac_laplace.demo.training import Fit, train_online, train_plain
 
@@ -24,6 +27,15 @@ class Problem:
     data: Images
     settings: Settings
     seed: int
+
+    @property
+    def recipe(self) -> Recipe:
+        """How this network is trained."""
+        return self.settings.images[self.name]
+
+    def kfac_approx(self, setting: Literal["expand", "reduce"]) -> KfacApprox:
+        """The setting for each layer: "reduce" leaves out what it is blind to."""
+        return REDUCE[self.name] if setting == "reduce" else setting
 
     def network(self) -> nn.Module:
         """A fresh network with this seed's initial weights."""
@@ -54,7 +66,7 @@ class Answer:
 
 def default_map(problem: Problem) -> Fit:
     """Plain training with the default weight decay."""
-    return plain(problem, problem.data.train, problem.settings.images.weight_decay)
+    return plain(problem, problem.data.train, problem.recipe.weight_decay)
 
 
 def grid_map(problem: Problem) -> Fit:
@@ -90,21 +102,21 @@ def plain(problem: Problem, data: Split, weight_decay: float) -> Fit:
         problem.network(),
         data,
         F.cross_entropy,
-        problem.settings.images,
+        problem.recipe,
         seed=problem.seed,
         weight_decay=weight_decay,
     )
 
 
-def online(problem: Problem, kfac_approx: str) -> Fit:
+def online(problem: Problem, kfac_approx: Literal["expand", "reduce"]) -> Fit:
     """One tuned training run."""
     return train_online(
         problem.network(),
         problem.data.train,
         "classification",
-        problem.settings.images,
+        problem.recipe,
         seed=problem.seed,
-        kfac_approx=kfac_approx,
+        kfac_approx=problem.kfac_approx(kfac_approx),
     )
 
 
@@ -124,9 +136,11 @@ def mode(model: nn.Module) -> Callable[[Tensor], Tensor]:
 def plain_mode(fit: Fit, problem: Problem) -> Answer:
     """The mode. Its evidence, by K-FAC-reduce, takes the weight decay for the prior that it is."""
     assert fit.weight_decay is not None
-    n = len(problem.data.train.x)
     la = Laplace(
-        fit.model, "classification", prior_precision=fit.weight_decay * n, kfac_approx="reduce"
+        fit.model,
+        "classification",
+        prior_precision=fit.weight_decay * len(problem.data.train.x),
+        kfac_approx=problem.kfac_approx("reduce"),
     ).fit(in_order(problem))
     return Answer(mode(fit.model), float(la.log_marginal_likelihood()))
 
@@ -145,13 +159,14 @@ def calibrated(fit: Fit, problem: Problem) -> Answer:
     assert fit.tuner is not None
     clock = Stopwatch(problem.data.train.x)
     la = fit.tuner.laplace(in_order(problem))
-    curvature = clock()
-    la.calibrate(in_order(problem))
-    seconds = clock()
-    return Answer(la, float(la.log_marginal_likelihood()), seconds, curvature, float(la.posterior_scale))
+    curvature_seconds = clock()
+    la.calibrate()
+    return linearised(la, clock(), curvature_seconds)
 
 
-def post_hoc(hessian_structure: str, kfac_approx: str) -> Callable[[Fit, Problem], Answer]:
+def post_hoc(
+    structure: Structure, kfac_approx: Literal["expand", "reduce"]
+) -> Callable[[Fit, Problem], Answer]:
     """A Laplace posterior around a finished network, its prior tuned afterwards."""
 
     def answer(fit: Fit, problem: Problem) -> Answer:
@@ -159,18 +174,32 @@ def post_hoc(hessian_structure: str, kfac_approx: str) -> Callable[[Fit, Problem
         la = Laplace(
             fit.model,
             "classification",
-            hessian_structure=hessian_structure,
-            kfac_approx=kfac_approx,
+            hessian_structure=structure,
+            kfac_approx=problem.kfac_approx(kfac_approx),
         ).fit(in_order(problem))
-        curvature = clock()
+        curvature_seconds = clock()
         la.optimize_prior()
-        seconds = clock()
-        return Answer(la, float(la.log_marginal_likelihood()), seconds, curvature, float(la.posterior_scale))
+        return linearised(la, clock(), curvature_seconds)
 
     return answer
 
 
-def in_order(problem: Problem):
+def linearised(la: Laplace, seconds: float, curvature_seconds: float) -> Answer:
+    """The posterior's default predictive: linearised network, probit link."""
+
+    def predict(x: Tensor) -> Tensor:
+        return la.predict(x).probs
+
+    return Answer(
+        predict,
+        float(la.log_marginal_likelihood()),
+        seconds,
+        curvature_seconds,
+        float(la.posterior_scale),
+    )
+
+
+def in_order(problem: Problem) -> Batches:
     """The training images in one batch."""
     return loader(problem.data.train, batch_size=len(problem.data.train.x))
 

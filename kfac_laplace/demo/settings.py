@@ -1,6 +1,6 @@
 """Every number of the demo in one place."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 MODELS = ("cnn", "vit")
 
@@ -15,7 +15,8 @@ class Recipe:
         learning_rate: start of Adam's cosine schedule, which ends at zero.
         weight_decay: the default λ of plain training, whose loss is the mean over examples plus
             λ/2 ‖θ‖²; it amounts to the prior precision δ = λ N.
-        burn_in: epochs before the first evidence step of online tuning.
+        burn_in: epochs before the first evidence step of online tuning. An underfitted network
+            looks as if it needed a strong prior, and a layer switched off by one does not return.
         frequency: epochs between evidence steps.
         hyper_steps: gradient steps on the hyperparameters in one evidence step.
     """
@@ -29,6 +30,11 @@ class Recipe:
     hyper_steps: int = 50
 
 
+def default_images() -> dict[str, Recipe]:
+    """The recipes of the classification half: a transformer takes longer to fit."""
+    return {"cnn": Recipe(), "vit": Recipe(burn_in=50)}
+
+
 @dataclass(frozen=True)
 class Settings:
     """One run of the demo.
@@ -38,12 +44,13 @@ class Settings:
         seed: the first of them.
         device: where to train, as torch names it.
         models: networks of the classification half, from `MODELS`.
-        n_train: training images; small, so that overfitting is real.
+        n_train: training images; few, so that overfitting is real.
+        n_test: most test images; by default all that are left.
         n_ood: patches of photographs that serve as out-of-distribution inputs.
         grid: weight decays that the grid tries.
         holdout: share of the training images that the grid selects on.
-        images: recipe of the classification half.
-        n_train_regression: training patients of the regression half.
+        images: recipes of the classification half by network.
+        n_patients: training patients of the regression half.
         patients: recipe of the regression half.
     """
 
@@ -52,9 +59,26 @@ class Settings:
     device: str = "cpu"
     models: tuple[str, ...] = MODELS
     n_train: int = 200
+    n_test: int = 1597
     n_ood: int = 1000
     grid: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     holdout: float = 0.2
-    images: Recipe = field(default_factory=Recipe)
-    n_train_regression: int = 300
+    images: dict[str, Recipe] = field(default_factory=default_images)
+    n_patients: int = 300
     patients: Recipe = field(default_factory=lambda: Recipe(learning_rate=1e-2))
+
+
+def quick() -> Settings:
+    """Less of everything, to see the whole within a minute; its numbers prove little."""
+    full = Settings()
+    return replace(
+        full,
+        n_test=300,
+        n_ood=200,
+        grid=full.grid[2::2],
+        images={name: replace(recipe, epochs=80) for name, recipe in full.images.items()},
+        patients=replace(full.patients, epochs=80),
+    )
+
+
+PRESETS = {"default": Settings(), "quick": quick()}

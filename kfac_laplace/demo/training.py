@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from kfac_laplace import MarglikTuner
+from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.demo.data import Split, loader
 from kfac_laplace.demo.settings import Recipe
 from kfac_laplace.demo.timing import Stopwatch
@@ -57,7 +58,13 @@ def train_plain(
 
 
 def train_online(
-    model: nn.Module, data: Split, likelihood: str, recipe: Recipe, *, seed: int, kfac_approx: str
+    model: nn.Module,
+    data: Split,
+    likelihood: str,
+    recipe: Recipe,
+    *,
+    seed: int,
+    kfac_approx: KfacApprox = "auto",
 ) -> Fit:
     """The same loop with the tuner's loss, and one more line each epoch: no grid, one run."""
     clock = Stopwatch(data.x)
@@ -74,7 +81,7 @@ def train_online(
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
     schedule = CosineAnnealingLR(optimizer, recipe.epochs)
-    for _ in epochs(recipe, f"online, {kfac_approx}"):
+    for _ in epochs(recipe, "online tuning"):
         for x, y in batches:
             optimizer.zero_grad()
             tuner.loss(model(x), y).backward()

@@ -328,6 +328,11 @@ class MarglikTuner:
         return named
 
     @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups in the order of the layerwise precisions; empty before the first."""
+        return tuple(self._prior.layouts) if self._prior is not None else ()
+
+    @property
     def best(self) -> Record | None:
         """The record of highest evidence, or None before the first round."""
         return max(self.history, key=lambda record: record.evidence, default=None)

@@ -1,0 +1,100 @@
+"""Pictures of calibration, evidence, hyperparameters and predictive bands.
+
+Each function draws into axes that the caller made and returns nothing. Needs matplotlib.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from kfac_laplace.marglik.tuner import Record
+
+#: Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def reliability(
+    ax: Axes, predictions: Mapping[str, tuple[Tensor, Tensor]], n_bins: int = 15
+) -> None:
+    """Accuracy against confidence in bins of equal width; bins with fewer than 5 points are left out.
+
+    Args:
+        ax: where to draw.
+        predictions: label to probabilities (n, c) and true classes (n,).
+        n_bins: number of bins.
+    """
+    ax.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
+    edges = np.linspace(0, 1, n_bins + 1)
+    for colour, (name, (probs, labels)) in zip(COLOURS, predictions.items(), strict=False):
+        confidence, predicted = probs.max(1)
+        right = (predicted == labels).numpy()
+        confidence = confidence.numpy()
+        bins = np.clip(np.digitize(confidence, edges) - 1, 0, n_bins - 1)
+        kept = [b for b in range(n_bins) if (bins == b).sum() >= 5]
+        x = [confidence[bins == b].mean() for b in kept]
+        y = [right[bins == b].mean() for b in kept]
+        ax.plot(x, y, marker="o", markersize=3.5, color=colour, label=name)
+    ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    ax.set_title("Reliability")
+    ax.legend(fontsize="x-small", frameon=False)
+
+
+def evidence(ax: Axes, histories: Mapping[str, Sequence[Record]]) -> None:
+    """Log evidence over epochs, one line for each tuned run."""
+    for colour, (name, history) in zip(COLOURS, histories.items(), strict=False):
+        epochs = [record.epoch for record in history]
+        ax.plot(epochs, [record.evidence for record in history], color=colour, label=name)
+    ax.set(xlabel="epoch", ylabel="log evidence (nats)")
+    ax.set_title("Evidence while training")
+    ax.legend(fontsize="x-small", frameon=False)
+
+
+def precisions_over_epochs(ax: Axes, history: Sequence[Record]) -> None:
+    """Prior precision of each group over epochs, on a logarithmic scale."""
+    epochs = [record.epoch for record in history]
+    values = np.stack([record.hyperparameters["prior_precision"].cpu() for record in history])
+    ax.plot(epochs, values, linewidth=1)
+    ax.set(xlabel="epoch", ylabel="prior precision δ", yscale="log")
+    ax.set_title("Precisions choose themselves")
+
+
+def precisions_by_layer(ax: Axes, names: Sequence[str], precision: Tensor) -> None:
+    """Final prior precision of each group, first layer at the top."""
+    places = np.arange(len(names))
+    ax.barh(places, precision.cpu().numpy(), color=COLOURS[0], height=0.7)
+    ax.set_yticks(places, [name.removesuffix(".weight") for name in names], fontsize="x-small")
+    ax.invert_yaxis()
+    ax.set(xlabel="prior precision δ", xscale="log")
+    ax.set_title("Precision by layer")
+
+
+def band(
+    ax: Axes,
+    x: Tensor,
+    mean: Tensor,
+    *,
+    epistemic: Tensor,
+    total: Tensor,
+    seen: tuple[Tensor, Tensor],
+) -> None:
+    """Predictive mean with two standard deviations of the output, and with noise.
+
+    Args:
+        ax: where to draw.
+        x: inputs, shape (n,), ascending.
+        mean: predictive mean (n,).
+        epistemic: standard deviation of the network's output (n,).
+        total: standard deviation with observation noise (n,).
+        seen: training inputs and targets.
+    """
+    ax.scatter(*seen, s=5, color="0.6", zorder=0, label="training data")
+    for spread, alpha, name in ((total, 0.18, "with noise"), (epistemic, 0.4, "network alone")):
+        ax.fill_between(
+            x, mean - 2 * spread, mean + 2 * spread, color=COLOURS[0], alpha=alpha, linewidth=0,
+            label=f"± 2 s.d., {name}",
+        )  # fmt: skip
+    ax.plot(x, mean, color=COLOURS[0], linewidth=1.5, label="mean")
+    ax.set_title("Predictive band")
+    ax.legend(fontsize="x-small", frameon=False)
