@@ -18,7 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def reliability(
     ax: Axes, predictions: Mapping[str, tuple[Tensor, Tensor]], n_bins: int = 15
 ) -> None:
-    """Accuracy against confidence in bins of equal width; bins with fewer than 5 points are left out.
+    """Accuracy against confidence in bins of equal width; bins with under 5 points are left out.
 
     Args:
         ax: where to draw.
@@ -29,11 +29,10 @@ def reliability(
     edges = np.linspace(0, 1, n_bins + 1)
     for colour, (name, (probs, labels)) in zip(COLOURS, predictions.items(), strict=False):
         confidence, predicted = probs.max(1)
-        right = (predicted == labels).numpy()
-        confidence = confidence.numpy()
-        bins = np.clip(np.digitize(confidence, edges) - 1, 0, n_bins - 1)
+        right, sure = (predicted == labels).numpy(), confidence.numpy()
+        bins = np.clip(np.digitize(sure, edges) - 1, 0, n_bins - 1)
         kept = [b for b in range(n_bins) if (bins == b).sum() >= 5]
-        x = [confidence[bins == b].mean() for b in kept]
+        x = [sure[bins == b].mean() for b in kept]
         y = [right[bins == b].mean() for b in kept]
         ax.plot(x, y, marker="o", markersize=3.5, color=colour, label=name)
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))

@@ -75,7 +75,7 @@ def digits(n_train: int, n_test: int, n_ood: int, seed: int, device: str = "cpu"
 
 
 def patches(n: int, generator: torch.Generator) -> Tensor:
-    """Grey 8x8 patches (n, 1, 8, 8) in [0, 1], cut at random from scikit-learn's two photographs."""
+    """Grey 8x8 patches (n, 1, 8, 8) in [0, 1], cut at random from two photographs."""
     photographs = [
         torch.tensor(image).float().mean(-1) / 255 for image in load_sample_images().images
     ]

@@ -19,7 +19,7 @@ def nll(probs: Tensor, labels: Tensor) -> float:
 
 
 def ece(probs: Tensor, labels: Tensor) -> float:
-    """Expected calibration error: |accuracy - confidence|, averaged over 15 bins by their counts."""
+    """Expected calibration error: |accuracy - confidence|, a weighted mean over 15 bins."""
     error = multiclass_calibration_error(
         probs, labels, num_classes=probs.shape[1], n_bins=ECE_BINS, norm="l1"
     )
@@ -27,7 +27,7 @@ def ece(probs: Tensor, labels: Tensor) -> float:
 
 
 def brier(probs: Tensor, labels: Tensor) -> float:
-    """Squared distance of the probabilities to the one-hot label, summed over classes; in [0, 2]."""
+    """Squared distance of the probabilities to the one-hot label, over classes; in [0, 2]."""
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
     return float((probs - one_hot).square().sum(1).mean())
 

@@ -1,4 +1,4 @@
-"""The two training loops: plain, with a fixed weight decay, and tuned by the marginal likelihood."""
+"""The two training loops: plain, with a fixed weight decay, and tuned by the evidence."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

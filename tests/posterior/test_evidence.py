@@ -157,5 +157,7 @@ def test_float32_models_get_a_float64_evidence(structure):
 
 def float32_log_det_ratio(block, delta):
     """What the same factors in float32 would give."""
-    a, b = (torch.linalg.eigvalsh(factor.float())[0].double().clamp_min(0) for factor in block.factors)
+    a, b = (
+        torch.linalg.eigvalsh(factor.float())[0].double().clamp_min(0) for factor in block.factors
+    )
     return (b[:, None] * a / delta).log1p().sum()
