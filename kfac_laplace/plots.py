@@ -50,11 +50,21 @@ def evidence(ax: Axes, histories: Mapping[str, Sequence[Record]]) -> None:
     ax.legend(fontsize="x-small", frameon=False)
 
 
-def precisions_over_epochs(ax: Axes, history: Sequence[Record]) -> None:
-    """Prior precision of each group over epochs, on a logarithmic scale."""
+def precisions_over_epochs(ax: Axes, history: Sequence[Record], names: Sequence[str]) -> None:
+    """Prior precision of each group over epochs, on a logarithmic scale.
+
+    Args:
+        ax: where to draw.
+        history: rounds of a tuned run.
+        names: names of the groups; shown where they are few.
+    """
     epochs = [record.epoch for record in history]
     values = np.stack([record.hyperparameters["prior_precision"].cpu() for record in history])
-    ax.plot(epochs, values, linewidth=1)
+    lines = ax.plot(epochs, values, linewidth=1.2)
+    if len(names) <= len(COLOURS):
+        for line, name, colour in zip(lines, names, COLOURS, strict=False):
+            line.set(label=name.removesuffix(".weight"), color=colour)
+        ax.legend(title="layer", fontsize="x-small", title_fontsize="x-small", frameon=False)
     ax.set(xlabel="epoch", ylabel="prior precision δ", yscale="log")
     ax.set_title("Precisions choose themselves")
 

@@ -57,9 +57,16 @@ def panels_of(model: str, findings: "Findings") -> dict[str, Panel]:
     return {
         "reliability": lambda ax: plots.reliability(ax, compared),
         "evidence": lambda ax: plots.evidence(ax, histories),
-        "precisions": lambda ax: plots.precisions_over_epochs(ax, histories["online, reduce"]),
+        "precisions": lambda ax: over_epochs(ax, last),
         "layers": lambda ax: layers(ax, last),
     }
+
+
+def over_epochs(ax: Axes, result: Result) -> None:
+    """Precisions of a tuned network while it trained."""
+    tuner = result.fit.tuner
+    assert tuner is not None
+    plots.precisions_over_epochs(ax, tuner.history, tuner.groups)
 
 
 def layers(ax: Axes, result: Result) -> None:

@@ -284,7 +284,7 @@ class Laplace:
             val_loader: validation data, for "gridsearch".
             fix_sigma_noise: leave σ alone.
             n_steps: most iterations. A warning is logged where they do not suffice.
-            tolerance: nats per unit of log δ ("marglik"), or change of log δ ("mackay").
+            tolerance: largest component of the gradient, in nats per unit of log δ or log σ.
             grid: candidates for "gridsearch"; 10⁻⁴ … 10⁴ by default.
         """
         posterior = self.posterior

@@ -1,0 +1,1 @@
+"""One script a claim; each prints what it measured and can write it as JSON."""
