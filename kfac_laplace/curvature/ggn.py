@@ -241,7 +241,26 @@ class Curvature:
                 with without_autocast(self.network.device):
                     for batch_sum in made.values():
                         batch_sum.add(rows, one)
+        if not self.blocks:
+            self._warn_of_cancellation(made)
         return {name: batch_sum.block() for name, batch_sum in made.items()}
+
+    def _warn_of_cancellation(self, made: dict[str, sums.BatchSum]) -> None:
+        """Say where reduce sees no curvature although there is some."""
+        blind = [
+            name
+            for name, batch_sum in made.items()
+            if isinstance(batch_sum, sums.KroneckerSum) and batch_sum.cancels()
+        ]
+        if blind and not self.network.warned:
+            log.warning(
+                "K-FAC-reduce sees no curvature in %s: an example's gradients cancel over the "
+                "shared axis, as those of attention keys do. Give these layers the setting "
+                "'expand', as in kfac_approx={'%s': 'expand', '*': 'auto'}",
+                ", ".join(blind),
+                blind[0],
+            )
+            self.network.warned = True
 
     def _batch_sums(self, passed: Pass) -> dict[str, sums.BatchSum]:
         """An empty sum for each block."""

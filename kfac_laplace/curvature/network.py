@@ -43,6 +43,7 @@ class Network:
     class_axis: int = -1
     groupings: dict[UseKey, Grouping | None] = field(default_factory=dict)
     settled: set[UseKey] = field(default_factory=set)
+    warned: bool = False  # of gradients that cancel under reduce
     row_entries: int = 1  # gradient rows of one example and vector, all recorded calls together
 
     def __post_init__(self) -> None:
@@ -97,6 +98,7 @@ class Network:
         """Take over from the same model how rows lie in its layers: no need to probe again."""
         self.groupings |= other.groupings
         self.settled |= other.settled
+        self.warned |= other.warned
 
     def learn(self, first: "Pass") -> None:
         """Find groups (and with "last_layer" the tracked parameters) from the first pass."""

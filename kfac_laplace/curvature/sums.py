@@ -13,6 +13,9 @@ from kfac_laplace.curvature.network import Pass
 from kfac_laplace.curvature.precision import accumulable, gram
 from kfac_laplace.curvature.sharing import Setting
 
+#: Of the squared gradient rows, so much is left by rounding where they cancel.
+CANCELLED = 1e-9
+
 
 class BatchSum(ABC):
     """The block of one batch in the making."""
@@ -42,6 +45,7 @@ class KroneckerSum(BatchSum):
         self._input_sum = torch.zeros(b, i, i, device=device)
         self._output_sum = torch.zeros(b, o, o, device=device)
         self._count = torch.zeros((), dtype=torch.float64, device=device)
+        self._before_summing = torch.zeros((), device=device)
         if self._uses:
             self._add_inputs(group)
 
@@ -72,11 +76,21 @@ class KroneckerSum(BatchSum):
                 for u, part in own.items()
             ]
             self._add_outputs(torch.stack(parts).sum(0))  # (v, b, n, o)
+            for part in own.values():
+                self._before_summing = self._before_summing + part.square().sum()
 
     def _add_outputs(self, rows: Tensor) -> None:
         """Add the Gram matrix of rows (v, b, ..., o)."""
         rows = rows.movedim(1, 0).flatten(1, -2)  # (b, v ..., o)
         self._output_sum = self._output_sum + gram(rows)
+
+    def cancels(self) -> bool:
+        """Whether the gradients of each example cancel over its positions, which leaves B = 0.
+
+        Attention keys do so: softmax does not see a shift of all keys by one vector.
+        """
+        left = self._output_sum.diagonal(dim1=-2, dim2=-1).sum()
+        return bool(left < CANCELLED * self._before_summing)
 
     def block(self) -> KroneckerBlock:
         """Sums and count."""

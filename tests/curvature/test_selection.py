@@ -248,3 +248,17 @@ def test_a_trainable_bias_added_by_hand_is_found():
     assert curvature.coverage == {"weight": "kron", "bias": "diag"}
     exact = oracles.ggn(example.model, *example.data, ["bias"])
     assert relative_error(curvature.blocks["bias"].dense(), exact.diagonal().diag()) < EXACT
+
+
+def test_reduce_says_where_it_sees_no_curvature(caplog):
+    """Softmax ignores a shift of all keys, so their gradients cancel over the tokens."""
+    with caplog.at_level("WARNING", logger="kfac_laplace"):
+        fitted("vit", kfac_approx="expand")
+        assert not caplog.records
+        reduce = fitted("vit", kfac_approx="reduce")
+    assert len(caplog.records) == 1 and "attention.k.weight" in caplog.text
+    assert "attention.q" not in caplog.text and "'expand'" in caplog.text
+    assert reduce.blocks["attention.k.weight"].factors.output.abs().max() < 1e-12
+    caplog.clear()
+    fitted("vit", kfac_approx={"*attention.k*": "expand", "*": "auto"})
+    assert not caplog.records
