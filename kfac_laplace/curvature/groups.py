@@ -96,8 +96,12 @@ def select_parameters(
 
 
 def last_layer(recording: Recording) -> list[str]:
-    """Parameters of the layer used last in the forward pass."""
-    covered = [use for use in recording.uses if not recording.loose.intersection(use.params)]
+    """Parameters of the layer used last in the forward pass; scales and shifts are no layers."""
+    covered = [
+        use
+        for use in recording.uses
+        if use.layer.kronecker and not recording.loose.intersection(use.params)
+    ]
     if not covered:
         raise InvalidValue(
             "no layer with a rule was used",

@@ -4,6 +4,7 @@ The caller keeps the training loop. The tuner supplies the loss at today's hyper
 every few epochs, one curvature pass and some steps on log δ and log σ.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +27,8 @@ from kfac_laplace.posterior.laplace import Laplace
 from kfac_laplace.posterior.state import refusing_damage
 from kfac_laplace.priors import PriorStructure, positive
 from kfac_laplace.priors import Structure as Sharing
+
+log = logging.getLogger("kfac_laplace")
 
 METHODS = ("marglik", "mackay")
 
@@ -250,6 +253,13 @@ class MarglikTuner:
             )
         start = time.perf_counter()
         la = self._blank().fit(loader)
+        if la.n_data != self.n_data and not self.history:
+            log.warning(
+                "the loader holds %d examples where n_data=%d was promised: the loss weighs the "
+                "prior by n_data",
+                la.n_data,
+                self.n_data,
+            )
         self._synchronise()
         curvature_seconds = time.perf_counter() - start
         hyper, adam = self._improved(la.posterior)

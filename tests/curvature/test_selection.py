@@ -19,6 +19,7 @@ from laws import (
 )
 from torch import Tensor, nn
 
+from kfac_laplace import Curvature
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError, UnsupportedUse
 
 
@@ -262,3 +263,23 @@ def test_reduce_says_where_it_sees_no_curvature(caplog):
     caplog.clear()
     fitted("vit", kfac_approx={"*attention.k*": "expand", "*": "auto"})
     assert not caplog.records
+
+
+class ScaledLogits(nn.Sequential):
+    """A network whose logits pass through a learned temperature and a shift."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.shift = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale + self.shift
+
+
+def test_the_last_layer_is_a_layer_and_no_scale_behind_it():
+    case = build("mlp-tanh")
+    model = ScaledLogits().double()
+    curvature = Curvature(model, "classification", subset_of_weights="last_layer")
+    curvature.fit(case.batches)
+    assert list(curvature.params) == ["2.weight", "2.bias"]

@@ -228,3 +228,13 @@ def test_prior_structures_and_settings(prior, setting):
     tuner.step(case.batches)
     count = tuner.hyperparameters()["prior_precision"].numel()
     assert count == (1 if prior == "scalar" else 3)  # two convolutions and the head
+
+
+def test_a_count_that_contradicts_the_loader_is_said_once(caplog):
+    """n_data weighs the prior in the loss: 7 seen where 700 were promised is a mistake."""
+    case = build("mlp-tanh")
+    tuner = MarglikTuner(case.model, case.likelihood, 700)
+    with caplog.at_level("WARNING", logger="kfac_laplace"):
+        tuner.step(case.batches)
+        tuner.step(case.batches)
+    assert len([record for record in caplog.records if "n_data=700" in record.getMessage()]) == 1
