@@ -5,7 +5,7 @@ multiplies the covariance that predictives use, never the evidence; κ = 0 is th
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,48 @@ from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.held_out import HeldOut, negative_log_likelihood, validation_points
+from kfac_laplace.posterior.leave_one_out import leave_one_out_points
 from kfac_laplace.priors import positive
 
 #: Candidates for κ before the search is refined between them; 0 and 1 are always among them.
 GRID = torch.logspace(-6, 3, 46, dtype=torch.float64).tolist()
+
+
+def held_out_points(
+    posterior: Posterior,
+    method: str,
+    loaders: Sequence[Iterable[Any] | None],
+    key_y: str,
+    seed: int,
+) -> HeldOut:
+    """Points to calibrate on, by leave-one-out ("loo") or from held-out data ("validation").
+
+    Args:
+        posterior: the posterior to be calibrated.
+        method: "loo" or "validation".
+        loaders: training data for "loo", held-out data for "validation".
+        key_y: name of the targets in mappings.
+        seed: seed of the choice of points for "loo".
+    """
+    if method not in ("loo", "validation"):
+        raise InvalidValue(
+            "unknown method",
+            where="method",
+            got=repr(method),
+            remedy="Choose 'loo' or 'validation'",
+        )
+    given = [loader for loader in loaders if loader is not None]
+    if not given:
+        raise InvalidValue(
+            "no data to calibrate on",
+            where="loader",
+            got=None,
+            remedy="Pass the loader: held-out data for 'validation', training data for 'loo'",
+        )
+    batches = (batch for loader in given for batch in loader)
+    if method == "loo":
+        return leave_one_out_points(posterior, batches, key_y, seed)
+    return validation_points(posterior, batches, key_y)
 
 
 def best_scale(likelihood: Likelihood, points: HeldOut, sigma: Tensor) -> float:
@@ -49,7 +87,7 @@ def best_scale(likelihood: Likelihood, points: HeldOut, sigma: Tensor) -> float:
 
 def grid_search(
     posterior: Posterior,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | None,
     key_y: str,
     kappa: float,
     grid: Iterable[float] | None = None,
@@ -63,6 +101,13 @@ def grid_search(
         kappa: posterior scale κ of the predictive.
         grid: candidates.
     """
+    if loader is None:
+        raise InvalidValue(
+            "a grid search needs validation data",
+            where="val_loader",
+            got=None,
+            remedy="Pass a loader, or use method='marglik'",
+        )
     values = torch.logspace(-4, 4, 21, dtype=torch.float64).tolist() if grid is None else list(grid)
     candidates = [positive(value, "grid", posterior.device) for value in values]
     if not candidates:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kfac_laplace.errors import InvalidValue
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 
 log = logging.getLogger("kfac_laplace")
@@ -26,6 +27,26 @@ class Optimum:
     evidence: float
     converged: bool
     n_steps: int
+
+
+def optimise(
+    posterior: Posterior, method: str, *, fix_sigma_noise: bool, n_steps: int, tolerance: float
+) -> Optimum:
+    """Maximise the evidence by "marglik" (gradient) or "mackay" (fixed point).
+
+    Other arguments as for `maximise` and `mackay`.
+    """
+    methods = {"marglik": maximise, "mackay": mackay}
+    if method not in methods:
+        raise InvalidValue(
+            "unknown method",
+            where="method",
+            got=repr(method),
+            remedy=f"Choose one of {[*methods, 'gridsearch']}",
+        )
+    return methods[method](
+        posterior, fix_sigma_noise=fix_sigma_noise, n_steps=n_steps, tolerance=tolerance
+    )
 
 
 class LogHyperparameters:

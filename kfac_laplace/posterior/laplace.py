@@ -19,8 +19,6 @@ from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Gaussian, Likelihood
 from kfac_laplace.posterior import calibration, evidence, state
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
-from kfac_laplace.posterior.held_out import validation_points
-from kfac_laplace.posterior.leave_one_out import leave_one_out_points
 from kfac_laplace.posterior.predictive import Predictive
 from kfac_laplace.posterior.predictor import Predictor
 from kfac_laplace.priors import PriorStructure, check_sharing, positive, real
@@ -289,33 +287,19 @@ class Laplace:
         """
         posterior = self.posterior
         if method == "gridsearch":
-            if val_loader is None:
-                raise InvalidValue(
-                    "a grid search needs validation data",
-                    where="val_loader",
-                    got=None,
-                    remedy="Pass a loader, or use method='marglik'",
-                )
-            best = calibration.grid_search(
+            delta = calibration.grid_search(
                 posterior, val_loader, self.dict_key_y, float(self._scale), grid
             )
-            self._move(prior_precision=posterior.prior.full(best).clone())
+            self._move(prior_precision=posterior.prior.full(delta).clone())
             return self
-        methods = {"marglik": evidence.maximise, "mackay": evidence.mackay}
-        if method not in methods:
-            raise InvalidValue(
-                "unknown method",
-                where="method",
-                got=repr(method),
-                remedy=f"Choose one of {[*methods, 'gridsearch']}",
-            )
-        found = methods[method](
-            posterior, fix_sigma_noise=fix_sigma_noise, n_steps=n_steps, tolerance=tolerance
-        )
-        self._move(
-            prior_precision=found.hyperparameters.prior_precision,
-            sigma_noise=found.hyperparameters.sigma_noise,
-        )
+        found = evidence.optimise(
+            posterior,
+            method,
+            fix_sigma_noise=fix_sigma_noise,
+            n_steps=n_steps,
+            tolerance=tolerance,
+        ).hyperparameters
+        self._move(prior_precision=found.prior_precision, sigma_noise=found.sigma_noise)
         return self
 
     optimize_prior_precision = optimize_prior
@@ -329,30 +313,12 @@ class Laplace:
             method: "loo" predicts each training point without itself, linearised; "validation"
                 predicts a loader.
         """
-        posterior = self.posterior
-        methods = ("loo", "validation")
-        if method not in methods:
-            raise InvalidValue(
-                "unknown method",
-                where="method",
-                got=repr(method),
-                remedy=f"Choose one of {methods}",
-            )
-        loaders = [loader] if loader is not None else self._loaders
-        if loader is None and (method == "validation" or not loaders):
-            raise InvalidValue(
-                "no data to calibrate on",
-                where="loader",
-                got=None,
-                remedy="Pass the loader: held-out data for 'validation', training data for 'loo'",
-            )
-        batches = (batch for part in loaders for batch in part)
-        if method == "loo":
-            points = leave_one_out_points(posterior, batches, self.dict_key_y, self.seed)
-        else:
-            points = validation_points(posterior, batches, self.dict_key_y)
-        self.posterior_scale = calibration.best_scale(
-            self.likelihood, points, self.sigma_noise.detach()
+        loaders = self._loaders if loader is None and method == "loo" else [loader]
+        points = calibration.held_out_points(
+            self.posterior, method, loaders, self.dict_key_y, self.seed
+        )
+        self._scale = self._scale.new_tensor(
+            calibration.best_scale(self.likelihood, points, self.sigma_noise.detach())
         )
         return self
 
