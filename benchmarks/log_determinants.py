@@ -77,7 +77,7 @@ def log_det_ratios(
 
 def prior_kernels(la: Laplace, x: Tensor) -> list[Tensor]:
     """J_b P₀⁻¹ J_bᵀ (n c, n c) of each block b."""
-    prior = la.posterior.with_temperature(torch.tensor(torch.inf, dtype=torch.float64))
+    prior = la.posterior.without_data()
     batch = la.curvature.network.batch(x)
     features = [block.double() for block in output_features(prior, batch)]
     return [block @ block.mT for block in features]

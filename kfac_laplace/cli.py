@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     ).add_argument
     add("--quick", action="store_true", help="less of everything, within a minute")
     add("--seeds", type=positive, default=1, metavar="N", help="number of seeds (default: 1)")
-    add("--seed", type=int, default=0, help="the first seed (default: 0)")
+    add("--seed", type=seed, default=0, help="the first seed (default: 0)")
     add("--models", type=models, metavar="NAMES", help="networks, of: cnn,vit (default: both)")
     add("--device", default="cpu", help="where to train, cpu or cuda (default: cpu)")
     add(
@@ -79,12 +79,23 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A whole number of at least 0 that fits in 32 bits."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(
+            f"a whole number from 0 to 4294967295 is needed, got '{text}'"
+        )
+    return int(text)
+
+
 def models(text: str) -> tuple[str, ...]:
-    """Names of the demo's networks."""
+    """Names of the demo's networks, each once."""
     names = tuple(text.split(","))
     unknown = [name for name in names if name not in ("cnn", "vit")]
     if unknown:
         raise argparse.ArgumentTypeError(f"no network is called '{unknown[0]}'; there are cnn, vit")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"each network can be named once, got '{text}'")
     return names
 
 

@@ -1,6 +1,9 @@
 """The command line: exit codes, one clear line on bad arguments, help on everything."""
 
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -23,8 +26,11 @@ def outcome(capsys, *arguments):
         (["demo", "--seeds", "-3"], "at least 1"),
         (["demo", "--seeds", "many"], "many"),
         (["demo", "--seed", "x"], "x"),
+        (["demo", "--seed", "-1"], "from 0"),
+        (["demo", "--seed", "4294967296"], "from 0"),
         (["demo", "--models", "cnn,rnn"], "rnn"),
         (["demo", "--models", ""], "network"),
+        (["demo", "--models", "cnn,cnn"], "once"),
         (["demo", "--device", "abacus"], "abacus"),
         (["demo", "--unknown"], "--unknown"),
     ],
@@ -69,3 +75,40 @@ def test_help(capsys, arguments):
 def test_version(capsys):
     code, out, _ = outcome(capsys, "--version")
     assert code == 0 and __version__ in out
+
+
+def test_the_package_does_without_the_packages_of_the_demo():
+    code = (
+        "import sys, kfac_laplace, kfac_laplace.cli; "
+        "print({'matplotlib', 'rich', 'sklearn', 'torchmetrics'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="interrupts are signals on POSIX only")
+def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path):
+    pytest.importorskip("sklearn")
+    # A parent that runs in the background may have passed on that interrupts are ignored.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from kfac_laplace.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    folder = tmp_path / "results"
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, "demo", "--models", "cnn", "--output", str(folder)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        give_up = time.monotonic() + 120
+        while not folder.exists() and running.poll() is None and time.monotonic() < give_up:
+            time.sleep(0.1)  # the folder is made first, from where on interrupts are caught
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=120)
+    finally:
+        running.kill()
+    assert running.returncode == 130
+    assert err.strip() == "interrupted"

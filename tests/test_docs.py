@@ -1,5 +1,6 @@
 """Every example in the documentation runs; every link and every source key leads somewhere."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -7,37 +8,86 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
-KEY = re.compile(r"\[([A-Z][A-Za-z]*\d\d)\b[^\]]*\]|\[((?:[A-Z]\w+)(?: et al\.)? \d{4})\]")
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+SOURCES = sorted((ROOT / "kfac_laplace").rglob("*.py"))
+REFERENCES = ROOT / "docs" / "references.md"
+
+# Only an example that cannot run anywhere is marked "python skip".
+EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+# [KFAC23], [ML21, eq. 6], [MacKay 1992], [Hobbhahn et al. 2022, eq. 3]
+KEY = re.compile(r"\[([A-Z][A-Za-z]*\d\d|[A-Z]\w+(?: et al\.)? \d{4})(?:, [^\]]*)?\]")
+DEFINED = re.compile(r"^\* \*\*\[(.+?)\]\*\*", re.MULTILINE)
 
 
 def name(path):
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=name)
-def test_examples_run(page, tmp_path, monkeypatch):
-    """The blocks of a page, one after another in one namespace, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "example"}
-    for block in BLOCK.findall(page.read_text()):
-        exec(compile(block, name(page), "exec"), namespace)
+def prose(page):
+    return CODE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page):
+    """What a heading is called in a link: lower case, spaces as hyphens, the rest dropped."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def docstrings(path):
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, kinds):
+            yield ast.get_docstring(node) or ""
+
+
+def cited(texts):
+    return {key for text in texts for key in KEY.findall(text)}
+
+
+def in_docstrings():
+    return cited(text for path in SOURCES for text in docstrings(path))
+
+
+def in_pages():
+    return cited(prose(page) for page in PAGES if page != REFERENCES)
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name
+    "page", [page for page in PAGES if "```python\n" in page.read_text()], ids=name
 )
+def test_examples_run(page, tmp_path, monkeypatch):
+    """The blocks of a page, one after another in one namespace, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    text, namespace = page.read_text(encoding="utf-8"), {"__name__": "example"}
+    for block in EXAMPLE.finditer(text):
+        # Blank lines in front, so that a traceback names the line of the page.
+        source = "\n" * (text[: block.start(1)].count("\n")) + block[1]
+        exec(compile(source, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", LINKED, ids=name)
 def test_relative_links_resolve(page):
-    for target in LINK.findall(page.read_text()):
-        assert (page.parent / target).exists(), target
+    """To a file that exists and, behind a #, to one of its headings."""
+    for link in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = page.parent / target if target else page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link
+
+
+def test_every_page_is_in_the_index():
+    index = ROOT / "docs" / "index.md"
+    linked = set(LINK.findall(prose(index)))
+    assert {page.name for page in PAGES[1:] if page != index} <= linked
 
 
 def test_source_keys_are_in_the_references():
     """Bracketed sources in docstrings and pages are spelled out in docs/references.md."""
-    references = (ROOT / "docs" / "references.md").read_text()
-    texts = [p.read_text() for p in (ROOT / "kfac_laplace").rglob("*.py")]
-    texts += [p.read_text() for p in PAGES if p.name != "references.md"]
-    keys = {a or b for text in texts for a, b in KEY.findall(text)}
-    assert {"KFAC23", "ML21", "REDUX21"} <= keys
-    assert all(f"**[{key}]**" in references for key in keys), keys
+    assert {"KFAC23", "ML21", "REDUX21", "MacKay 1992", "Hobbhahn et al. 2022"} <= in_docstrings()
+    defined = set(DEFINED.findall(REFERENCES.read_text(encoding="utf-8")))
+    assert in_docstrings() | in_pages() <= defined
+    assert defined <= in_docstrings() | in_pages(), "listed, but nothing refers to it"

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -112,7 +112,7 @@ class KroneckerBlock(Block):
         mu, lam = eigenvalues(b, self.name), eigenvalues(a, self.name)
         return Spectrum(
             mu[..., :, None] * lam[..., None, :],
-            lambda: (eigenbasis(b, self.name), eigenbasis(a, self.name)),
+            partial(_bases, b, a, self.name),
         )
 
 
@@ -169,10 +169,14 @@ class DenseBlock(Block):
         matrix = self.matrix[None]
         values = eigenvalues(matrix, self.name)
 
-        def bases() -> tuple[Tensor, Tensor]:
-            return torch.ones_like(values)[..., :1, None], eigenbasis(matrix, self.name)
+        return Spectrum(
+            values[:, None], partial(_bases, torch.ones_like(matrix[:, :1, :1]), matrix, self.name)
+        )
 
-        return Spectrum(values[:, None], bases)
+
+def _bases(left: Tensor, right: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of both sides of a block."""
+    return eigenbasis(left, name), eigenbasis(right, name)
 
 
 KINDS: dict[str, type[Block]] = {

@@ -4,8 +4,9 @@ All scaling happens here and in the blocks' normalisation: curvature is a raw su
 σ = 1 and T = 1. The likelihood scale 1/(σ²T) and the prior join in the posterior.
 """
 
+import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal
 
@@ -138,12 +139,23 @@ class Curvature:
             )
         return self
 
-    def accumulate(self, x: Any, y: Tensor) -> Self:
+    def empty(self) -> "Curvature":
+        """A curvature of no data with the same options, which knows the model's groups already."""
+        fresh = copy.copy(self)
+        fresh.blocks, fresh.n_data, fresh.n_outputs = {}, 0, 0
+        fresh.statistic = torch.zeros_like(self.statistic)
+        fresh.generator = torch.Generator().manual_seed(self.generator.initial_seed())
+        return fresh
+
+    def accumulate(
+        self, x: Any, y: Tensor, *, parameters: Mapping[str, Tensor] | None = None
+    ) -> Self:
         """Add one batch; after an exception nothing has been added.
 
         Args:
             x: inputs: a tensor (n, ...), a mapping (keyword arguments) or a sequence.
             y: targets that fit the likelihood.
+            parameters: weights by name at which to take the curvature; the model's own by default.
 
         Raises:
             InvalidValue: non-finite outputs or curvature, targets of a wrong shape or range.
@@ -153,14 +165,13 @@ class Curvature:
         draws = self.generator.get_state()
         try:
             with undisturbed(self.network.model):
-                self._accumulate(x, y)
+                self._accumulate(self.network.run(self.network.batch(x), parameters), y)
         except BaseException:
             self.generator.set_state(draws)
             raise
         return self
 
-    def _accumulate(self, x: Any, y: Tensor) -> None:
-        passed = self.network.run(self.network.batch(x))
+    def _accumulate(self, passed: Pass, y: Tensor) -> None:
         y = y.to(self.network.device)
         output = passed.recording.output
         if (

@@ -73,7 +73,7 @@ class Network:
 
     def batch(self, x: Any) -> Batch:
         """Inputs on the model's device; `InvalidValue` if there are none."""
-        batch = Batch(x, self.device)
+        batch = x if isinstance(x, Batch) else Batch(x, self.device)
         if batch.n == 0:
             raise InvalidValue(
                 "a batch without examples", where="x", got="0 examples", remedy="Drop it"

@@ -6,7 +6,7 @@ Kronecker blocks have dense bases and values μ λᵀ, diagonal blocks identity 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -57,11 +57,7 @@ class Spectrum:
         if self.make_bases is None:
             return Spectrum(self.values.to(dtype))
 
-        def bases() -> tuple[Tensor, Tensor]:
-            assert self.bases is not None
-            return self.bases[0].to(dtype), self.bases[1].to(dtype)
-
-        return Spectrum(self.values.to(dtype), bases)
+        return Spectrum(self.values.to(dtype), partial(_cast_bases, self, dtype))
 
     def to_eigenbasis(self, matrices: Tensor) -> Tensor:
         """Lᵀ M R for matrices (..., b, o, i)."""
@@ -76,6 +72,11 @@ class Spectrum:
             return matrices
         left, right = self.bases
         return left @ matrices @ right.mT
+
+
+def _cast_bases(spectrum: Spectrum, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    assert spectrum.bases is not None
+    return spectrum.bases[0].to(dtype), spectrum.bases[1].to(dtype)
 
 
 def eigenvalues(matrices: Tensor, where: str) -> Tensor:

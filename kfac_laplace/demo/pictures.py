@@ -23,8 +23,8 @@ Panel = Callable[[Axes], None]
 COMPARED = (
     "MAP, default weight decay",
     "post-hoc Laplace, kron-reduce",
+    "post-hoc, kron-reduce + calibrated",
     "online, reduce",
-    "online, reduce + calibrated",
 )
 
 

@@ -19,6 +19,7 @@ class Recipe:
             looks as if it needed a strong prior, and a layer switched off by one does not return.
         frequency: epochs between evidence steps.
         hyper_steps: gradient steps on the hyperparameters in one evidence step.
+        temperature: T of loss and evidence in online tuning; below 1 the data weigh more.
     """
 
     epochs: int = 150
@@ -28,6 +29,7 @@ class Recipe:
     burn_in: int = 10
     frequency: int = 5
     hyper_steps: int = 50
+    temperature: float = 1.0
 
 
 def default_images() -> dict[str, Recipe]:

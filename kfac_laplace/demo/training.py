@@ -75,6 +75,7 @@ def train_online(
         likelihood,
         n_data=len(data.x),
         kfac_approx=kfac_approx,
+        temperature=recipe.temperature,
         n_epochs_burnin=recipe.burn_in,
         marglik_frequency=recipe.frequency,
         n_hypersteps=recipe.hyper_steps,

@@ -252,7 +252,8 @@ class MarglikTuner:
                 remedy="Pass the training loader",
             )
         start = time.perf_counter()
-        la = self._blank().fit(loader)
+        # Another seed each round, so that Monte-Carlo labels are not the same ones again.
+        la = self._blank(seed=self._options["seed"] + epoch).fit(loader)
         if la.n_data != self.n_data and not self.history:
             log.warning(
                 "the loader holds %d examples where n_data=%d was promised: the loss weighs the "
@@ -280,14 +281,14 @@ class MarglikTuner:
         self.history.append(record)
         return record
 
-    def _blank(self) -> Laplace:
-        """An unfitted posterior at today's hyperparameters."""
+    def _blank(self, **changes: Any) -> Laplace:
+        """An unfitted posterior at today's hyperparameters, with changed options if any."""
         blank = Laplace(
             self.model,
             prior_precision=self._hyper.prior_precision,
             sigma_noise=self._hyper.sigma_noise,
             temperature=float(self._hyper.temperature),
-            **self._options,
+            **{**self._options, **changes},
         )
         blank.curvature.network.remember(self._network)
         return blank

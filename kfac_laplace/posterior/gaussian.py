@@ -148,9 +148,14 @@ class Posterior:
         found = {name: normal.effective_dimensions() for name, normal in self.blocks.items()}
         return self.prior.pack(found["full"][0, 0]) if "full" in found else found
 
-    def with_temperature(self, temperature: Tensor) -> "Posterior":
-        """The same posterior at another T."""
-        return self.at(replace(self.hyperparameters.detached(), temperature=temperature))
+    def without_data(self) -> "Posterior":
+        """The prior as a posterior of no data: T = ∞ leaves nothing of the curvature."""
+        hyper = self.hyperparameters.detached()
+        return self.at(replace(hyper, temperature=torch.full_like(hyper.temperature, torch.inf)))
+
+    def with_curvature(self, curvature: Curvature) -> "Posterior":
+        """The same mode and hyperparameters with the curvature of other data."""
+        return replace(self, curvature=curvature, hyperparameters=self.hyperparameters.detached())
 
     @property
     def parameters(self) -> dict[str, Tensor]:

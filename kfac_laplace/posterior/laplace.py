@@ -326,7 +326,7 @@ class Laplace:
 
     @property
     def _predictor(self) -> Predictor:
-        return Predictor(self.posterior, self._scale, self.seed)
+        return Predictor(self.posterior, self._scale, self.seed, self.dict_key_y)
 
     def __call__(
         self,

@@ -5,21 +5,25 @@ with the likelihood's scale), linearised leave-one-out gives Σ₋ₙ = Σ (I �
 f₋ₙ = f + Σ₋ₙ g. That needs the leverages ΛΣ below 1, which holds for the exact GGN alone: a
 block-diagonal or Kronecker posterior is too wide in directions that the data determine jointly, and
 its leverages exceed 1. So the points looked at enter by their exact Gauss-Newton curvature, all
-parameters together, in the dual form Σ = K − K (K + Λ⁻¹)⁻¹ K, and only the remaining data by the
-posterior's own structure.
+parameters together, in the dual form Σ = K − K (K + Λ⁻¹)⁻¹ K, and only the other data, where
+they are too many to look at all, by curvature of the posterior's own structure.
 """
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.forward import Batch, split_batch
+from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.glm import OutputGaussian, output_features, output_gaussian
 from kfac_laplace.posterior.held_out import HeldOut
+
+log = logging.getLogger("kfac_laplace")
 
 #: Output rows of the points looked at, at most, and entries of their features, at most.
 MAX_ROWS = 2048
@@ -41,22 +45,20 @@ def leave_one_out_points(
         key_y: name of the targets in mappings.
         seed: seed of the choice of points where there are too many to look at all.
     """
-    picked = [*_picked(posterior, loader, key_y, seed)]
-    if not picked:
-        raise InvalidValue(
-            "the loader yielded no batch",
-            where="loader",
-            got="0 batches",
-            remedy="A generator can be read only once: pass a loader",
+    picked, rest = _divided(posterior, loader, key_y, seed)
+    if rest.n_data:
+        log.info(
+            "leaving out %d of %d points",
+            posterior.curvature.n_data - rest.n_data,
+            posterior.curvature.n_data,
         )
-    count = sum(batch.n for batch, _ in picked)
     outputs = [output_gaussian(posterior, batch).double() for batch, _ in picked]
     mean = torch.cat([part.mean for part in outputs])  # (m, t, c)
     align = posterior.curvature.likelihood.align_target
     target = torch.cat([align(y, part.mean) for (_, y), part in zip(picked, outputs, strict=True)])
     own = torch.cat([part.by_row for part in outputs])  # (m, t, c, c)
     hessian, score = _curvature(posterior, mean, target)
-    exact = _exact_covariances(posterior, [batch for batch, _ in picked], hessian, count)
+    exact = _exact_covariances(posterior, [batch for batch, _ in picked], hessian, rest)
     without, _ = leave_out(exact, hessian)
     shift = (without @ score[..., None])[..., 0]
     widened = _by_row(without, mean).diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -81,34 +83,40 @@ def leave_out(covariance: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     return factor @ factor.mT, leverage
 
 
-def _picked(
+def _divided(
     posterior: Posterior, loader: Iterable[Any], key_y: str, seed: int
-) -> Iterator[tuple[Batch, Tensor]]:
-    """The points to look at with their targets, batch by batch."""
+) -> tuple[list[tuple[Batch, Tensor]], Curvature]:
+    """The points to look at, batch by batch with their targets, and the curvature of the others."""
     curvature = posterior.curvature
-    network = curvature.network
-    outputs = curvature.n_outputs // curvature.n_data
+    network, rest = curvature.network, curvature.empty()
     rows = min(MAX_ROWS, MAX_FEATURES // posterior.prior.size)
-    count = min(curvature.n_data, max(1, rows // outputs))
+    count = min(curvature.n_data, max(1, rows * curvature.n_data // curvature.n_outputs))
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(curvature.n_data, generator=generator)[:count]
-    seen = 0
+    chosen = torch.zeros(curvature.n_data, dtype=torch.bool)
+    chosen[torch.randperm(curvature.n_data, generator=generator)[:count]] = True
+    picked, seen = [], 0
     for raw in loader:
         x, y = split_batch(raw, key_y)
         batch = network.batch(x)
-        here = chosen[(chosen >= seen) & (chosen < seen + batch.n)].sort().values - seen
+        here = chosen[seen : seen + batch.n]
         seen += batch.n
-        if len(here):
-            part = batch.select(here)
-            y = y.to(network.device)[here.to(network.device)]
-            yield part, y
-    if seen > curvature.n_data:
+        if seen > curvature.n_data:
+            break
+        looked_at, others = here.nonzero()[:, 0], (~here).nonzero()[:, 0]
+        if len(looked_at):
+            picked.append((batch.select(looked_at), y[looked_at.to(y.device)].to(network.device)))
+        if len(others):
+            part = batch.select(others)
+            rest.accumulate(part, y[others.to(y.device)], parameters=posterior.parameters)
+    if seen != curvature.n_data:
         raise InvalidValue(
-            "leave-one-out needs data that the fit saw",
+            "leave-one-out needs the data of the fit, all of them",
             where="loader",
             got=f"{seen} examples where the fit saw {curvature.n_data}",
-            remedy="Pass the training loader, or use method='validation'",
+            remedy="Pass the training loader (a generator can be read only once), or use "
+            "method='validation'",
         )
+    return picked, rest
 
 
 def _curvature(posterior: Posterior, mean: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,16 +129,14 @@ def _curvature(posterior: Posterior, mean: Tensor, target: Tensor) -> tuple[Tens
 
 
 def _exact_covariances(
-    posterior: Posterior, batches: list[Batch], hessian: Tensor, count: int
+    posterior: Posterior, batches: list[Batch], hessian: Tensor, others: Curvature
 ) -> Tensor:
     """Output covariance (m, k, k) of each point; the points' own curvature enters exactly."""
-    k = hessian.shape[-1]
-    share = count / posterior.curvature.n_data
-    hyper = posterior.hyperparameters.detached()
-    # The rest of the data keep the posterior's structure: scale · (1 − share) · H.
-    rest = posterior.with_temperature(hyper.temperature / (1 - share))
+    count, k = hessian.shape[:2]
+    # The other data keep the posterior's structure; without any, the base is the prior alone.
+    base = posterior.without_data() if not others.n_data else posterior.with_curvature(others)
     kernel = hessian.new_zeros(())
-    pieces = [output_features(rest, batch) for batch in batches]
+    pieces = [output_features(base, batch) for batch in batches]
     for parts in zip(*pieces, strict=True):
         features = torch.cat(parts).double()  # (m k, p of the block)
         kernel = kernel + features @ features.mT

@@ -1,5 +1,6 @@
 """Everything that a posterior with its scale κ can say about new inputs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,13 @@ class Predictor:
         posterior: N(θ*, P⁻¹).
         scale: κ ≥ 0, shape ().
         seed: seed of samples that are drawn without a generator.
+        key_y: name of the targets, which a mapping of inputs may still hold.
     """
 
     posterior: Posterior
     scale: Tensor
     seed: int
+    key_y: str
 
     def source(self, generator: Generator | None) -> Generator:
         """The caller's generator, or a fresh one."""
@@ -82,6 +85,8 @@ class Predictor:
         return mean, features @ features.mT * self.scale.to(features)
 
     def _batch(self, x: Any) -> Batch:
+        if isinstance(x, Mapping):
+            x = {key: value for key, value in x.items() if key != self.key_y}
         return self.posterior.curvature.network.batch(x)
 
     def parameters(self, n: int, generator: Generator | None) -> Tensor:
@@ -104,7 +109,9 @@ class Predictor:
                 remedy=f"Choose from {sorted(SAMPLERS)}",
             )
         draw = SAMPLERS[pred_type]
-        return draw(self.posterior, x, n, float(self.scale) ** 0.5, self.source(generator))
+        return draw(
+            self.posterior, self._batch(x), n, float(self.scale) ** 0.5, self.source(generator)
+        )
 
     def targets(self, x: Any, n: int, pred_type: str, generator: Generator | None) -> Tensor:
         """Draws of class probabilities, or of y with its noise, shape (n, *output shape)."""

@@ -1,14 +1,13 @@
 """Outputs at sampled weights: linearised by forward-mode products, or through the network."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfac_laplace.curvature.forward import as_output, undisturbed
+from kfac_laplace.curvature.forward import Batch, as_output, undisturbed
 from kfac_laplace.posterior.gaussian import Posterior
 
 #: Weight samples are drawn so many at a time.
@@ -16,19 +15,18 @@ SAMPLES_AT_ONCE = 16
 
 
 def linearised_samples(
-    posterior: Posterior, x: Any, n: int, scale: float, generator: Generator
+    posterior: Posterior, batch: Batch, n: int, scale: float, generator: Generator
 ) -> Tensor:
     """f_θ*(x) + J (θ_s − θ*), joint across inputs, shape (n, *output shape).
 
     Args:
         posterior: the posterior.
-        x: inputs as `fit` takes them.
+        batch: the inputs.
         n: number of samples.
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
     """
     model, mode = posterior.curvature.network.model, posterior.parameters
-    batch = posterior.curvature.network.batch(x)
     args, kwargs = batch.arguments()
 
     def outputs(params: dict[str, Tensor]) -> Tensor:
@@ -45,7 +43,7 @@ def linearised_samples(
 
 
 def network_samples(
-    posterior: Posterior, x: Any, n: int, scale: float, generator: Generator
+    posterior: Posterior, batch: Batch, n: int, scale: float, generator: Generator
 ) -> Tensor:
     """f_θs(x) through the network with sampled weights, shape (n, *output shape).
 
@@ -53,13 +51,13 @@ def network_samples(
 
     Args:
         posterior: the posterior.
-        x: inputs as `fit` takes them.
+        batch: the inputs.
         n: number of samples.
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
     """
     model, mode = posterior.curvature.network.model, posterior.parameters
-    args, kwargs = posterior.curvature.network.batch(x).arguments()
+    args, kwargs = batch.arguments()
     with undisturbed(model), torch.no_grad():
         samples = []
         for deviation in _deviations(posterior, mode, n, generator):
