@@ -87,7 +87,16 @@ class Categorical(Likelihood):
 
     def class_axis(self, output: Tensor, target: Tensor) -> int:
         """The last axis where `output.shape[:-1] == target.shape`, else axis 1."""
-        return -1 if output.shape[:-1] == target.shape else 1
+        if output.shape[:-1] == target.shape:
+            return -1
+        if output.ndim < 2 or target.shape != (output.shape[0], *output.shape[2:]):
+            raise InvalidValue(
+                "labels do not match the output",
+                where="target",
+                got=f"{tuple(target.shape)} for an output {tuple(output.shape)}",
+                remedy="Labels have the output's shape without its class axis, last or second",
+            )
+        return 1
 
     def align_target(self, target: Tensor, f: Tensor) -> Tensor:
         """Labels (n, t), checked for dtype, shape and range."""
@@ -179,6 +188,7 @@ class Gaussian(Likelihood):
 
     def class_axis(self, output: Tensor, target: Tensor) -> int:
         """The last axis; every output has the same curvature, so none is special."""
+        _check_same_layout(output, target)
         return -1
 
     def align_target(self, target: Tensor, f: Tensor) -> Tensor:
@@ -229,6 +239,7 @@ class Bernoulli(Likelihood):
 
     def class_axis(self, output: Tensor, target: Tensor) -> int:
         """The last axis."""
+        _check_same_layout(output, target)
         return -1
 
     def align_target(self, target: Tensor, f: Tensor) -> Tensor:
@@ -279,6 +290,17 @@ class Bernoulli(Likelihood):
     def hessian(self, f: Tensor) -> Tensor:
         """diag(p (1 − p))."""
         return torch.diag_embed(f.sigmoid() * (-f).sigmoid())
+
+
+def _check_same_layout(output: Tensor, target: Tensor) -> None:
+    """Targets are shaped as the output, but for axes of length 1: no broadcasting."""
+    if [s for s in output.shape if s != 1] != [s for s in target.shape if s != 1]:
+        raise InvalidValue(
+            "targets do not match the output",
+            where="target",
+            got=f"{tuple(target.shape)} for an output {tuple(output.shape)}",
+            remedy="Give them the output's shape",
+        )
 
 
 def _elementwise_target(target: Tensor, f: Tensor) -> Tensor:

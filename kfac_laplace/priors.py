@@ -128,12 +128,21 @@ def positive(value: object, where: str, device: torch.device | None = None) -> T
     return tensor
 
 
+def one_number(tensor: Tensor) -> Tensor:
+    """The tensor as a scalar (), or `InvalidValue`."""
+    if tensor.numel() != 1:
+        raise InvalidValue(
+            "one number is needed", where="sigma_noise, temperature", got=tuple(tensor.shape)
+        )
+    return tensor.reshape(())
+
+
 def real(value: object, where: str, device: torch.device | None = None) -> Tensor:
     """A finite float64 tensor that keeps its graph, usable inside and outside inference mode."""
     try:
         with torch.inference_mode(False):
             tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
-            tensor = outside_inference(tensor)
+            tensor = outside_inference(tensor).clone()  # never the caller's own storage
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidType(
             "not a number or tensor", where=where, got=repr(value), remedy="Pass a real number"

@@ -192,9 +192,10 @@ class Curvature:
         f = passed.outputs
         check_finite(f.detach())
         y = self.likelihood.align_target(y, f.detach())
-        if not self.groups:
-            self._learn(passed)
         learn_groupings(passed)
+        if not self.groups:
+            self.network.check_examples(passed)
+            self._learn(passed)
         blocks = self._batch_blocks(passed, y)
         statistic = self.likelihood.statistic(f.detach(), y)
         for name, block in blocks.items():
@@ -308,6 +309,16 @@ class Curvature:
         """
         if not other.blocks:
             raise NotFitted("nothing to merge", where="other", remedy="Fit it first")
+        if (self.hessian_structure, type(self.likelihood)) != (
+            other.hessian_structure,
+            type(other.likelihood),
+        ):
+            raise InvalidValue(
+                "the two have different structures or likelihoods",
+                where="merge",
+                got=f"'{other.hessian_structure}' into '{self.hessian_structure}'",
+                remedy="Use the same options for both",
+            )
         if not self.blocks:
             self.network.groups, self.settings = other.groups, dict(other.settings)
             self.network.tracked = list(other.network.tracked)

@@ -97,23 +97,22 @@ def select_parameters(
 
 def last_layer(recording: Recording) -> list[str]:
     """Parameters of the layer used last in the forward pass; scales and shifts are no layers."""
-    covered = [
-        use
-        for use in recording.uses
-        if use.layer.kronecker and not recording.loose.intersection(use.params)
-    ]
-    if not covered:
+    layers = [use for use in recording.uses if use.layer.kronecker]
+    if not layers or recording.loose.intersection(layers[-1].params):
         raise InvalidValue(
-            "no layer with a rule was used",
+            "the layer used last has no rule, or is used in other ways as well",
             where="subset_of_weights",
             got="'last_layer'",
             remedy="Name the parameters by patterns instead",
         )
-    return list(covered[-1].params)
+    return list(layers[-1].params)
 
 
 def find_groups(
-    recording: Recording, shapes: Mapping[str, torch.Size], joint_bias: bool
+    recording: Recording,
+    shapes: Mapping[str, torch.Size],
+    joint_bias: bool,
+    without_examples: frozenset[str] = frozenset(),
 ) -> tuple[Group, ...]:
     """Group the tracked parameters by their uses, in model order.
 
@@ -121,8 +120,12 @@ def find_groups(
         recording: a forward pass.
         shapes: tracked parameter names and shapes, in model order.
         joint_bias: whether a weight and its bias share a block.
+        without_examples: parameters with a use whose rows cannot be assigned to examples; they get
+            the generic treatment.
     """
-    matrices = _matrices(recording)
+    matrices = {
+        name: way for name, way in _matrices(recording).items() if name not in without_examples
+    }
     partner = _partners(recording, matrices) if joint_bias else {}
     biases = set(partner.values())
     groups = []

@@ -1,5 +1,6 @@
 """A model as the backend sees it: its tracked parameters, its groups, one recorded pass a batch."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -94,6 +95,32 @@ class Network:
                 output = as_output(functional_call(self.model, used, args, kwargs))
         return Pass(self, tape.recording(output), batch, used)
 
+    def check_examples(self, passed: "Pass") -> None:
+        """An example alone must give what it gives in the batch.
+
+        Otherwise inputs shared by all examples were taken for batches. One input tensor cannot be.
+        """
+        batch = passed.batch
+        if len(batch.by_example) < 2 or batch.n < 2:
+            return
+        last = torch.tensor([batch.n - 1])
+        with torch.no_grad():
+            args, kwargs = batch.select(last).arguments()
+            alone = accumulable(as_output(self.model(*args, **kwargs)))
+        together = accumulable(passed.recording.output.detach())[-1:]
+        eps = torch.finfo(passed.recording.output.dtype).eps
+        close = alone.shape == together.shape and torch.allclose(
+            alone, together, rtol=eps**0.5, atol=eps**0.5 * float(together.abs().max())
+        )
+        if not close:
+            raise UnsupportedUse(
+                "an example alone gives another output than in its batch",
+                where="model",
+                got=f"several inputs whose first axis has length {batch.n}",
+                remedy="Inputs shared by all examples (masks, positions) must not look like "
+                "batches: give them a leading axis of 1, or use another batch size",
+            )
+
     def remember(self, other: "Network") -> None:
         """Take over from the same model how rows lie in its layers: no need to probe again."""
         self.groupings |= other.groupings
@@ -108,7 +135,13 @@ class Network:
             self.tracked = [name for name in self.tracked if name in chosen]
         params = dict(self.model.named_parameters())
         shapes = {name: params[name].shape for name in self.tracked}
-        self.groups = find_groups(recording, shapes, self.joint_bias)
+        ungrouped = {
+            name
+            for (params, _), grouping in self.groupings.items()
+            if grouping is None
+            for name in params
+        }
+        self.groups = find_groups(recording, shapes, self.joint_bias, frozenset(ungrouped))
         layers = [use.layer for use in recording.uses]
         entries = sum(prod(la.inputs.lead) * la.matrix[0] * la.matrix[1] for la in layers)
         self.row_entries = max(1, entries // first.n)
@@ -174,7 +207,8 @@ class Pass:
                 right.append(grouping.by_example(inputs.rows(), self.n, block_axis=0))
         if not left:
             return None
-        return Outer(torch.cat(left, 3), torch.cat(right, 2))
+        rows_left = torch.cat(left, 3)
+        return Outer(rows_left, torch.cat(right, 2).to(rows_left.dtype))
 
     def gradients(
         self, groups: Sequence[Group], rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]
@@ -245,12 +279,20 @@ class Pass:
                 "cannot tell which rows belong to which example",
                 where=use.params[0],
                 got=f"rows of shape {use.layer.inputs.lead} for {self.n} examples",
-                remedy="Keep the examples on one axis in this layer, or treat it with "
-                "kfac_approx='expand'",
+                remedy="Keep the examples on one axis in this layer, begin with a batch of several "
+                "examples, or freeze it",
             )
         return grouping
 
     def key(self, u: int) -> UseKey:
         """A use's parameters and how often they were used before in this pass."""
-        params = self.recording.uses[u].params
-        return params, sum(use.params == params for use in self.recording.uses[:u])
+        return self._keys[u]
+
+    @cached_property
+    def _keys(self) -> list[UseKey]:
+        seen: Counter[tuple[str, ...]] = Counter()
+        keys = []
+        for use in self.recording.uses:
+            keys.append((use.params, seen[use.params]))
+            seen[use.params] += 1
+        return keys

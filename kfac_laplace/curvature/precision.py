@@ -14,7 +14,7 @@ def gram(rows: Tensor) -> Tensor:
 
     Products in float32 leave eigenvalue errors of about 1e-7 λ_max. A Kronecker product multiplies
     them by the other factor's largest eigenvalue, which easily exceeds a small prior precision:
-    hundreds of nats of evidence on rank-deficient inputs.
+    on rank-deficient inputs the evidence is then wrong by tens of nats and more.
     """
     rows = rows.double() if rows.device.type != "mps" else rows
     return rows.mT @ rows

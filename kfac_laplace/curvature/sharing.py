@@ -36,7 +36,7 @@ def resolve_settings(
     where the model returns one output row for each example.
     """
     patterns = {"*": kfac_approx} if isinstance(kfac_approx, str) else dict(kfac_approx)
-    for pattern in patterns:
+    for pattern in patterns if not isinstance(kfac_approx, str) else ():
         if not any(_matches(name, pattern) for name in groups):
             raise InvalidValue(
                 "pattern matches no layer",

@@ -53,7 +53,8 @@ class KroneckerSum(BatchSum):
         terms = self._passed.terms[group.name]
         total = sum(inputs.count for _, inputs in terms)
         if self._setting == "expand":
-            for _, inputs in terms:
+            for u, inputs in terms:
+                self._passed.grouping(u)  # rows that sum over examples are no rows
                 self._input_sum = self._input_sum + inputs.gram()
             self._count += total
             return

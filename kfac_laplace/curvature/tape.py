@@ -102,6 +102,9 @@ class Tape(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is not None and isinstance(output, Tensor) and output.requires_grad:
             if any(id(value) in self._names for value in (*args, *(kwargs or {}).values())):
+                if output._is_view():
+                    # An in-place operation on a view rewrites its history, and with it the edge.
+                    output = torch.ops.aten._unsafe_view(output, output.shape)
                 layer = rule(output, *args, **(kwargs or {}))
                 if layer is not None:
                     self._record(layer, output)

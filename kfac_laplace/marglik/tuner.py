@@ -4,10 +4,12 @@ The caller keeps the training loop. The tuner supplies the loss at today's hyper
 every few epochs, one curvature pass and some steps on log δ and log σ.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -184,7 +186,7 @@ class MarglikTuner:
 
     def _penalty(self) -> Tensor:
         """Σ δ (θ − μ)² over the parameters in the posterior."""
-        params = self._network.live_parameters()
+        params = {n: accumulable(p) for n, p in self._network.live_parameters().items()}
         mean = torch.as_tensor(self._options["prior_mean"], device=self._network.device)
         delta = self._hyper.prior_precision
         if self._prior is None:
@@ -218,7 +220,8 @@ class MarglikTuner:
         Needed only where the loss cannot know before it which precision pulls which parameter:
         several initial precisions or means, "last_layer", or uncovered="freeze".
         """
-        self._learn_groups(self._blank().curvature.fit([next(iter(loader))], key_y=self._key_y))
+        curvature = self._blank().curvature
+        self._learn_groups(curvature.fit([*islice(loader, 1)], key_y=self._key_y))
 
     @property
     def _key_y(self) -> str:
@@ -318,7 +321,7 @@ class MarglikTuner:
         )
         adam = torch.optim.Adam(free.leaves, lr=self.lr_hyp)
         if self._adam is not None:
-            adam.load_state_dict(self._adam)
+            adam.load_state_dict(copy.deepcopy(self._adam))
         with torch.inference_mode(False), torch.enable_grad():
             for _ in range(self.n_hypersteps):
                 adam.zero_grad()
@@ -356,7 +359,7 @@ class MarglikTuner:
         """Tensors and plain data, from which training goes on as if it had not stopped."""
         return {
             "hyperparameters": asdict(self._hyper),
-            "adam": self._adam,
+            "adam": copy.deepcopy(self._adam),
             "epoch": self._epoch,
             "history": [asdict(record) for record in self.history],
             "groups": None if self._prior is None else groups_to_plain(self._network.groups),
@@ -392,4 +395,5 @@ class MarglikTuner:
                 self._prior_of(curvature).full(hyper.prior_precision)
         if state["groups"] is not None:
             self._learn_groups(curvature)
-        self._hyper, self._adam, self._epoch, self.history = hyper, state["adam"], epoch, history
+        self._hyper, self._epoch, self.history = hyper, epoch, history
+        self._adam = copy.deepcopy(state["adam"])

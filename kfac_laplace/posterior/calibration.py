@@ -4,6 +4,7 @@ Linearised Laplace predictives are underconfident, whatever the structure of H a
 multiplies the covariance that predictives use, never the evidence; κ = 0 is the mode.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.held_out import HeldOut, negative_log_likelihood, validation_points
 from kfac_laplace.posterior.leave_one_out import leave_one_out_points
 from kfac_laplace.priors import positive
+
+log = logging.getLogger("kfac_laplace")
 
 #: Candidates for κ before the search is refined between them; 0 and 1 are always among them.
 GRID = torch.logspace(-6, 3, 46, dtype=torch.float64).tolist()
@@ -78,6 +81,8 @@ def best_scale(likelihood: Likelihood, points: HeldOut, sigma: Tensor) -> float:
     best = min(losses, key=losses.__getitem__)
     if best == 0.0:
         return best
+    if best == GRID[-1]:
+        log.warning("κ stopped at the end of its range, %.0f: the points fit no scale", best)
     centre, step = math.log(best), math.log(GRID[1] / GRID[0])
     found = minimize_scalar(
         loss, bounds=(centre - step, centre + step), method="bounded", options={"xatol": 1e-4}

@@ -107,6 +107,11 @@ def maximise(
     with torch.inference_mode(False), torch.enable_grad():
         optimiser.step(closure)
         final = -closure().detach()
+    if not bool(torch.isfinite(final)) or not all(
+        bool(leaf.isfinite().all()) for leaf in free.leaves
+    ):
+        start = posterior.hyperparameters.detached()
+        return _report(Optimum(start, float("nan"), False, n_steps), float("nan"))
     slope = max(float(leaf.grad.abs().max()) for leaf in free.leaves if leaf.grad is not None)
     steps = int(optimiser.state[free.leaves[0]]["n_iter"])
     return _report(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kfac_laplace.curvature.forward import Batch, undisturbed
 from kfac_laplace.curvature.network import Pass
+from kfac_laplace.curvature.precision import without_autocast
+from kfac_laplace.curvature.probing import learn_groupings
 from kfac_laplace.curvature.sums import flat_gradients
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.normal import BlockNormal, covariance, outer_covariance
@@ -88,43 +90,51 @@ def output_features(posterior: Posterior, batch: Batch) -> list[Tensor]:
 def _chunk(posterior: Posterior, passed: Pass) -> OutputGaussian:
     """Mean and covariance at the inputs of one pass."""
     f = passed.outputs
+    learn_groupings(passed)
     total = f.new_zeros(passed.n, f[0].numel(), f[0].numel()).detach()
     if posterior.curvature.hessian_structure == "full":
         for normal, gradients in _matrices(posterior, passed):
             total += covariance(normal, gradients)
         return OutputGaussian(f.detach(), total, passed.recording.output.shape)
     groups = passed.network.groups
-    normals = posterior.blocks_in(f.dtype)
     rows = passed.rows(_unit_vectors(f), groups)
     generic = passed.generic_gradients(groups, _unit_vectors(f))
-    for group in groups:
-        if group.name in generic:
-            total += covariance(normals[group.name], generic[group.name])
-            continue
-        outer = passed.outer(group, rows)
-        if outer is not None:
-            total += outer_covariance(normals[group.name], outer)
+    with without_autocast(f.device):
+        for group in groups:
+            if group.name in generic:
+                gradients = generic[group.name]
+                total += covariance(_normal(posterior, group.name, gradients), gradients)
+                continue
+            outer = passed.outer(group, rows)
+            if outer is not None:
+                total += outer_covariance(_normal(posterior, group.name, outer.left), outer)
     return OutputGaussian(f.detach(), total, passed.recording.output.shape)
 
 
 def _matrices(posterior: Posterior, passed: Pass) -> Iterator[tuple[BlockNormal, Tensor]]:
     """Each block's posterior with the gradients (k, n, b, o, i) of all k outputs."""
     f, groups = passed.outputs, passed.network.groups
-    normals = posterior.blocks_in(f.dtype)
+    learn_groupings(passed)
     rows = passed.rows(_unit_vectors(f), groups)
     generic = passed.generic_gradients(groups, _unit_vectors(f))
-    if "full" in normals:
+    if posterior.curvature.hessian_structure == "full":
         gradients = passed.gradients(groups, rows, generic)
         flat = flat_gradients(gradients, posterior.curvature.full_layout)
-        yield normals["full"], flat[:, :, None, None]
+        yield _normal(posterior, "full", flat), flat[:, :, None, None]
         return
     for group in groups:
         gradients = passed.gradients([group], rows, generic)
         if not gradients:  # the outputs do not depend on this group
             empty = f.new_zeros(f[0].numel(), passed.n, *group.layout.matrix)
-            yield normals[group.name], empty
+            yield _normal(posterior, group.name, empty), empty
         else:
-            yield normals[group.name], group.layout.pack(gradients)
+            packed = group.layout.pack(gradients)
+            yield _normal(posterior, group.name, packed), packed
+
+
+def _normal(posterior: Posterior, name: str, gradients: Tensor) -> BlockNormal:
+    """A block's posterior in the precision of its gradients."""
+    return posterior.blocks_in(gradients.dtype)[name]
 
 
 def _unit_vectors(f: Tensor) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """`Laplace`: the facade that users call. Each verb is a few lines over the modules beside it."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from dataclasses import replace as dataclass_replace
@@ -16,13 +17,15 @@ from kfac_laplace.curvature.groups import Subset
 from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.curvature.state import curvature_state, restore_curvature
 from kfac_laplace.errors import InvalidValue, NotFitted
-from kfac_laplace.likelihoods import Gaussian, Likelihood
+from kfac_laplace.likelihoods import Gaussian, Likelihood, check_finite
 from kfac_laplace.posterior import calibration, evidence, state
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 from kfac_laplace.posterior.predictive import Predictive
 from kfac_laplace.posterior.predictor import Predictor
-from kfac_laplace.priors import PriorStructure, check_sharing, positive, real
+from kfac_laplace.priors import PriorStructure, check_sharing, one_number, positive, real
 from kfac_laplace.priors import Structure as Sharing
+
+log = logging.getLogger("kfac_laplace")
 
 
 class Laplace:
@@ -92,7 +95,7 @@ class Laplace:
         self._hyper = Hyperparameters(
             positive(prior_precision, "prior_precision", device),
             self._checked_sigma(sigma_noise),
-            positive(temperature, "temperature", device).detach(),
+            one_number(positive(temperature, "temperature", device)).detach(),
         )
         self._scale = torch.ones((), dtype=torch.float64, device=device)
         self._mode: dict[str, Tensor] = {}
@@ -136,6 +139,10 @@ class Laplace:
         live = curvature.network.live_parameters()
         with torch.inference_mode(False):
             mode = {name: live[name].detach().double().clone() for name in curvature.params}
+        for name, value in mode.items():
+            check_finite(value, where=name)
+        if not override and any(not torch.equal(mode[n], v) for n, v in self._mode.items()):
+            log.warning("the weights moved since the last fit: its curvature is kept as it was")
         self._adopt(curvature, mode, self._hyper)
         self._loaders = [train_loader] if override else [*self._loaders, train_loader]
         return self
@@ -412,20 +419,23 @@ class Laplace:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data: options, curvature, mode and hyperparameters."""
         posterior = self.posterior
+        return {
+            "format": state.FORMAT,
+            "options": self._plain_options(),
+            "curvature": curvature_state(self.curvature),
+            "mode": dict(self._mode),
+            "hyperparameters": asdict(posterior.hyperparameters.detached()),
+            "posterior_scale": self._scale,
+        }
+
+    def _plain_options(self) -> dict[str, Any]:
         options = {
             **self._curvature_options,
             "prior_structure": self.prior_structure,
             "prior_mean": self.prior_mean,
             "dict_key_y": self.dict_key_y,
         }
-        return {
-            "format": state.FORMAT,
-            "options": state.plain_options(options),
-            "curvature": curvature_state(self.curvature),
-            "mode": dict(self._mode),
-            "hyperparameters": asdict(posterior.hyperparameters.detached()),
-            "posterior_scale": self._scale,
-        }
+        return state.plain_options(options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state made with the same options on the same weights.
@@ -435,6 +445,7 @@ class Laplace:
                 is changed then.
         """
         state.check_state(state_dict)
+        state.check_options(state_dict["options"], self._plain_options())
         with state.refusing_damage():
             curvature = restore_curvature(self._new_curvature(), state_dict["curvature"])
             device = curvature.network.device
@@ -481,7 +492,7 @@ class Laplace:
 
     def _checked_sigma(self, value: float | Tensor) -> Tensor:
         """σ > 0, and 1 for likelihoods without noise."""
-        sigma = positive(value, "sigma_noise", self.curvature.network.device).reshape(())
+        sigma = one_number(positive(value, "sigma_noise", self.curvature.network.device))
         if not self.likelihood.has_noise and float(sigma) != 1.0:
             raise InvalidValue(
                 "only regression has an observation noise",

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from kfac_laplace.errors import InvalidValue
-from kfac_laplace.likelihoods import Bernoulli, Likelihood
+from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.likelihoods import Bernoulli, Categorical, Likelihood
 
 Link = Literal["probit", "bridge", "mc"]
 LINKS = ("probit", "bridge", "mc")
@@ -42,18 +42,12 @@ def bridge(likelihood: Likelihood, mean: Tensor, covariance: Tensor) -> Tensor:
     mean = mean - gain * mean.sum(-1, keepdim=True)
     variance = (covariance - gain[..., :, None] * ones[..., None, :]).diagonal(dim1=-2, dim2=-1)
     c = mean.shape[-1]
-    tiny = torch.finfo(mean.dtype).tiny
     log_scale = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2 * math.log(c)
-    alpha = (1 - 2 / c + log_scale.exp()) / variance.clamp_min(tiny)
+    certain = (variance <= 0).any(-1, keepdim=True)  # κ = 0: the probabilities at the mean
+    alpha = (1 - 2 / c + log_scale.exp()) / variance.where(~certain, 1.0)
     spread = alpha.sum(-1, keepdim=True)
-    return torch.where(torch.isfinite(spread), alpha / spread, mean.softmax(-1))
-
-
-def monte_carlo(
-    likelihood: Likelihood, mean: Tensor, covariance: Tensor, n_samples: int, generator: Generator
-) -> Tensor:
-    """Average probabilities over output samples with the full class covariance."""
-    return activation(likelihood, sample_outputs(mean, covariance, n_samples, generator)).mean(0)
+    certain = certain | ~torch.isfinite(spread)
+    return torch.where(certain, mean.softmax(-1), alpha / spread)
 
 
 def sample_outputs(mean: Tensor, covariance: Tensor, n: int, generator: Generator) -> Tensor:
@@ -67,5 +61,17 @@ def sample_outputs(mean: Tensor, covariance: Tensor, n: int, generator: Generato
 
 
 def activation(likelihood: Likelihood, f: Tensor) -> Tensor:
-    """Class probabilities of outputs f (..., c): sigmoid of each logit, or softmax."""
-    return f.sigmoid() if isinstance(likelihood, Bernoulli) else f.softmax(-1)
+    """Class probabilities of outputs f (..., c): sigmoid of each logit, or softmax.
+
+    Raises:
+        UnsupportedUse: a likelihood without classes.
+    """
+    if isinstance(likelihood, Bernoulli):
+        return f.sigmoid()
+    if isinstance(likelihood, Categorical):
+        return f.softmax(-1)
+    raise UnsupportedUse(
+        "this likelihood has no class probabilities",
+        where=type(likelihood).__name__,
+        remedy="Use functional_samples, or predict(x).mean_f and .covariance, and your own link",
+    )

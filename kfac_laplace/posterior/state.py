@@ -72,6 +72,25 @@ def check_state(state: Mapping[str, Any]) -> None:
         )
 
 
+#: Options on which stored blocks and evidence depend.
+BINDING = ("hessian_structure", "joint_bias", "prior_structure", "prior_mean", "likelihood")
+
+
+def check_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise `InvalidValue` where stored options contradict those of the posterior that loads."""
+    for name in BINDING:
+        mine, theirs = own.get(name), stored.get(name)
+        if isinstance(mine, Tensor) or isinstance(theirs, Tensor):
+            mine, theirs = (torch.as_tensor(value).tolist() for value in (mine, theirs))
+        if mine != theirs:
+            raise InvalidValue(
+                "the state was made with another option",
+                where=name,
+                got=f"{stored.get(name)!r} stored, {own.get(name)!r} here",
+                remedy="Use Laplace.load, which takes the stored options",
+            )
+
+
 @contextmanager
 def refusing_damage() -> Iterator[None]:
     """Turn what a damaged state does to its reader into `InvalidValue`."""

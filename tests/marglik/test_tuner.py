@@ -238,3 +238,22 @@ def test_a_count_that_contradicts_the_loader_is_said_once(caplog):
         tuner.step(case.batches)
         tuner.step(case.batches)
     assert len([record for record in caplog.records if "n_data=700" in record.getMessage()]) == 1
+
+
+def test_a_state_is_a_snapshot_of_adams_moments_too():
+    """Steps taken after the snapshot must not reach into it."""
+    case = build("mlp-tanh")
+    tuner = tuner_of(case)
+    tuner.step(case.batches)
+    state = tuner.state_dict()
+    expected = [float(tuner.step(case.batches).evidence) for _ in range(3)]
+    tuner.load_state_dict(state)
+    assert [float(tuner.step(case.batches).evidence) for _ in range(3)] == expected
+
+
+def test_initial_precisions_are_copied():
+    case = build("mlp-tanh")
+    delta = torch.tensor(2.0, dtype=torch.float64)
+    tuner = tuner_of(case, prior_precision=delta)
+    delta.mul_(100)
+    assert float(tuner.hyperparameters()["prior_precision"]) == 2.0
