@@ -37,7 +37,7 @@ def reliability(
         ax.plot(x, y, marker="o", markersize=3.5, color=colour, label=name)
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     ax.set_title("Reliability")
-    ax.legend(fontsize="x-small", frameon=False)
+    ax.legend(fontsize="x-small", frameon=False, loc="lower right")
 
 
 def evidence(ax: Axes, histories: Mapping[str, Sequence[Record]]) -> None:
