@@ -4,10 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from kfac_laplace.curvature.layout import Layout
 from kfac_laplace.curvature.spectral import Spectrum, eigenbasis, eigenvalues
@@ -108,12 +109,13 @@ class KroneckerBlock(Block):
     @cached_property
     def spectrum(self) -> Spectrum:
         """Bases of B and A; values μ_i λ_j."""
-        a, b = self.factors
-        mu, lam = eigenvalues(b, self.name), eigenvalues(a, self.name)
-        return Spectrum(
-            mu[..., :, None] * lam[..., None, :],
-            partial(_bases, b, a, self.name),
-        )
+        with torch.inference_mode(False):  # kept, so of use outside inference mode as well
+            a, b = self.factors
+            mu, lam = eigenvalues(b, self.name), eigenvalues(a, self.name)
+            return Spectrum(
+                mu[..., :, None] * lam[..., None, :],
+                partial(_bases, b, a, self.name),
+            )
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ class DiagonalBlock(Block):
     @cached_property
     def spectrum(self) -> Spectrum:
         """The diagonal itself."""
-        return Spectrum(self.values.double())
+        with torch.inference_mode(False):
+            return Spectrum(self.values.double())
 
 
 @dataclass(frozen=True)

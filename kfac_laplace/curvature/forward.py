@@ -53,6 +53,30 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def call_with(
+    model: nn.Module, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run the model with other tensors in place of some parameters, and put these back.
+
+    Each slot of each module is written once, also where a module is registered under several
+    names: `torch.func.functional_call` restores such a slot to the wrong tensor.
+    """
+    substitutes = {id(p): tensors[name] for name, p in model.named_parameters() if name in tensors}
+    slots = [
+        (module, key, p)
+        for module in model.modules()
+        for key, p in module._parameters.items()
+        if p is not None and id(p) in substitutes
+    ]
+    try:
+        for module, key, p in slots:
+            module._parameters[key] = substitutes[id(p)]  # type: ignore[assignment]
+        return model(*args, **kwargs)
+    finally:
+        for module, key, p in slots:
+            module._parameters[key] = p
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients on; modes and global random states are put back after."""

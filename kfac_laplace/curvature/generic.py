@@ -32,20 +32,33 @@ class ExampleGraph:
             for name, p in params.items()
         }
 
-        def one(copies: Mapping[str, Tensor], example: Sequence[Tensor]) -> Tensor:
-            return forward(copies, [x[None] for x in example])[0]
-
+        self._forward, self._inputs = forward, list(inputs)
+        self._vectorised = True
         try:
             with warnings.catch_warnings():
                 # Slower operations without a batching rule are still right.
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                self.outputs = torch.func.vmap(one)(self._copies, list(inputs))
+                self.outputs = torch.func.vmap(self._one)(self._copies, self._inputs)
         except RuntimeError:
-            examples = [
-                one({name: copy[k] for name, copy in self._copies.items()}, [x[k] for x in inputs])
+            self._loop()
+
+    def _one(self, copies: Mapping[str, Tensor], example: Sequence[Tensor]) -> Tensor:
+        """Outputs (t, c) of one example with its own copy of the parameters."""
+        return self._forward(copies, [x[None] for x in example])[0]
+
+    def _loop(self) -> None:
+        """The outputs again, example by example."""
+        self._vectorised = False
+        n = self._inputs[0].shape[0]
+        self.outputs = torch.stack(
+            [
+                self._one(
+                    {name: copy[k] for name, copy in self._copies.items()},
+                    [x[k] for x in self._inputs],
+                )
                 for k in range(n)
             ]
-            self.outputs = torch.stack(examples)
+        )
 
     def check(self, expected: Tensor, eps: float) -> None:
         """Each example on its own must give what it gives in the batch.
@@ -66,6 +79,16 @@ class ExampleGraph:
 
     def gradients(self, vector: Tensor) -> dict[str, Tensor]:
         """Jᵀv of each example by parameter name, shape (n, *shape), for v (n, t, c)."""
+        try:
+            return self._gradients(vector)
+        except RuntimeError:
+            # Checkpointed parts recompute in the backward pass, where vectorisation is over.
+            if not self._vectorised:
+                raise
+            self._loop()
+            return self._gradients(vector)
+
+    def _gradients(self, vector: Tensor) -> dict[str, Tensor]:
         grads = torch.autograd.grad(
             self.outputs,
             list(self._copies.values()),

@@ -127,9 +127,10 @@ class Curvature:
                 remedy="Pass a DataLoader or a list of batches",
             )
         batches = 0
-        for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):
-            self.accumulate(*split_batch(batch, key_y))
-            batches += 1
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+            for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):
+                self.accumulate(*split_batch(batch, key_y))
+                batches += 1
         if not batches:
             raise InvalidValue(
                 "the loader yielded no batch",
@@ -228,9 +229,10 @@ class Curvature:
                 )
             if self.uncovered == "freeze":
                 network.groups = tuple(g for g in network.groups if g.kronecker)
-            log.info(
-                "without Kronecker factors, treated as '%s': %s", self.uncovered, ", ".join(generic)
-            )
+            if not network.listed:
+                names = ", ".join(generic)
+                log.info("without Kronecker factors, treated as '%s': %s", self.uncovered, names)
+                network.listed = True
         layers = [group.name for group in network.groups if group.kronecker]
         shared = passed.recording.output.ndim > 2
         try:

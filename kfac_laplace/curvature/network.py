@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from kfac_laplace.curvature.forward import Batch, as_output, device_of, unwrap
+from kfac_laplace.curvature.forward import Batch, as_output, call_with, device_of, unwrap
 from kfac_laplace.curvature.generic import ExampleGraph
 from kfac_laplace.curvature.groups import Group, Subset, find_groups, last_layer, select_parameters
 from kfac_laplace.curvature.layers.registry import Inputs
@@ -44,6 +43,7 @@ class Network:
     class_axis: int = -1
     groupings: dict[UseKey, Grouping | None] = field(default_factory=dict)
     settled: set[UseKey] = field(default_factory=set)
+    listed: bool = False  # what has no Kronecker factors, in the log
     warned: bool = False  # of gradients that cancel under reduce
     row_entries: int = 1  # gradient rows of one example and vector, all recorded calls together
 
@@ -92,7 +92,7 @@ class Network:
             if params is None:
                 output = as_output(self.model(*args, **kwargs))
             else:
-                output = as_output(functional_call(self.model, used, args, kwargs))
+                output = as_output(call_with(self.model, used, args, kwargs))
         return Pass(self, tape.recording(output), batch, used)
 
     def check_examples(self, passed: "Pass") -> None:
@@ -126,6 +126,7 @@ class Network:
         self.groupings |= other.groupings
         self.settled |= other.settled
         self.warned |= other.warned
+        self.listed |= other.listed
 
     def learn(self, first: "Pass") -> None:
         """Find groups (and with "last_layer" the tracked parameters) from the first pass."""
@@ -250,12 +251,15 @@ class Pass:
         if not reached:
             return None
         if self._graph is None:
-            network, held = self.network, {n: p.detach() for n, p in self.params.items()}
+            network = self.network
+            # With gradients, as in the model itself: a checkpoint that is recomputed in the
+            # backward pass must save the same tensors in the same order.
+            held = {n: p.detach().requires_grad_() for n, p in self.params.items()}
 
             def forward(chosen: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
                 args, kwargs = self.batch.with_examples(inputs)
                 params = {**held, **chosen}
-                output = as_output(functional_call(network.model, params, args, kwargs))
+                output = as_output(call_with(network.model, params, args, kwargs))
                 return accumulable(network.likelihood.align(output, network.class_axis))
 
             self._graph = ExampleGraph(forward, reached, self.batch.by_example)

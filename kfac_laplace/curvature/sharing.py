@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidValue, UnsupportedUse
 
 Setting = Literal["expand", "reduce"]
 SETTINGS = ("auto", "expand", "reduce")
@@ -80,6 +80,14 @@ class Grouping:
             block_axis: index of the block axis in `rows`.
         """
         axis = block_axis + 1 + self.axis
+        if rows.ndim <= axis + 1 or rows.shape[axis] % n:
+            raise UnsupportedUse(
+                "rows lie in another way than in earlier batches",
+                where="a layer",
+                got=f"rows of shape {tuple(rows.shape)} for {n} examples",
+                remedy="Rows that are packed or selected by the data cannot be assigned to "
+                "examples: pad and mask instead, or freeze the layer",
+            )
         k = rows.shape[axis] // n
         rows = rows.unflatten(axis, (k, n) if self.minor else (n, k))
         rows = rows.movedim(axis + 1 if self.minor else axis, block_axis + 1)

@@ -27,7 +27,7 @@ from kfac_laplace.posterior.evidence import FixedPoint, LogHyperparameters
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 from kfac_laplace.posterior.laplace import Laplace
 from kfac_laplace.posterior.state import refusing_damage
-from kfac_laplace.priors import PriorStructure, positive
+from kfac_laplace.priors import PriorStructure, positive, real
 from kfac_laplace.priors import Structure as Sharing
 
 log = logging.getLogger("kfac_laplace")
@@ -187,7 +187,7 @@ class MarglikTuner:
     def _penalty(self) -> Tensor:
         """Σ δ (θ − μ)² over the parameters in the posterior."""
         params = {n: accumulable(p) for n, p in self._network.live_parameters().items()}
-        mean = torch.as_tensor(self._options["prior_mean"], device=self._network.device)
+        mean = real(self._options["prior_mean"], "prior_mean", self._network.device).detach()
         delta = self._hyper.prior_precision
         if self._prior is None:
             options = self._options
@@ -322,6 +322,7 @@ class MarglikTuner:
         adam = torch.optim.Adam(free.leaves, lr=self.lr_hyp)
         if self._adam is not None:
             adam.load_state_dict(copy.deepcopy(self._adam))
+            adam.param_groups[0]["lr"] = self.lr_hyp
         with torch.inference_mode(False), torch.enable_grad():
             for _ in range(self.n_hypersteps):
                 adam.zero_grad()

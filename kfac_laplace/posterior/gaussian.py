@@ -126,8 +126,9 @@ class Posterior:
     @cached_property
     def squared_deviations(self) -> dict[str, Tensor]:
         """(θ* − μ)² of each group as matrices (b, o, i)."""
-        flat = torch.cat([value.flatten() for value in self.mode.values()])
-        return self.prior.pack((flat - self.prior_mean).square())
+        with torch.inference_mode(False):  # kept, so of use outside inference mode as well
+            flat = torch.cat([value.flatten() for value in self.mode.values()])
+            return self.prior.pack((flat - self.prior_mean).square())
 
     @property
     def scatter(self) -> Tensor:

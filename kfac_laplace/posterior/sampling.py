@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Generator, Tensor
-from torch.func import functional_call, jvp
+from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfac_laplace.curvature.forward import Batch, as_output, undisturbed
+from kfac_laplace.curvature.forward import Batch, as_output, call_with, undisturbed
 from kfac_laplace.posterior.gaussian import Posterior
 
 #: Weight samples are drawn so many at a time.
@@ -30,7 +30,7 @@ def linearised_samples(
     args, kwargs = batch.arguments()
 
     def outputs(params: dict[str, Tensor]) -> Tensor:
-        return as_output(functional_call(model, params, args, kwargs))
+        return as_output(call_with(model, params, args, kwargs))
 
     # Fused attention kernels have no forward-mode derivative; the plain one has.
     with undisturbed(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -62,7 +62,7 @@ def network_samples(
         samples = []
         for deviation in _deviations(posterior, mode, n, generator):
             weights = {name: mode[name] + scale * value for name, value in deviation.items()}
-            samples.append(as_output(functional_call(model, weights, args, kwargs)))
+            samples.append(as_output(call_with(model, weights, args, kwargs)))
     return torch.stack(samples)
 
 

@@ -41,9 +41,9 @@ def layer_norm(
 
 
 @layer_rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def add(output: Tensor, left: Tensor, right: Tensor, **options: object) -> Layer | None:
+def add(output: Tensor, input: Tensor, other: Tensor, **options: object) -> Layer | None:
     """A parameter added to an activation, as position embeddings are."""
-    parts = _parameter_and_data(output, left, right)
+    parts = _parameter_and_data(output, input, other)
     if parts is None or options:
         return None
     parameter, data, entries = parts
@@ -60,10 +60,10 @@ def add(output: Tensor, left: Tensor, right: Tensor, **options: object) -> Layer
 
 
 @layer_rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-def mul(output: Tensor, left: Tensor, right: Tensor) -> Layer | None:
+def mul(output: Tensor, input: Tensor, other: Tensor, **options: object) -> Layer | None:
     """A parameter that multiplies an activation, as layer scales and gates are."""
-    parts = _parameter_and_data(output, left, right)
-    if parts is None:
+    parts = _parameter_and_data(output, input, other)
+    if parts is None or options:
         return None
     parameter, data, entries = parts
     return Layer(
