@@ -75,9 +75,10 @@ def quick() -> Settings:
     full = Settings()
     return replace(
         full,
+        n_train=150,
         n_test=300,
         n_ood=200,
-        grid=full.grid[2::2],
+        grid=full.grid[2::3],
         images={name: replace(recipe, epochs=80) for name, recipe in full.images.items()},
         patients=replace(full.patients, epochs=80),
     )
