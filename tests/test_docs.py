@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*ROOT.glob("README.md"), *DOCS]
+LINKED = [*PAGES, *ROOT.glob("C[OH]*.md")]  # CONTRIBUTING, CHANGELOG
 SOURCES = sorted((ROOT / "kfac_laplace").rglob("*.py"))
 REFERENCES = ROOT / "docs" / "references.md"
 
 # Only an example that cannot run anywhere is marked "python skip".
-EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SKIPPED = re.compile(r"^```python skip\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # [KFAC23], [ML21, eq. 6], [MacKay 1992], [Hobbhahn et al. 2022, eq. 3]
@@ -54,8 +56,16 @@ def in_pages():
     return cited(prose(page) for page in PAGES if page != REFERENCES)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_no_example_escapes(page):
+    """Indented, misspelt or unclosed, a block would be shown to readers and never run."""
+    text = page.read_text(encoding="utf-8")
+    fences = re.findall(r"^[ \t>]*(?:```+|~~~+)[ \t]*py", text, re.MULTILINE | re.IGNORECASE)
+    assert len(fences) == len(EXAMPLE.findall(text)) + len(SKIPPED.findall(text))
+
+
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if "```python\n" in page.read_text()], ids=name
+    "page", [page for page in PAGES if EXAMPLE.search(page.read_text("utf-8"))], ids=name
 )
 def test_examples_run(page, tmp_path, monkeypatch):
     """The blocks of a page, one after another in one namespace, in an empty folder."""
@@ -82,7 +92,7 @@ def test_relative_links_resolve(page):
 def test_every_page_is_in_the_index():
     index = ROOT / "docs" / "index.md"
     linked = set(LINK.findall(prose(index)))
-    assert {page.name for page in PAGES[1:] if page != index} <= linked
+    assert {page.name for page in DOCS if page != index} <= linked
 
 
 def test_source_keys_are_in_the_references():
