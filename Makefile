@@ -20,20 +20,20 @@ help:  ## list the targets
 
 install: $(STAMP)  ## the environment alone
 
-# torchvision comes with laplace-torch, and torchmetrics imports it where it finds it. Beside a CPU
-# build of torch, pip picks a CUDA build of torchvision, whose import fails ("operator
-# torchvision::nms does not exist"), and takes torchmetrics and laplace-torch down with it. Nothing
-# here needs torchvision, so one that cannot be imported is removed; one that works stays.
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+# The last step is for torchvision, which the tests, timm and laplace-torch import, and torchmetrics
+# where it finds it. Beside a CPU build of torch, pip picks a CUDA build of torchvision, and its
+# import fails ("operator torchvision::nms does not exist") and takes the others down with it. The
+# script makes the import work in this environment. Builds of torch and torchvision that match need
+# none of it, and there it leaves nothing behind.
+$(STAMP): setup.cfg pyproject.toml constraints.txt .ci/torchvision_operators.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is not Python 3.10 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.11"; \
 		exit 1; }
 	@echo "Installing into $(VENV): a minute or two where there is no cache."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[test,laplace,demo]'
-	@$(BIN)/python -c 'import torchvision' 2>/dev/null || \
-		$(BIN)/python -m pip uninstall --quiet --yes torchvision
+		--editable '.[test,laplace,demo,zoo]'
+	@$(BIN)/python .ci/torchvision_operators.py
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## train with and without tuning: a table, plots and JSON (ARGS=--quick for a short run)

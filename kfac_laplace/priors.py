@@ -128,12 +128,10 @@ def positive(value: object, where: str, device: torch.device | None = None) -> T
     return tensor
 
 
-def one_number(tensor: Tensor) -> Tensor:
+def one_number(tensor: Tensor, where: str) -> Tensor:
     """The tensor as a scalar (), or `InvalidValue`."""
     if tensor.numel() != 1:
-        raise InvalidValue(
-            "one number is needed", where="sigma_noise, temperature", got=tuple(tensor.shape)
-        )
+        raise InvalidValue("one number is needed", where=where, got=f"shape {tuple(tensor.shape)}")
     return tensor.reshape(())
 
 
@@ -148,5 +146,5 @@ def real(value: object, where: str, device: torch.device | None = None) -> Tenso
             "not a number or tensor", where=where, got=repr(value), remedy="Pass a real number"
         ) from error
     if not bool(torch.isfinite(tensor.detach()).all()):
-        raise InvalidValue("must be positive and finite", where=where, got=value)
+        raise InvalidValue("must be finite", where=where, got=value)
     return tensor

@@ -90,6 +90,17 @@ def assert_dense_structures_are_exact(example: Case) -> None:
             assert relative_error(block.dense(), exact, floor) < EXACT, block.params
 
 
+def assert_exact_blocks(example: Case, curvature: Curvature, names: list[str]) -> None:
+    """Under kron these parameters have exact blocks, whole or diagonal as `coverage` says."""
+    for name in names:
+        kind = curvature.coverage[name]
+        (block,) = [b for b in curvature.blocks.values() if name in b.params]
+        assert block.kind == kind and kind in ("dense", "diag"), (name, kind)
+        exact = oracles.ggn(example.model, *example.data, list(block.params))
+        exact = exact if kind == "dense" else exact.diagonal().diag()
+        assert relative_error(block.dense(), exact, negligible(curvature)) < EXACT, name
+
+
 def assert_diagonal_blocks(example: Case, curvature: Curvature, names: list[str]) -> None:
     """Under kron these parameters are listed as "diag" and have exact diagonal blocks."""
     for name in names:
@@ -100,13 +111,19 @@ def assert_diagonal_blocks(example: Case, curvature: Curvature, names: list[str]
 
 
 def assert_kfac_block(
-    example: Case, curvature: Curvature, layer: str, setting: str, weight: str | None = None
+    example: Case,
+    curvature: Curvature,
+    layer: str,
+    setting: str,
+    weight: str | None = None,
+    live: Tensor | None = None,
 ) -> None:
     """The block of a linear or conv module (joint bias) follows the K-FAC formula.
 
-    `weight` names the block where the module belongs to a twin with other names.
+    `weight` names the block where the module belongs to a twin with other names; `live` (n, t)
+    says which positions reach the output.
     """
-    factors = oracles.kfac_factors(example.model, layer, example.data, setting)
+    factors = oracles.kfac_factors(example.model, layer, example.data, setting, live=live)
     module = example.model.get_submodule(layer)
     dense = oracles.kfac_block(factors, bias_column=module.bias is not None)
     block = curvature.blocks[weight or f"{layer}.weight"]

@@ -154,11 +154,13 @@ def kfac_factors(
     *,
     joint_bias: bool = True,
     hessian: Tensor | None = None,
+    live: Tensor | None = None,
 ) -> Factors:
     """K-FAC-expand or K-FAC-reduce of one module by the formulas, `data` = (x, y, likelihood).
 
     `joint_bias` appends the constant input 1 to a (only where the bias is trainable).
     `hessian` (n, k, k) replaces Lambda, e.g. by score outer products.
+    `live` (n, t) says which positions count: no output depends on the others.
     """
     x, y, likelihood = data
     module = model.get_submodule(layer)
@@ -167,9 +169,12 @@ def kfac_factors(
         hessian = output_hessian(model(x), y, likelihood)
     if joint_bias and module.bias is not None and module.bias.requires_grad:
         a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
+    live = torch.ones(a.shape[:2], dtype=torch.bool) if live is None else live
+    count = live.sum()
+    a = a * live[:, :, None, None]
     if setting == "reduce":
-        a, b = a.mean(1, keepdim=True), b.sum(1, keepdim=True)
-    count = a.shape[0] * a.shape[1]
+        a = a.sum(1, keepdim=True) / live.sum(1).clamp_min(1)[:, None, None, None]
+        b, count = b.sum(1, keepdim=True), live.any(1).sum()
     return Factors(
         torch.einsum("ntgi,ntgj->gij", a, a) / count,
         torch.einsum("ntgok,nkl,ntgpl->gop", b, hessian, b),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kfac_laplace import priors
+from kfac_laplace import Laplace, priors
 from kfac_laplace.curvature.layout import Layout
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.priors import PriorStructure
@@ -116,3 +116,17 @@ def test_which_structures_go_together(hessian):
         priors.check_sharing("diag", hessian)
     with pytest.raises(InvalidValue, match="prior_structure"):
         priors.check_sharing("unit", hessian)
+
+
+@pytest.mark.parametrize("name", ["sigma_noise", "temperature", "prior_mean"])
+def test_messages_name_the_argument_they_were_called_for(name):
+    with pytest.raises(InvalidValue, match=rf"^{name}: one number is needed\. got shape \(2,\)"):
+        priors.one_number(torch.ones(2), name)
+    with pytest.raises(InvalidValue, match=rf"^{name}: must be finite"):
+        priors.real(torch.nan, name)
+
+
+@pytest.mark.parametrize("name", ["sigma_noise", "temperature"])
+def test_options_of_a_posterior_that_are_one_number_are_told_apart(name):
+    with pytest.raises(InvalidValue, match=f"^{name}: one number"):
+        Laplace(torch.nn.Linear(2, 1), "regression", **{name: torch.ones(2)})

@@ -114,7 +114,7 @@ def test_attributes_of_a_fitted_posterior():
     la = Laplace(case.model, "classification").fit(case.batches)
     assert la.n_data == 7
     assert set(la.coverage) == {name for name, _ in case.model.named_parameters()}
-    assert set(la.coverage.values()) == {"kron", "diag"}
+    assert set(la.coverage.values()) == {"kron", "dense", "diag"}
     assert la.prior_precision.numel() == len(la.curvature.blocks)
     assert isinstance(la.curvature, Curvature)
     assert la.sigma_noise.numel() == 1

@@ -62,6 +62,13 @@ class Block(ABC):
         mine, theirs = self.tensors(), other.tensors()
         return type(self)(self.layout, **{name: mine[name] + theirs[name] for name in mine})
 
+    def zero(self) -> Self:
+        """The block of no data."""
+        return type(self)(
+            self.layout,
+            **{name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()},
+        )
+
     @classmethod
     def from_tensors(cls, layout: Layout, tensors: Mapping[str, Tensor]) -> Self:
         """Rebuild a block from `tensors()`."""
@@ -73,7 +80,10 @@ class Block(ABC):
 
 
 class KroneckerFactors(NamedTuple):
-    """A (b, i, i), normalised by its count, and B (b, o, o), a sum: the block is B ⊗ A."""
+    """A (b, i, i), normalised by its count, and B (b, o, o), a sum: the block is B ⊗ A.
+
+    Of a diagonal A, as embeddings have it, only the diagonal (b, i) is stored.
+    """
 
     input: Tensor
     output: Tensor
@@ -84,8 +94,9 @@ class KroneckerBlock(Block):
     """B ⊗ A for each of b blocks [KFAC23, eqs. for K-FAC-expand and K-FAC-reduce].
 
     Args:
-        input_sum: Σ a aᵀ over the input rows (expand) or their means by example (reduce).
-        input_count: number of such rows, shape ().
+        input_sum: Σ a aᵀ over the input rows (expand) or their means by example (reduce), or the
+            diagonal (b, i) of it.
+        input_count: number of such rows in each of the b blocks.
         output_sum: B = Σ b Λ bᵀ, over rows (expand) or their sums by example (reduce).
     """
 
@@ -97,11 +108,17 @@ class KroneckerBlock(Block):
     @property
     def factors(self) -> KroneckerFactors:
         """A = input_sum / input_count and B."""
-        return KroneckerFactors(self.input_sum / self.input_count.clamp_min(1), self.output_sum)
+        count = self.input_count.clamp_min(1).reshape(-1, *[1] * (self.input_sum.ndim - 1))
+        return KroneckerFactors(self.input_sum / count, self.output_sum)
+
+    @property
+    def _has_diagonal_input(self) -> bool:
+        return self.input_sum.ndim == 2
 
     def dense(self) -> Tensor:
         """Block-diagonal over b of B ⊗ A, in parameter order."""
         a, b = self.factors
+        a = a.diag_embed() if self._has_diagonal_input else a
         blocks = [torch.kron(right, left) for left, right in zip(a, b, strict=True)]
         order = self.layout.order.to(a.device)
         return torch.block_diag(*blocks)[order[:, None], order]
@@ -111,10 +128,11 @@ class KroneckerBlock(Block):
         """Bases of B and A; values μ_i λ_j."""
         with torch.inference_mode(False):  # kept, so of use outside inference mode as well
             a, b = self.factors
-            mu, lam = eigenvalues(b, self.name), eigenvalues(a, self.name)
+            mu = eigenvalues(b, self.name)
+            lam = a.double() if self._has_diagonal_input else eigenvalues(a, self.name)
+            right = None if self._has_diagonal_input else a
             return Spectrum(
-                mu[..., :, None] * lam[..., None, :],
-                partial(_bases, b, a, self.name),
+                mu[..., :, None] * lam[..., None, :], partial(_bases, b, right, self.name)
             )
 
 
@@ -177,9 +195,9 @@ class DenseBlock(Block):
         )
 
 
-def _bases(left: Tensor, right: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of both sides of a block."""
-    return eigenbasis(left, name), eigenbasis(right, name)
+def _bases(left: Tensor, right: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
+    """Eigenvectors of both sides of a block; None for a side that is diagonal."""
+    return eigenbasis(left, name), None if right is None else eigenbasis(right, name)
 
 
 KINDS: dict[str, type[Block]] = {

@@ -18,16 +18,18 @@ from typing_extensions import Self
 from kfac_laplace import likelihoods
 from kfac_laplace.curvature import fisher as fishers
 from kfac_laplace.curvature import sums
+from kfac_laplace.curvature.batches import AnyBatch, Batch, BatchFn, split_batch
 from kfac_laplace.curvature.factors import Block
 from kfac_laplace.curvature.fisher import Fisher
-from kfac_laplace.curvature.forward import split_batch, undisturbed
+from kfac_laplace.curvature.forward import ForwardFn, undisturbed
 from kfac_laplace.curvature.groups import Group, Subset
 from kfac_laplace.curvature.layout import Layout, flat_layout
-from kfac_laplace.curvature.network import Network, Pass
+from kfac_laplace.curvature.network import Network
 from kfac_laplace.curvature.outer import GRADIENT_BUDGET
+from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.precision import without_autocast
 from kfac_laplace.curvature.probing import learn_groupings
-from kfac_laplace.curvature.sharing import KfacApprox, check_kfac_approx, resolve_settings
+from kfac_laplace.curvature.sharing import KfacApprox, Setting, check_kfac_approx, resolve_settings
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood, check_finite
 
@@ -54,6 +56,8 @@ class Curvature:
         uncovered: what happens to trainable parameters without a layer rule under "kron":
             an exact diagonal block ("diag"), an error ("error"), or they stay out ("freeze").
         seed: seed of the label draws.
+        forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
+        batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
 
     Raises:
         InvalidValue: an unknown option or a pattern that matches nothing.
@@ -72,19 +76,22 @@ class Curvature:
         joint_bias: bool = True,
         uncovered: Uncovered = "diag",
         seed: int = 0,
+        forward_fn: ForwardFn | None = None,
+        batch_fn: BatchFn | None = None,
     ):
         _check_choice("hessian_structure", hessian_structure, STRUCTURES)
         _check_choice("uncovered", uncovered, UNCOVERED)
         check_kfac_approx(kfac_approx)
         self.likelihood = likelihoods.resolve(likelihood)
-        self.network = Network(model, self.likelihood, subset_of_weights, joint_bias)
+        self.network = Network(model, self.likelihood, subset_of_weights, joint_bias, forward_fn)
+        self.batch_fn = batch_fn
         self.kfac_approx = kfac_approx
         self.fisher = fishers.resolve(fisher)
         self.hessian_structure = hessian_structure
         self.uncovered = uncovered
         self.generator = torch.Generator().manual_seed(seed)
         self.blocks: dict[str, Block] = {}
-        self.settings: dict[str, str] = {}
+        self.settings: dict[str, Setting] = {}
         self.n_data = 0
         self.n_outputs = 0
         self.statistic = torch.zeros((), dtype=torch.float64)
@@ -129,7 +136,7 @@ class Curvature:
         batches = 0
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
             for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):
-                self.accumulate(*split_batch(batch, key_y))
+                self.accumulate(*split_batch(batch, key_y, self.batch_fn))
                 batches += 1
         if not batches:
             raise InvalidValue(
@@ -166,39 +173,33 @@ class Curvature:
         draws = self.generator.get_state()
         try:
             with undisturbed(self.network.model):
-                self._accumulate(self.network.run(self.network.batch(x), parameters), y)
+                self._accumulate(self.network.batch(x), y, parameters)
         except BaseException:
             self.generator.set_state(draws)
             raise
         return self
 
-    def _accumulate(self, passed: Pass, y: Tensor) -> None:
-        y = y.to(self.network.device)
-        output = passed.recording.output
-        if (
-            y.ndim == 0
-            or output.ndim == 0
-            or len({output.shape[0], y.shape[0], passed.batch.n}) > 1
-        ):
-            raise InvalidValue(
-                "inputs, outputs and targets differ in their number of examples",
-                where="batch",
-                got=f"{passed.batch.n} inputs, output {tuple(output.shape)}, "
-                f"target {tuple(y.shape)}",
-                remedy="The first axis must run over the examples",
-            )
-        axis = self.likelihood.class_axis(output, y)
-        if not self.n_data:
-            self.network.class_axis = axis
-        f = passed.outputs
-        check_finite(f.detach())
-        y = self.likelihood.align_target(y, f.detach())
+    def _accumulate(
+        self, batch: AnyBatch, y: Tensor, parameters: Mapping[str, Tensor] | None
+    ) -> None:
+        passed = self.network.run(batch, parameters)
+        f, y = self._aligned(passed, y.to(self.network.device))
+        statistic = self.likelihood.statistic(f, y)
+        targets = passed.by_example(y)
+        passed.counted = self.likelihood.importance(targets)
+        idle = _idle_examples(passed.counted)
         learn_groupings(passed)
         if not self.groups:
             self.network.check_examples(passed)
             self._learn(passed)
-        blocks = self._batch_blocks(passed, y)
-        statistic = self.likelihood.statistic(f.detach(), y)
+        # Examples whose labels are all ignored would enter the input factors alone.
+        if bool(idle.any()) and not bool(idle.all()) and isinstance(batch, Batch):
+            kept = (~idle).nonzero()[:, 0]
+            passed, targets = self.network.run(batch.select(kept), parameters), targets[kept]
+            passed.counted = self.likelihood.importance(targets)
+        blocks = self._batch_blocks(passed, targets)
+        if bool(idle.all()):
+            blocks = {name: block.zero() for name, block in blocks.items()}
         for name, block in blocks.items():
             if not block.is_finite():
                 raise InvalidValue(
@@ -211,14 +212,33 @@ class Curvature:
             for name, block in blocks.items()
         }
         self.statistic = self.statistic.to(statistic.device) + statistic
-        self.n_data += passed.n
+        self.n_data += batch.n
         self.n_outputs += f.numel()
+
+    def _aligned(self, passed: Pass, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs (rows, t, c) without their graph and targets, checked against each other."""
+        output = passed.recording.output
+        rows = (output.ndim and output.shape[0], y.ndim and y.shape[0])
+        nodes = output.ndim > 0 and passed.output_segments is not None
+        if rows[0] != rows[1] or not rows[0] or not (nodes or rows[0] == passed.n):
+            raise InvalidValue(
+                "inputs, outputs and targets differ in their number of examples",
+                where="batch",
+                got=f"{passed.n} inputs, output {tuple(output.shape)}, target {tuple(y.shape)}",
+                remedy="The first axis must run over the examples",
+            )
+        axis = self.likelihood.class_axis(output, y)
+        if not self.n_data:
+            self.network.class_axis = axis
+        f = passed.output_rows.detach()
+        check_finite(f)
+        return f, self.likelihood.align_target(y, f)
 
     def _learn(self, passed: Pass) -> None:
         """Find the groups, treat the uncovered ones, resolve the settings."""
         network = self.network
         network.learn(passed)
-        generic = [group.name for group in network.groups if not group.kronecker]
+        generic = [group.name for group in network.groups if not group.covered]
         if generic and self.hessian_structure == "kron":
             if self.uncovered == "error":
                 network.groups = ()
@@ -228,13 +248,13 @@ class Curvature:
                     remedy="Choose uncovered='diag' or 'freeze', or register a rule",
                 )
             if self.uncovered == "freeze":
-                network.groups = tuple(g for g in network.groups if g.kronecker)
+                network.groups = tuple(g for g in network.groups if g.covered)
             if not network.listed:
                 names = ", ".join(generic)
                 log.info("without Kronecker factors, treated as '%s': %s", self.uncovered, names)
                 network.listed = True
-        layers = [group.name for group in network.groups if group.kronecker]
-        shared = passed.recording.output.ndim > 2
+        layers = [group.name for group in network.groups if group.treatment == "kron"]
+        shared = passed.recording.output.ndim > 2 or passed.output_segments is not None
         try:
             self.settings = dict(resolve_settings(self.kfac_approx, layers, shared))
         except InvalidValue:
@@ -280,12 +300,16 @@ class Curvature:
         """An empty sum for each block."""
         if self.hessian_structure == "full":
             return {"full": sums.DenseSum(self.groups, self.full_layout, passed)}
-        return {
-            group.name: sums.KroneckerSum(group, passed, self.settings[group.name])  # type: ignore[arg-type]
-            if self.hessian_structure == "kron" and group.kronecker
-            else sums.DiagonalSum(group, passed)
-            for group in self.groups
-        }
+        return {group.name: self._batch_sum(group, passed) for group in self.groups}
+
+    def _batch_sum(self, group: Group, passed: Pass) -> sums.BatchSum:
+        """The sum for a group's block, by its structure."""
+        treatment = group.treatment if self.hessian_structure == "kron" else "diag"
+        if treatment == "kron":
+            return sums.KroneckerSum(group, passed, self.settings[group.name])
+        if treatment == "dense":
+            return sums.DenseSum([group], group.layout, passed)
+        return sums.DiagonalSum(group, passed)
 
     @property
     def full_layout(self) -> Layout:
@@ -311,10 +335,7 @@ class Curvature:
         """
         if not other.blocks:
             raise NotFitted("nothing to merge", where="other", remedy="Fit it first")
-        if (self.hessian_structure, type(self.likelihood)) != (
-            other.hessian_structure,
-            type(other.likelihood),
-        ):
+        if (self.hessian_structure, *self._loss) != (other.hessian_structure, *other._loss):
             raise InvalidValue(
                 "the two have different structures or likelihoods",
                 where="merge",
@@ -344,13 +365,25 @@ class Curvature:
     def _signature(self) -> object:
         """What two curvatures must share to be added."""
         layouts = {name: (type(block), block.layout) for name, block in self.blocks.items()}
-        return layouts, self.settings, self.fisher, type(self.likelihood)
+        return layouts, self.settings, self.fisher, self._loss
+
+    @property
+    def _loss(self) -> tuple[type[Likelihood], dict[str, Any]]:
+        """The likelihood by kind and options: objects of one's own have no equality."""
+        return type(self.likelihood), self.likelihood.options()
 
 
 def _pieces(vectors: Iterator[Tensor], length: int) -> Iterator[list[Tensor]]:
     """Lists of at most `length` vectors."""
     while piece := list(islice(vectors, length)):
         yield piece
+
+
+def _idle_examples(counted: Tensor | None) -> Tensor:
+    """Mask (n,) of the examples without an output that counts, shape (1,) where all count."""
+    if counted is None:
+        return torch.zeros(1, dtype=torch.bool)
+    return (counted == 0).flatten(1).all(1)
 
 
 def _check_choice(where: str, value: object, choices: tuple[str, ...]) -> None:

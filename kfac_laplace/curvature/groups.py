@@ -9,12 +9,34 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.layers.registry import Inputs, Ones, WithOne
-from kfac_laplace.curvature.layout import Layout, flat_layout
+from kfac_laplace.curvature.layout import Chain, Layout, flat_layout
+from kfac_laplace.curvature.sources import Part, Source
 from kfac_laplace.curvature.tape import Recording, Use
 from kfac_laplace.errors import InvalidType, InvalidValue
 
 Subset = str | Sequence[str]
-Role = Literal["joint", "weight", "bias", "generic"]
+Role = Literal["joint", "weight", "bias", "exact", "generic"]
+Treatment = Literal["kron", "dense", "diag"]
+
+#: Exact blocks of layers are dense up to so many entries, and diagonal beyond.
+DENSE_SIZE = 2048
+#: A Kronecker factor with more rows would not fit in memory: such layers get exact diagonals.
+LARGEST_FACTOR = 2**14
+
+
+@dataclass(frozen=True)
+class Term:
+    """One use of a group with Kronecker factors.
+
+    Args:
+        use: its index in the recording.
+        inputs: the input rows that meet the group.
+        start: the first of the group's blocks that it uses.
+    """
+
+    use: int
+    inputs: Inputs
+    start: int
 
 
 @dataclass(frozen=True)
@@ -24,31 +46,43 @@ class Group:
     Args:
         name: the weight's parameter name (the bias's where only the bias is random).
         layout: how the parameters lie in the block.
-        role: "joint" weight and bias, "weight" or "bias" alone, "generic" without a layer rule.
-        kronecker: whether a layer rule gives it Kronecker factors.
+        role: "joint" weight and bias, "weight" or "bias" alone, as the matrices of a layer;
+            "exact" where gradients come from layer rules in any other way; "generic" without.
+        treatment: its block under hessian_structure="kron".
+        covered: whether layer rules cover all its uses.
     """
 
     name: str
     layout: Layout
     role: Role
-    kronecker: bool
+    treatment: Treatment
+    covered: bool = True
 
-    def terms(self, recording: Recording) -> list[tuple[int, Inputs]]:
-        """Indices of the uses in a recording, each with the input rows that meet this group."""
-        if self.role == "generic":
+    @property
+    def factored(self) -> bool:
+        """Whether the parameters are the matrices of layers, whatever the block's structure."""
+        return self.role in ("joint", "weight", "bias")
+
+    def terms(self, recording: Recording) -> list[Term]:
+        """The uses in a recording, each with the input rows that meet this group."""
+        if not self.factored:
             return []
-        return [
-            (index, self._inputs(use))
-            for index, use in enumerate(recording.uses)
-            if self.name in use.params
-        ]
+        found = []
+        for index, use in enumerate(recording.uses):
+            source = use.bias if self.role == "bias" else use.weight
+            if source is not None and source.params == (self.name,):
+                part = source.own_part
+                assert part is not None
+                blocks = self.layout.matrix[0] // self.layout.parts
+                found.append(Term(index, self._inputs(use), part.index * blocks))
+        return found
 
     def _inputs(self, use: Use) -> Inputs:
         inputs = use.layer.inputs
         if self.role == "joint":
             return WithOne(inputs)
         if self.role == "bias":
-            return Ones(inputs.lead, use.layer.weight.detach(), self.layout.matrix[0])
+            return Ones(inputs.lead, use.layer.weight.detach(), 1)
         return inputs
 
     def own_rows(self, rows: Tensor) -> Tensor:
@@ -56,7 +90,7 @@ class Group:
 
         A bias alone is one matrix (1, b·o, 1) also where its weight has several blocks.
         """
-        if self.role != "bias" or not self.kronecker:
+        if self.role != "bias":
             return rows
         return rows.movedim(1, -2).flatten(-2)[:, None]
 
@@ -98,7 +132,8 @@ def select_parameters(
 def last_layer(recording: Recording) -> list[str]:
     """Parameters of the layer used last in the forward pass; scales and shifts are no layers."""
     layers = [use for use in recording.uses if use.layer.kronecker]
-    if not layers or recording.loose.intersection(layers[-1].params):
+    alike = _ways(recording).keys() - recording.loose
+    if not layers or not alike.issuperset(layers[-1].params):
         raise InvalidValue(
             "the layer used last has no rule, or is used in other ways as well",
             where="subset_of_weights",
@@ -123,63 +158,125 @@ def find_groups(
         without_examples: parameters with a use whose rows cannot be assigned to examples; they get
             the generic treatment.
     """
-    matrices = {
-        name: way for name, way in _matrices(recording).items() if name not in without_examples
-    }
-    partner = _partners(recording, matrices) if joint_bias else {}
+    generic = without_examples | recording.loose
+    generic |= shapes.keys() - {name for use in recording.uses for name in use.params}
+    ways = {name: way for name, way in _ways(recording).items() if name not in generic}
+    covered = _covered(recording) - generic
+    partner = _partners(recording, ways, covered) if joint_bias else {}
     biases = set(partner.values())
     groups = []
-    for name, shape in shapes.items():
+    for name in shapes:
         if name in biases:
             continue
-        if name not in matrices:
-            groups.append(Group(name, flat_layout({name: shape}), "generic", False))
-            continue
-        role, (b, o, i), kronecker = matrices[name]
-        bias = partner.get(name)
-        if bias is None:
-            groups.append(Group(name, Layout((name,), (shape,), (b, o, i)), role, kronecker))
+        names = [name, partner[name]] if name in partner else [name]
+        own = {n: shapes[n] for n in names}
+        if name in ways:
+            groups.append(_factored(own, [ways[n] for n in names]))
+        elif name in covered:
+            small = sum(shape.numel() for shape in own.values()) <= DENSE_SIZE
+            groups.append(Group(name, flat_layout(own), "exact", "dense" if small else "diag"))
         else:
-            layout = Layout((name, bias), (shape, shapes[bias]), (b, o, i + 1))
-            groups.append(Group(name, layout, "joint", True))
+            role: Role = "generic" if name in generic else "exact"
+            groups.append(Group(name, flat_layout(own), role, "diag", covered=False))
     return tuple(groups)
 
 
-Way = tuple[Role, tuple[int, int, int], bool]
+@dataclass(frozen=True)
+class Way:
+    """How a layer with Kronecker factors uses a parameter.
+
+    Args:
+        role: "weight" or "bias".
+        matrix: (b, o, i) of the whole parameter.
+        parts: number of parts in which it is used.
+        chain: how a part becomes matrices.
+    """
+
+    role: Role
+    matrix: tuple[int, int, int]
+    parts: int
+    chain: Chain
 
 
-def _matrices(recording: Recording) -> dict[str, Way]:
-    """Role, matrix shape and treatment of each parameter that layer rules alone use, in one way."""
-    found: dict[str, set[Way]] = {}
+def _factored(shapes: Mapping[str, torch.Size], ways: Sequence[Way]) -> Group:
+    """A weight with or without its bias, or a bias alone, as matrices."""
+    b, o, i = ways[0].matrix
+    if len(ways) == 2:
+        i += 1
+    layout = Layout(
+        tuple(shapes),
+        tuple(shapes.values()),
+        (b, o, i),
+        ways[0].parts,
+        tuple(way.chain for way in ways) if any(way.chain for way in ways) else (),
+    )
+    role: Role = "joint" if len(ways) == 2 else ways[0].role
+    return Group(layout.params[0], layout, role, "kron")
+
+
+def _ways(recording: Recording) -> dict[str, Way]:
+    """The way of each parameter that layers with Kronecker factors use in one way only."""
+    found: dict[str, set[Way | None]] = {}
     for use in recording.uses:
-        b, o, i = use.layer.matrix
-        kronecker = use.layer.kronecker
-        alone = (1, b * o, 1) if kronecker else (b, o, 1)
-        if use.weight is not None:
-            found.setdefault(use.weight, set()).add(("weight", (b, o, i), kronecker))
-        if use.bias is not None:
-            found.setdefault(use.bias, set()).add(("bias", alone, kronecker))
-    return {
-        name: ways.pop()
-        for name, ways in found.items()
-        if len(ways) == 1 and name not in recording.loose
-    }
+        for source in use.sources:
+            way = _way(use, source) if use.layer.kronecker else None
+            for name in source.params:
+                found.setdefault(name, set()).add(way)
+    single = {name: ways.pop() for name, ways in found.items() if len(ways) == 1}
+    return {name: way for name, way in single.items() if way is not None}
 
 
-def _partners(recording: Recording, matrices: Mapping[str, Way]) -> dict[str, str]:
-    """Weight to bias, where the two are always and only used with each other."""
+def _way(use: Use, source: Source) -> Way | None:
+    """How a use takes a source, or None where that is no part of a parameter or too large."""
+    part: Part | None = source.own_part
+    b, o, i = use.layer.matrix
+    if part is None or max(o, 1 if use.layer.inputs.diagonal else i) > LARGEST_FACTOR:
+        return None
+    if source is use.bias:
+        return Way("bias", (part.count, b * o, 1), part.count, ()) if part.fold is None else None
+    chain = tuple(fold for fold in (part.fold, use.layer.fold) if fold is not None)
+    return Way("weight", (part.count * b, o, i), part.count, chain)
+
+
+def _covered(recording: Recording) -> frozenset[str]:
+    """Parameters that layers use as they are or in parts, and in no other way."""
+    found = {name: True for use in recording.uses for name in use.params}
+    for use in recording.uses:
+        for source in use.sources:
+            plain = use.layer.covered and source.own_part is not None
+            for name in source.params:
+                found[name] &= plain
+    return frozenset(name for name, plain in found.items() if plain)
+
+
+def _partners(
+    recording: Recording, ways: Mapping[str, Way], covered: frozenset[str]
+) -> dict[str, str]:
+    """Weight to bias, where the two are always and only used with each other, treated alike."""
     pairs: dict[str, set[str | None]] = {}
     for use in recording.uses:
-        for name, other in ((use.weight, use.bias), (use.bias, use.weight)):
-            if name is not None:
-                pairs.setdefault(name, set()).add(other)
+        for source, other in ((use.weight, use.bias), (use.bias, use.weight)):
+            if source is not None:
+                for name in source.params:
+                    pairs.setdefault(name, set()).add(_partner_name(source, other))
     return {
-        use.weight: use.bias
-        for use in recording.uses
-        if use.layer.kronecker
-        and use.weight is not None
-        and use.bias is not None
-        and {use.weight, use.bias} <= matrices.keys()
-        and pairs[use.weight] == {use.bias}
-        and pairs[use.bias] == {use.weight}
+        name: bias
+        for name, others in pairs.items()
+        if len(others) == 1 and (bias := next(iter(others))) is not None
+        if pairs.get(bias) == {name} and _is_weight(recording, name)
+        if {name, bias} <= ways.keys()
+        or (not {name, bias} & ways.keys() and {name, bias} <= covered)
     }
+
+
+def _partner_name(source: Source, other: Source | None) -> str | None:
+    """The parameter at a source's side, if both are the same part of one parameter each."""
+    part, others = source.own_part, other.own_part if other is not None else None
+    if other is None or part is None or others is None:
+        return None
+    same = (part.index, part.count) == (others.index, others.count)
+    return other.params[0] if same and len(source.params) == len(other.params) == 1 else None
+
+
+def _is_weight(recording: Recording, name: str) -> bool:
+    return any(use.weight is not None and name in use.weight.params for use in recording.uses)

@@ -7,50 +7,65 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.layers.registry import Fold
+
+Chain = tuple[Fold, ...]
+
 
 @dataclass(frozen=True)
 class Layout:
     """A group of parameters seen as b matrices of o rows and i columns.
 
     A linear layer with its bias is one matrix (1, out, in + 1) whose last column is the bias; a
-    grouped convolution has b = groups; anything else is one row (1, 1, p).
+    grouped convolution has b = groups, a packed attention projection b = 3; anything else is one
+    row (1, 1, p).
 
     Args:
         params: parameter names, in the order in which they are flattened.
         shapes: their shapes.
         matrix: (b, o, i), where b·o·i is the number of entries.
+        parts: number of equal parts into which each parameter falls, one behind the other.
+        folds: how a part of each parameter becomes matrices, fold after fold; () for a reshape.
     """
 
     params: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     matrix: tuple[int, int, int]
+    parts: int = 1
+    folds: tuple[Chain, ...] = ()
 
     @property
     def size(self) -> int:
         """Number of scalar parameters p."""
         return sum(shape.numel() for shape in self.shapes)
 
+    @property
+    def _chains(self) -> tuple[Chain, ...]:
+        return self.folds or ((),) * len(self.params)
+
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Stack parameter-shaped tensors (..., *shape) into matrices (..., b, o, i)."""
-        b, o, i = self.matrix
-        parts = []
-        for name, shape in zip(self.params, self.shapes, strict=True):
+        b, o, _ = self.matrix
+        packed = []
+        for name, shape, chain in zip(self.params, self.shapes, self._chains, strict=True):
             tensor = tensors[name]
             lead = tensor.shape[: tensor.ndim - len(shape)]
-            parts.append(tensor.reshape((*lead, b, o, -1)))
-        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+            folded = fold(tensor.reshape((*lead, self.parts, -1)), chain, len(lead) + 1)
+            packed.append(folded.reshape((*lead, b, o, -1)))
+        return torch.cat(packed, -1) if len(packed) > 1 else packed[0]
 
     def unpack(self, matrices: Tensor) -> dict[str, Tensor]:
         """Undo `pack`: matrices (..., b, o, i) to one tensor (..., *shape) a parameter."""
         b, o, _ = self.matrix
         widths = [shape.numel() // (b * o) for shape in self.shapes]
         lead = matrices.shape[:-3]
-        return {
-            name: part.reshape((*lead, *shape))
-            for name, shape, part in zip(
-                self.params, self.shapes, matrices.split(widths, -1), strict=True
-            )
-        }
+        unpacked = {}
+        for name, shape, chain, part in zip(
+            self.params, self.shapes, self._chains, matrices.split(widths, -1), strict=True
+        ):
+            flat = part.reshape((*lead, self.parts, -1))
+            unpacked[name] = unfold(flat, chain, len(lead) + 1).reshape((*lead, *shape))
+        return unpacked
 
     @cached_property
     def order(self) -> Tensor:
@@ -59,7 +74,25 @@ class Layout:
         return torch.cat([part.flatten() for part in self.unpack(places).values()])
 
 
+def fold(tensor: Tensor, chain: Chain, lead: int) -> Tensor:
+    """Apply folds one after another to all but the first `lead` axes."""
+    for step in chain:
+        tensor = tensor.reshape((*tensor.shape[:lead], *step.split))
+        tensor = tensor.permute(*range(lead), *(lead + axis for axis in step.order))
+    return tensor
+
+
+def unfold(tensor: Tensor, chain: Chain, lead: int) -> Tensor:
+    """Undo `fold`."""
+    for step in reversed(chain):
+        moved = [step.split[axis] for axis in step.order]
+        tensor = tensor.reshape((*tensor.shape[:lead], *moved))
+        back = [step.order.index(axis) for axis in range(len(step.order))]
+        tensor = tensor.permute(*range(lead), *(lead + axis for axis in back))
+    return tensor
+
+
 def flat_layout(shapes: Mapping[str, torch.Size]) -> Layout:
     """All parameters behind one another in a single row (1, 1, p)."""
-    layout = Layout(tuple(shapes), tuple(shapes.values()), (1, 1, 0))
-    return Layout(layout.params, layout.shapes, (1, 1, layout.size))
+    size = sum(shape.numel() for shape in shapes.values())
+    return Layout(tuple(shapes), tuple(shapes.values()), (1, 1, size))

@@ -1,7 +1,8 @@
 """Per-example gradients in factored form, of which all else is a reduction."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,9 +11,34 @@ from torch import Tensor
 GRADIENT_BUDGET = 2**24
 
 
+class Factored(Protocol):
+    """Per-example gradients of b matrices (o, i), as a sum over t of outer products."""
+
+    @property
+    def left(self) -> Tensor:
+        """Gradient rows (v, b, n, t, o)."""
+
+    def dense(self) -> Tensor:
+        """The gradients as matrices, shape (v, n, b, o, i)."""
+
+    def pieces(self, step: int) -> "Iterator[Factored]":
+        """The same for at most `step` examples at a time."""
+
+    def squares(self) -> Tensor:
+        """Σ_v Σ_n of the squared gradients, shape (b, o, i)."""
+
+    def as_outer(self) -> "Outer":
+        """Both sides as tensors."""
+
+
+def step_for(entries: int) -> int:
+    """How many examples to hold at a time, whose gradients have so many entries each."""
+    return max(1, GRADIENT_BUDGET // max(1, entries))
+
+
 @dataclass(frozen=True)
 class Outer:
-    """Per-example gradients Σ_t left[v, b, n, t] right[b, n, t]ᵀ of a group, in factored form.
+    """Per-example gradients Σ_t left[v, b, n, t] right[b, n, t]ᵀ of a group.
 
     Args:
         left: gradient rows (v, b, n, t, o).
@@ -28,9 +54,101 @@ class Outer:
             return (self.left * self.right).sum(3).movedim(1, 2)[..., None]
         return torch.einsum("vbnto,bnti->vnboi", self.left, self.right)
 
-    def dense_chunks(self) -> Iterator[Tensor]:
-        """The same in pieces over n of at most about `GRADIENT_BUDGET` entries."""
-        v, b, _, _, o = self.left.shape
-        step = max(1, GRADIENT_BUDGET // (v * b * o * self.right.shape[-1]))
+    def pieces(self, step: int) -> "Iterator[Outer]":
+        """The same for at most `step` examples at a time."""
         for left, right in zip(self.left.split(step, 2), self.right.split(step, 1), strict=True):
-            yield Outer(left, right).dense()
+            yield Outer(left, right)
+
+    def squares(self) -> Tensor:
+        """Σ_v Σ_n of the squared gradients; one row an example is squared side by side."""
+        if self.right.shape[2] == 1:
+            left, right = self.left[..., 0, :].square(), self.right[..., 0, :].square()
+            return torch.einsum("vbno,bni->boi", left, right)
+        pieces = self.pieces(step_for(self.left[:, :, 0, 0].numel() * self.right.shape[-1]))
+        return torch.stack([piece.dense().square().sum((0, 1)) for piece in pieces]).sum(0)
+
+    def as_outer(self) -> "Outer":
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """Per-example gradients of a table: gradient rows go to the entries that were looked up.
+
+    Args:
+        left: gradient rows (v, 1, n, t, o), zero where a row does not count.
+        index: the entry of each row, shape (n, t).
+        size: number of entries i.
+    """
+
+    left: Tensor
+    index: Tensor
+    size: int
+
+    def dense(self) -> Tensor:
+        """The gradients as matrices, shape (v, n, 1, o, i)."""
+        v, _, n, t, o = self.left.shape
+        out = self.left.new_zeros(v, n, self.size, o)
+        index = self.index[None, :, :, None].expand(v, n, t, o)
+        return out.scatter_add_(2, index, self.left[:, 0]).mT[:, :, None]
+
+    def pieces(self, step: int) -> "Iterator[LookedUp]":
+        """The same for at most `step` examples at a time."""
+        for left, index in zip(self.left.split(step, 2), self.index.split(step), strict=True):
+            yield LookedUp(left, index, self.size)
+
+    def merged(self) -> Tensor:
+        """Rows that look up one entry summed into the first of them, shape (v, n, t, o)."""
+        same = self.index[:, :, None] == self.index[:, None, :]  # (n, t, t)
+        first = same.to(torch.uint8).argmax(-1)  # of equal entries, the first wins
+        v, _, n, t, o = self.left.shape
+        out = torch.zeros_like(self.left[:, 0])
+        return out.scatter_add_(2, first[None, :, :, None].expand(v, n, t, o), self.left[:, 0])
+
+    def squares(self) -> Tensor:
+        """Σ_v Σ_n of the squared gradients, shape (1, o, i)."""
+        squared = self.merged().square().sum(0).flatten(0, 1)  # (n t, o)
+        out = squared.new_zeros(self.size, squared.shape[-1])
+        return out.index_add_(0, self.index.flatten(), squared).mT[None]
+
+    def as_outer(self) -> Outer:
+        """With one-hot rows in full."""
+        one_hot = torch.nn.functional.one_hot(self.index, self.size).to(self.left.dtype)
+        return Outer(self.left, one_hot[None])
+
+
+def joined(parts: Sequence[tuple[int, Factored]], blocks: int) -> Factored:
+    """The uses of one group together: more shared positions, each use at its own blocks.
+
+    Args:
+        parts: the first block of each use, and its gradients.
+        blocks: number of blocks b of the group.
+    """
+    if len(parts) == 1 and parts[0][1].left.shape[1] == blocks:
+        return parts[0][1]
+    if all(isinstance(outer, LookedUp) for _, outer in parts) and blocks == 1:
+        tables = [outer for _, outer in parts if isinstance(outer, LookedUp)]
+        left = torch.cat([table.left for table in tables], 3)
+        return LookedUp(left, torch.cat([table.index for table in tables], 1), tables[0].size)
+    by_start: dict[int, list[Outer]] = {}
+    for start, outer in parts:
+        by_start.setdefault(start, []).append(outer.as_outer())
+    lefts = {s: torch.cat([outer.left for outer in found], 3) for s, found in by_start.items()}
+    rights = {s: torch.cat([outer.right for outer in found], 2) for s, found in by_start.items()}
+    return Outer(_placed(lefts, blocks, 1), _placed(rights, blocks, 0))
+
+
+def _placed(parts: dict[int, Tensor], blocks: int, axis: int) -> Tensor:
+    """Put rows (..., b, n, t, d) at their blocks along `axis`; zero elsewhere."""
+    some = next(iter(parts.values()))
+    if len(parts) == 1 and some.shape[axis] == blocks:
+        return some
+    shape = list(some.shape)
+    shape[axis], shape[axis + 2] = blocks, max(part.shape[axis + 2] for part in parts.values())
+    out = some.new_zeros(shape)
+    for start, part in parts.items():
+        out.narrow(axis, start, part.shape[axis]).narrow(axis + 2, 0, part.shape[axis + 2]).copy_(
+            part
+        )
+    return out

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.network import Pass, UseKey
-from kfac_laplace.curvature.sharing import Grouping, consistent_groupings
+from kfac_laplace.curvature.passes import Pass, UseKey
+from kfac_laplace.curvature.sharing import Grouping, Segments, consistent_groupings
 from kfac_laplace.errors import UnsupportedUse
 
 
@@ -35,20 +35,23 @@ def learn_groupings(passed: Pass) -> None:
                 masks.append((rows[0] != 0).any(-1).any(0))  # (*lead)
     for (u, key), masks in zip(open_uses.items(), touched, strict=True):
         if len(masks) == len(halves):
-            _settle(passed, u, key, consistent_groupings(masks, halves))
+            candidates = consistent_groupings(masks, halves, passed.batch.segments)
+            _settle(passed, u, key, candidates)
 
 
 def _settle(passed: Pass, u: int, key: UseKey, candidates: list[Grouping]) -> None:
     """Store the first layout that agrees; refuse one that contradicts earlier batches."""
     known = passed.network.groupings
-    if key in known and known[key] is not None and known[key] not in candidates:
+    # What belongs to one batch is left out: its segments' index.
+    kinds = [Segments(c.kind) if isinstance(c, Segments) else c for c in candidates]
+    if key in known and known[key] is not None and known[key] not in kinds:
         raise UnsupportedUse(
             "rows lie in another way than earlier batches suggested",
             where=passed.recording.uses[u].params[0],
             remedy="Begin with a batch in which every example reaches this layer",
         )
-    known.setdefault(key, candidates[0] if candidates else None)
-    if len(candidates) < 2:
+    known.setdefault(key, kinds[0] if kinds else None)
+    if len(kinds) < 2:
         passed.network.settled.add(key)
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
@@ -59,9 +60,66 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
 
 
+class Grouping(Protocol):
+    """Which rows of a layer belong to which example."""
+
+    def by_example(self, rows: Tensor, n: int, block_axis: int) -> Tensor:
+        """Bring rows (..., b, *lead, d) into (..., b, n, t, d).
+
+        Args:
+            rows: the rows, with the leading axes right after the block axis.
+            n: number of examples.
+            block_axis: index of the block axis in `rows`.
+        """
+
+
 @dataclass(frozen=True)
-class Grouping:
-    """Where the example axis hides in the leading axes of a layer's rows.
+class Segments:
+    """Rows on the first leading axis, of which examples have different numbers.
+
+    Args:
+        kind: what the rows are, as the batch names its segments: "nodes", "edges".
+        index: the example of each row; None until a batch fills it in.
+    """
+
+    kind: str
+    index: Tensor | None = None
+
+    def by_example(self, rows: Tensor, n: int, block_axis: int) -> Tensor:
+        """Rows (..., b, n, t, d), t as many as the largest example has, zero where there are none.
+
+        Further leading axes are more rows of the same example.
+        """
+        assert self.index is not None
+        axis = block_axis + 1
+        if rows.ndim <= axis + 1 or rows.shape[axis] != len(self.index):
+            raise _moved_rows(rows, n)
+        rows = rows.flatten(axis + 1, -2) if rows.ndim > axis + 2 else rows.unsqueeze(axis + 1)
+        most = max(1, int(torch.bincount(self.index, minlength=n).max()))
+        order, slots = self._slots(n, most)
+        out = rows.new_zeros((*rows.shape[:axis], n * most, *rows.shape[axis + 1 :]))
+        out = out.index_copy(axis, slots, rows.index_select(axis, order))
+        return out.unflatten(axis, (n, most)).flatten(axis + 1, axis + 2)
+
+    def rows_of(self, padded: Tensor) -> Tensor:
+        """Undo `by_example` for one tensor (n, t, ...): the rows in their own order."""
+        order, slots = self._slots(*padded.shape[:2])
+        return padded.flatten(0, 1)[slots[order.argsort()]]
+
+    def _slots(self, n: int, most: int) -> tuple[Tensor, Tensor]:
+        """Rows sorted by example, and the place of each in a table of n · most slots."""
+        assert self.index is not None
+        order = self.index.argsort(stable=True)
+        owner = self.index[order]
+        counts = torch.bincount(self.index, minlength=n)
+        starts = counts.cumsum(0) - counts
+        place = torch.arange(len(order), device=order.device) - starts[owner]
+        return order, owner * most + place
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An example axis among the leading axes of a layer's rows.
 
     Args:
         axis: leading axis that runs over examples, alone or flattened with others.
@@ -72,42 +130,47 @@ class Grouping:
     minor: bool = False
 
     def by_example(self, rows: Tensor, n: int, block_axis: int) -> Tensor:
-        """Bring rows (..., b, *lead, d) into (..., b, n, t, d).
-
-        Args:
-            rows: the rows, with the leading axes right after the block axis.
-            n: number of examples.
-            block_axis: index of the block axis in `rows`.
-        """
+        """Rows (..., b, n, t, d) from rows (..., b, *lead, d)."""
         axis = block_axis + 1 + self.axis
         if rows.ndim <= axis + 1 or rows.shape[axis] % n:
-            raise UnsupportedUse(
-                "rows lie in another way than in earlier batches",
-                where="a layer",
-                got=f"rows of shape {tuple(rows.shape)} for {n} examples",
-                remedy="Rows that are packed or selected by the data cannot be assigned to "
-                "examples: pad and mask instead, or freeze the layer",
-            )
+            raise _moved_rows(rows, n)
         k = rows.shape[axis] // n
         rows = rows.unflatten(axis, (k, n) if self.minor else (n, k))
         rows = rows.movedim(axis + 1 if self.minor else axis, block_axis + 1)
         return rows.flatten(block_axis + 2, -2)
 
 
-def consistent_groupings(touched: Sequence[Tensor], examples: Sequence[Tensor]) -> list[Grouping]:
+def _moved_rows(rows: Tensor, n: int) -> UnsupportedUse:
+    return UnsupportedUse(
+        "rows lie in another way than in earlier batches",
+        where="a layer",
+        got=f"rows of shape {tuple(rows.shape)} for {n} examples",
+        remedy="Rows that are packed or selected by the data cannot be assigned to "
+        "examples: pad and mask instead, or freeze the layer",
+    )
+
+
+def consistent_groupings(
+    touched: Sequence[Tensor], examples: Sequence[Tensor], segments: Mapping[str, Tensor]
+) -> list[Grouping]:
     """The layouts of rows that agree with which rows some examples' outputs touch.
 
     Args:
         touched: for each probe a mask over the leading axes of a layer's rows: where the gradient
             of the probed examples' outputs is not zero.
         examples: for each probe the mask (n,) of the examples probed.
+        segments: example of each row, for kinds of rows of which examples have different numbers.
 
     Returns:
-        Those under which no probe touches a row of an example outside it; batch-first first.
+        Those under which no probe touches a row of an example outside it: segments, then
+        batch-first, then others.
     """
     n, lead = len(examples[0]), touched[0].shape
-    candidates = [
-        Grouping(axis, minor)
+    candidates: list[Grouping] = [
+        Segments(kind, index) for kind, index in segments.items() if lead and lead[0] == len(index)
+    ]
+    candidates += [
+        Axis(axis, minor)
         for axis, length in enumerate(lead)
         if length and length % n == 0
         for minor in ((False, True) if length > n else (False,))

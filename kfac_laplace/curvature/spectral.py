@@ -20,15 +20,15 @@ class Spectrum:
 
     Args:
         values: eigenvalues of the sum over examples at σ = 1, T = 1.
-        make_bases: returns left (b, o, o) and right (b, i, i) eigenvectors as columns, or None
-            where the block is diagonal as it stands.
+        make_bases: returns left (b, o, o) and right (b, i, i) eigenvectors as columns, the right
+            None where that side is diagonal; None where the block is diagonal as it stands.
     """
 
     values: Tensor
-    make_bases: Callable[[], tuple[Tensor, Tensor]] | None = None
+    make_bases: Callable[[], tuple[Tensor, Tensor | None]] | None = None
 
     @cached_property
-    def bases(self) -> tuple[Tensor, Tensor] | None:
+    def bases(self) -> tuple[Tensor, Tensor | None] | None:
         """Left and right eigenvectors, or None for identity bases."""
         return self.make_bases() if self.make_bases is not None else None
 
@@ -64,19 +64,22 @@ class Spectrum:
         if self.bases is None:
             return matrices
         left, right = self.bases
-        return left.mT @ matrices @ right
+        turned = left.mT @ matrices
+        return turned if right is None else turned @ right
 
     def from_eigenbasis(self, matrices: Tensor) -> Tensor:
         """L M Rᵀ for matrices (..., b, o, i)."""
         if self.bases is None:
             return matrices
         left, right = self.bases
-        return left @ matrices @ right.mT
+        turned = left @ matrices
+        return turned if right is None else turned @ right.mT
 
 
-def _cast_bases(spectrum: Spectrum, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _cast_bases(spectrum: Spectrum, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     assert spectrum.bases is not None
-    return spectrum.bases[0].to(dtype), spectrum.bases[1].to(dtype)
+    left, right = spectrum.bases
+    return left.to(dtype), None if right is None else right.to(dtype)
 
 
 def eigenvalues(matrices: Tensor, where: str) -> Tensor:

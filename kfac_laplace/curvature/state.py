@@ -8,8 +8,9 @@ import torch
 from kfac_laplace.curvature.factors import KINDS
 from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.layers.registry import Fold
 from kfac_laplace.curvature.layout import Layout
-from kfac_laplace.curvature.sharing import Grouping
+from kfac_laplace.curvature.sharing import Axis, Grouping, Segments
 from kfac_laplace.errors import InvalidValue
 
 
@@ -18,11 +19,11 @@ def curvature_state(curvature: Curvature) -> dict[str, Any]:
     network = curvature.network
     return {
         "structure": curvature.hessian_structure,
-        "likelihood": type(curvature.likelihood).__name__,
+        "likelihood": _likelihood(curvature),
         "tracked": list(network.tracked),
         "groups": groups_to_plain(network.groups),
         "groupings": [
-            [list(params), nth, None if g is None else [g.axis, g.minor]]
+            [list(params), nth, _plain_grouping(g)]
             for (params, nth), g in network.groupings.items()
         ],
         "class_axis": network.class_axis,
@@ -48,7 +49,7 @@ def restore_curvature(curvature: Curvature, state: Mapping[str, Any]) -> Curvatu
         raise InvalidValue("not a curvature state", where="state", got=f"no {sorted(missing)}")
     if (state["structure"], state["likelihood"]) != (
         curvature.hessian_structure,
-        type(curvature.likelihood).__name__,
+        _likelihood(curvature),
     ):
         raise InvalidValue(
             "the state belongs to other options",
@@ -61,8 +62,7 @@ def restore_curvature(curvature: Curvature, state: Mapping[str, Any]) -> Curvatu
     network.tracked = list(state["tracked"])
     network.class_axis, network.row_entries = state["class_axis"], state["row_entries"]
     network.groupings = {
-        (tuple(params), nth): None if axes is None else Grouping(*axes)
-        for params, nth, axes in state["groupings"]
+        (tuple(params), nth): _grouping(plain) for params, nth, plain in state["groupings"]
     }
     layouts = {group.name: group.layout for group in groups}
     if curvature.hessian_structure == "full":
@@ -80,6 +80,28 @@ def restore_curvature(curvature: Curvature, state: Mapping[str, Any]) -> Curvatu
     return curvature
 
 
+def _likelihood(curvature: Curvature) -> list[Any]:
+    """Name and options of the likelihood, as plain data."""
+    return [type(curvature.likelihood).__name__, curvature.likelihood.options()]
+
+
+def _plain_grouping(grouping: Grouping | None) -> list[Any] | None:
+    """A row layout as plain data."""
+    if grouping is None:
+        return None
+    if isinstance(grouping, Segments):
+        return ["segments", grouping.kind]
+    assert isinstance(grouping, Axis)
+    return ["axis", grouping.axis, grouping.minor]
+
+
+def _grouping(plain: list[Any] | None) -> Grouping | None:
+    """A row layout from plain data."""
+    if plain is None:
+        return None
+    return Segments(plain[1]) if plain[0] == "segments" else Axis(*plain[1:])
+
+
 def groups_to_plain(groups: Iterable[Group]) -> list[dict[str, Any]]:
     """Groups as plain data."""
     return [
@@ -89,7 +111,13 @@ def groups_to_plain(groups: Iterable[Group]) -> list[dict[str, Any]]:
             "params": list(group.layout.params),
             "shapes": [list(shape) for shape in group.layout.shapes],
             "matrix": list(group.layout.matrix),
-            "kronecker": group.kronecker,
+            "parts": group.layout.parts,
+            "folds": [
+                [[list(fold.split), list(fold.order)] for fold in chain]
+                for chain in group.layout.folds
+            ],
+            "treatment": group.treatment,
+            "covered": group.covered,
         }
         for group in groups
     ]
@@ -110,9 +138,15 @@ def groups_from_plain(
                 tuple(entry["params"]),
                 tuple(torch.Size(shape) for shape in entry["shapes"]),
                 tuple(entry["matrix"]),
+                entry["parts"],
+                tuple(
+                    tuple(Fold(tuple(split), tuple(order)) for split, order in chain)
+                    for chain in entry["folds"]
+                ),
             ),
             entry["role"],
-            entry["kronecker"],
+            entry["treatment"],
+            entry["covered"],
         )
         for entry in plain
     )

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.factors import Block, DenseBlock, DiagonalBlock, KroneckerBlock
-from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.groups import Group, Term
+from kfac_laplace.curvature.layers.registry import Inputs
 from kfac_laplace.curvature.layout import Layout
-from kfac_laplace.curvature.network import Pass
+from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.precision import accumulable, gram
 from kfac_laplace.curvature.sharing import Setting
 
@@ -35,55 +36,55 @@ class BatchSum(ABC):
 
 
 class KroneckerSum(BatchSum):
-    """A once from the input rows, B vector by vector; several uses are more shared positions."""
+    """B vector by vector, then A from the input rows; several uses are more shared positions.
+
+    Positions on which no output depends do not enter A: padding, and tokens that nothing reads.
+    """
 
     def __init__(self, group: Group, passed: Pass, setting: Setting):
         self._group, self._passed, self._setting = group, passed, setting
-        self._uses = [u for u, _ in passed.terms[group.name]]
-        b, o, i = group.layout.matrix
+        self._terms = passed.terms[group.name]
+        b, o, _ = group.layout.matrix
         device = passed.network.device
-        self._input_sum = torch.zeros(b, i, i, device=device)
         self._output_sum = torch.zeros(b, o, o, device=device)
-        self._count = torch.zeros((), dtype=torch.float64, device=device)
         self._before_summing = torch.zeros((), device=device)
-        if self._uses:
-            self._add_inputs(group)
-
-    def _add_inputs(self, group: Group) -> None:
-        terms = self._passed.terms[group.name]
-        total = sum(inputs.count for _, inputs in terms)
-        if self._setting == "expand":
-            for u, inputs in terms:
-                self._passed.grouping(u)  # rows that sum over examples are no rows
-                self._input_sum = self._input_sum + inputs.gram()
-            self._count += total
-            return
-        n = self._passed.n
-        parts = [inputs.example_sums(self._passed.grouping(u), n) for u, inputs in terms]
-        means = torch.stack(parts).sum(0) * (n / total)  # (b, n, i)
-        self._input_sum = gram(means)
-        self._count += n
+        self._live: dict[int, Tensor] = {}
+        for term in self._terms:
+            passed.grouping(term.use)  # rows that sum over examples are no rows
 
     def add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
         """Add Σ b bᵀ over rows (expand) or over their sums by example (reduce)."""
-        own = {u: self._group.own_rows(rows[u]) for u in self._uses if u in rows}
-        if self._setting == "expand":
-            for part in own.values():
-                self._add_outputs(part)
-        elif own:
-            passed = self._passed
-            parts = [
-                passed.grouping(u).by_example(part, passed.n, block_axis=1).sum(3)
-                for u, part in own.items()
-            ]
-            self._add_outputs(torch.stack(parts).sum(0))  # (v, b, n, o)
-            for part in own.values():
-                self._before_summing = self._before_summing + part.square().sum()
+        sums: dict[int, Tensor] = {}
+        for term in self._terms:
+            if term.use not in rows:
+                continue
+            own = self._group.own_rows(rows[term.use])
+            self._see(term, own)
+            if self._setting == "expand":
+                self._add_outputs(own, term.start)
+                continue
+            grouping, n = self._passed.grouping(term.use), self._passed.n
+            part = grouping.by_example(own, n, block_axis=1).sum(3)  # (v, b, n, o)
+            sums[term.start] = sums[term.start] + part if term.start in sums else part
+            self._before_summing = self._before_summing + own.square().sum()
+        for start, part in sums.items():
+            self._add_outputs(part, start)
 
-    def _add_outputs(self, rows: Tensor) -> None:
-        """Add the Gram matrix of rows (v, b, ..., o)."""
-        rows = rows.movedim(1, 0).flatten(1, -2)  # (b, v ..., o)
-        self._output_sum = self._output_sum + gram(rows)
+    def _see(self, term: Term, rows: Tensor) -> None:
+        """Remember which rows have received a gradient."""
+        if _may_drop(term, self._passed.n):
+            seen = (rows != 0).any(-1).flatten(0, 1).any(0)  # (*lead)
+            known = self._live.get(term.use)
+            self._live[term.use] = seen if known is None else known | seen
+
+    def _add_outputs(self, rows: Tensor, start: int) -> None:
+        """Add the Gram matrix of rows (v, b, ..., o) at the blocks from `start` on."""
+        own = gram(rows.movedim(1, 0).flatten(1, -2))  # (b, o, o)
+        if len(own) == len(self._output_sum):
+            self._output_sum = self._output_sum + own
+        else:
+            self._output_sum = self._output_sum.to(own.dtype)
+            self._output_sum[start : start + len(own)] += own
 
     def cancels(self) -> bool:
         """Whether the gradients of each example cancel over its positions, which leaves B = 0.
@@ -94,8 +95,60 @@ class KroneckerSum(BatchSum):
         return bool(left < CANCELLED * self._before_summing)
 
     def block(self) -> KroneckerBlock:
-        """Sums and count."""
-        return KroneckerBlock(self._group.layout, self._input_sum, self._count, self._output_sum)
+        """Sums and counts."""
+        starts: dict[int, list[Term]] = {}
+        for term in self._terms:
+            starts.setdefault(term.start, []).append(term)
+        b, _, i = self._group.layout.matrix
+        diagonal = any(term.inputs.diagonal for term in self._terms)
+        shape = (b, i) if diagonal else (b, i, i)
+        total, count = self._output_sum.new_zeros(shape), self._output_sum.new_zeros(b)
+        for start, terms in starts.items():
+            rows, number = self._rows(terms) if self._setting == "expand" else self._means(terms)
+            total[start : start + len(rows)] = rows
+            count[start : start + len(rows)] = number
+        return KroneckerBlock(self._group.layout, total, count, self._output_sum)
+
+    def _inputs(self, term: Term) -> tuple[Inputs, Tensor | None]:
+        """The rows that count, and their mask; None where all do."""
+        if not _may_drop(term, self._passed.n):
+            return term.inputs, None
+        live = self._live.get(term.use)
+        if live is None or not bool(live.all()):
+            reachable = self._passed.reachable[term.use]
+            live = reachable if live is None else live | reachable
+        return (term.inputs, None) if bool(live.all()) else (term.inputs.keep(live), live)
+
+    def _rows(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+        """Σ a aᵀ over the rows, and how many there are."""
+        grams, count = [], torch.zeros((), dtype=torch.float64, device=self._output_sum.device)
+        for term in terms:
+            inputs, live = self._inputs(term)
+            grams.append(inputs.gram())
+            count = count + (inputs.count if live is None else live.sum())
+        return torch.stack(grams).sum(0), count
+
+    def _means(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+        """Σ ā āᵀ over the means by example, and how many examples there are."""
+        n, sums, counts = self._passed.n, [], []
+        for term in terms:
+            inputs, live = self._inputs(term)
+            grouping = self._passed.grouping(term.use)
+            sums.append(inputs.example_sums(grouping, n))  # (b, n, i)
+            if live is None:
+                live = torch.ones((), device=self._output_sum.device).expand(inputs.lead)
+            counts.append(grouping.by_example(live[None, ..., None].double(), n, 0)[0].sum((1, 2)))
+        number = torch.stack(counts).sum(0)  # (n,)
+        total = torch.stack(sums).sum(0)
+        means = total / number.to(total.dtype).clamp_min(1)[:, None]
+        if terms[0].inputs.diagonal:
+            return means.double().square().sum(1), (number > 0).sum()
+        return gram(means), (number > 0).sum()
+
+
+def _may_drop(term: Term, n: int) -> bool:
+    """Whether rows of a use may be left out of A: only where examples have several."""
+    return term.inputs.droppable and term.inputs.count > n
 
 
 class DiagonalSum(BatchSum):
@@ -107,18 +160,13 @@ class DiagonalSum(BatchSum):
         self._values = like.new_zeros(group.layout.matrix)
 
     def add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
-        """Square the per-example gradients; without sharing, square the two sides instead."""
-        if self._group.name in generic:
-            self._values += generic[self._group.name].square().sum((0, 1))
+        """Square the per-example gradients, in factored form where there is one."""
+        if self._group.factored:
+            factored = self._passed.gradient(self._group, rows)
+            if factored is not None:
+                self._values += factored.squares()
             return
-        outer = self._passed.outer(self._group, rows)
-        if outer is None:
-            return
-        if outer.right.shape[2] == 1:
-            left, right = outer.left[..., 0, :].square(), outer.right[..., 0, :].square()
-            self._values += torch.einsum("vbno,bni->boi", left, right)
-            return
-        for gradients in outer.dense_chunks():
+        for gradients in self._passed.pieces(self._group, rows, generic):
             self._values += gradients.square().sum((0, 1))
 
     def block(self) -> DiagonalBlock:
@@ -127,7 +175,7 @@ class DiagonalSum(BatchSum):
 
 
 class DenseSum(BatchSum):
-    """Σ_v Σ_n g gᵀ over all groups together, exact."""
+    """Σ_v Σ_n g gᵀ over some groups together, exact."""
 
     def __init__(self, groups: Sequence[Group], layout: Layout, passed: Pass):
         self._groups, self._layout, self._passed = groups, layout, passed

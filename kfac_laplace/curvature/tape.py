@@ -1,13 +1,14 @@
 """Records every use of the tracked parameters during one forward pass.
 
-A `TorchFunctionMode` sees each functional call that receives a tracked parameter, whatever module
-made it. For calls with a layer rule it keeps what the rule says and the gradient edge of the
-output, taken at once, so that later in-place operations do no harm. Afterwards a walk through the
-autograd graph that steps over the recorded calls finds every parameter which reaches the output in
-any other way: no use passes unnoticed.
+A `TorchFunctionMode` sees each functional call. Calls on parameters alone make new *sources*
+(slices, transposes, looked-up tables, normalised weights). Where a source meets data, a layer rule
+says what the call does with it, and the gradient edge of the output is taken at once, so that later
+in-place operations do no harm. Afterwards a walk through the autograd graph that steps over the
+recorded calls finds every parameter which reaches the output in any other way: no use passes
+unnoticed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +16,41 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from kfac_laplace.curvature.layers import RULES, Layer
+from kfac_laplace.curvature.layers import FORMS, GUARDS, OPERATORS, RULES, Layer
+from kfac_laplace.curvature.layers.elementwise import REPEATS, repeated
+from kfac_laplace.curvature.sources import Source, Sources, tensors_in
 from kfac_laplace.errors import UnsupportedUse
 
 
 @dataclass(frozen=True)
 class Use:
-    """One recorded call: the layer it makes, the parameters it uses, the edge of its output."""
+    """One recorded call.
+
+    Args:
+        layer: what the call does.
+        weight: the source of its weight, if that is tracked.
+        bias: the source of its bias, if that is tracked.
+        edge: gradient edge of its output.
+        below: the graph nodes under it that are not its sources.
+    """
 
     layer: Layer
-    weight: str | None
-    bias: str | None
+    weight: Source | None
+    bias: Source | None
     edge: GradientEdge
+    below: tuple[Node, ...]
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The sources used."""
+        return tuple(source for source in (self.weight, self.bias) if source is not None)
 
     @property
     def params(self) -> tuple[str, ...]:
-        """Names of the tracked parameters used."""
-        return tuple(name for name in (self.weight, self.bias) if name is not None)
+        """Names of the tracked parameters used, through whatever function of them."""
+        return tuple(dict.fromkeys(name for source in self.sources for name in source.params))
 
 
 @dataclass(frozen=True)
@@ -83,11 +101,16 @@ class Tape(TorchFunctionMode):
 
     Args:
         tracked: parameter names and the tensors that the model will use for them.
+        data: the model's inputs that differ between examples.
+        n: number of examples.
     """
 
-    def __init__(self, tracked: Mapping[str, Tensor]):
+    def __init__(self, tracked: Mapping[str, Tensor], data: Iterable[Tensor], n: int):
         super().__init__()
+        self._sources = Sources(tracked)
         self._names = {id(tensor): name for name, tensor in tracked.items()}
+        self._data = WeakTensorKeyDictionary(dict.fromkeys(data, True))
+        self._n = n
         self.uses: list[Use] = []
 
     def __torch_function__(
@@ -97,24 +120,69 @@ class Tape(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the call and record it if a rule knows it and a tracked parameter takes part."""
-        output = func(*args, **(kwargs or {}))
-        rule = RULES.get(func)
-        if rule is not None and isinstance(output, Tensor) and output.requires_grad:
-            if any(id(value) in self._names for value in (*args, *(kwargs or {}).values())):
-                if output._is_view():
-                    # An in-place operation on a view rewrites its history, and with it the edge.
-                    output = torch.ops.aten._unsafe_view(output, output.shape)
-                layer = rule(output, *args, **(kwargs or {}))
-                if layer is not None:
-                    self._record(layer, output)
+        """Run the call, record it where sources meet data, and follow both through it."""
+        kwargs = kwargs or {}
+        tensors = list(tensors_in((args, kwargs)))
+        if func in GUARDS and any(t in self._data for t in tensors):
+            GUARDS[func](*args, **kwargs)
+        made_of = [source for t in tensors if (source := self._sources.get(t)) is not None]
+        if made_of and func in FORMS:
+            with self:
+                return FORMS[func](*args, **kwargs)
+        before = _edges(args) if made_of and func in IN_PLACE else {}
+        output = func(*args, **kwargs)
+        if not isinstance(output, Tensor | tuple | list):
+            return output
+        if made_of and not any(self._depends_on_data(t) for t in tensors):
+            return self._derive(func, output, made_of)
+        if made_of and isinstance(output, Tensor):
+            layer, output = _layer(func, output, made_of, (args, kwargs))
+            if layer is not None:
+                self._record(layer, output, before)
+        if made_of or any(t in self._data for t in tensors):
+            for tensor in tensors_in(output):
+                self._sources.forget(tensor)
+                self._data[tensor] = True
         return output
 
-    def _record(self, layer: Layer, output: Tensor) -> None:
-        weight, bias = self._names.get(id(layer.weight)), self._names.get(id(layer.bias))
-        if weight is None and bias is None:  # the tracked parameter came in as data
+    def _depends_on_data(self, tensor: Tensor) -> bool:
+        """Whether a tensor may differ between examples.
+
+        Autograd functions written in Python hide their inputs here: what requires a gradient and
+        is no source counts as data.
+        """
+        if self._sources.get(tensor) is not None:
+            return False
+        return tensor in self._data or tensor.requires_grad
+
+    def _derive(self, func: Callable[..., Any], output: Any, made_of: list[Source]) -> Any:
+        """A call on sources alone; repeated over the examples it counts as a use."""
+        if func in REPEATS and isinstance(output, Tensor) and len(made_of) == 1:
+            layer = repeated(output, made_of[0].tensor, self._n)
+            if layer is not None:
+                output = _no_view(output)
+                self._record(layer, output, {})
+                self._data[output] = True
+                return output
+        self._sources.derive(func, output, made_of)
+        return output
+
+    def _record(self, layer: Layer, output: Tensor, before: Mapping[int, Node]) -> None:
+        """Keep a use; `before` holds the graph of data that the call has written into."""
+        weight, bias = self._sources.get(layer.weight), self._sources.get(layer.bias)
+        if weight is None and bias is None:  # the source came in as data
             return
-        self.uses.append(Use(layer, weight, bias, get_gradient_edge(output)))
+        below = list(layer.data)
+        if weight is None:
+            below.append(layer.weight)
+        if bias is None and layer.bias is not None:
+            below.append(layer.bias)
+        nodes = tuple(
+            before[id(t)] if id(t) in before else get_gradient_edge(t).node
+            for t in below
+            if id(t) in before or (t is not output and t.requires_grad)
+        )
+        self.uses.append(Use(layer, weight, bias, get_gradient_edge(output), nodes))
 
     def recording(self, output: Tensor) -> Recording:
         """Close the tape over the model's output."""
@@ -122,9 +190,7 @@ class Tape(TorchFunctionMode):
 
     def _loose(self, output: Tensor) -> frozenset[str]:
         """Walk the graph from the output, stepping from a recorded call straight to its data."""
-        steps: dict[Node, list[Node]] = {}
-        for use in self.uses:
-            steps[use.edge.node] = self._below(use)
+        steps = {use.edge.node: use.below for use in self.uses}
         found: set[str] = set()
         seen: set[Node] = set()
         stack = [get_gradient_edge(output).node] if output.requires_grad else []
@@ -143,14 +209,38 @@ class Tape(TorchFunctionMode):
             stack.extend(below for below, _ in node.next_functions if below is not None)
         return frozenset(found)
 
-    def _below(self, use: Use) -> list[Node]:
-        """Graph nodes under a recorded call: its data, and an untracked weight or bias."""
-        tensors = list(use.layer.data)
-        if use.weight is None:
-            tensors.append(use.layer.weight)
-        if use.bias is None and use.layer.bias is not None:
-            tensors.append(use.layer.bias)
-        return [get_gradient_edge(t).node for t in tensors if t.requires_grad]
+
+#: Calls with a rule that write into their first argument.
+IN_PLACE = {Tensor.add_, Tensor.__iadd__}
+
+
+def _edges(args: Sequence[Any]) -> dict[int, Node]:
+    """Graph nodes of tensors before a call that changes them."""
+    return {id(t): get_gradient_edge(t).node for t in tensors_in(args) if t.requires_grad}
+
+
+def _layer(
+    func: Callable[..., Any],
+    output: Tensor,
+    made_of: Sequence[Source],
+    arguments: tuple[Sequence[Any], Mapping[str, Any]],
+) -> tuple[Layer | None, Tensor]:
+    """What a call in which sources meet data does, if a rule knows, and its output."""
+    args, kwargs = arguments
+    if not output.requires_grad:
+        return None, output
+    if func in OPERATORS and len(made_of) == 1:
+        output = _no_view(output)
+        return OPERATORS[func](output, made_of[0].tensor, *args, **kwargs), output
+    if func in RULES:
+        output = _no_view(output)
+        return RULES[func](output, *args, **kwargs), output
+    return None, output
+
+
+def _no_view(output: Tensor) -> Tensor:
+    """The same values as no view: writing into a view rewrites its history, and its edge."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 def _refuse_opaque(node: Node) -> None:

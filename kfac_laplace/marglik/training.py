@@ -10,8 +10,9 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import trange
 
+from kfac_laplace.curvature.batches import BatchFn, split_batch
 from kfac_laplace.curvature.fisher import Fisher
-from kfac_laplace.curvature.forward import Batch, as_output, device_of, split_batch
+from kfac_laplace.curvature.forward import ForwardFn
 from kfac_laplace.curvature.ggn import Structure
 from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.errors import InvalidValue
@@ -45,6 +46,8 @@ def marglik_training(
     fix_sigma_noise: bool = False,
     progress_bar: bool = False,
     dict_key_y: str = "labels",
+    forward_fn: ForwardFn | None = None,
+    batch_fn: BatchFn | None = None,
 ) -> tuple[Laplace, nn.Module, list[float], list[float]]:
     """Train a network and its hyperparameters together [ML21, Algorithm 1].
 
@@ -71,6 +74,8 @@ def marglik_training(
         fix_sigma_noise: leave σ alone.
         progress_bar: show one, an epoch a step.
         dict_key_y: name of the targets where batches are mappings.
+        forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
+        batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
 
     Returns:
         The posterior at the weights and hyperparameters of highest evidence, the model with those
@@ -87,7 +92,7 @@ def marglik_training(
             got=f"weight_decay={options['weight_decay']}",
             remedy="Leave it out; set prior_prec_init instead",
         )
-    n_data = sum(_count(batch, dict_key_y) for batch in train_loader)
+    n_data = sum(_count(batch, dict_key_y, batch_fn) for batch in train_loader)
     if not n_data:
         raise InvalidValue("the loader yielded no batch", where="train_loader", got="0 examples")
     tuner = MarglikTuner(
@@ -103,6 +108,8 @@ def marglik_training(
         fisher=fisher,
         hessian_structure=hessian_structure,
         dict_key_y=dict_key_y,
+        forward_fn=forward_fn,
+        batch_fn=batch_fn,
         n_epochs_burnin=n_epochs_burnin,
         marglik_frequency=marglik_frequency,
         n_hypersteps=n_hypersteps,
@@ -117,7 +124,7 @@ def marglik_training(
     try:
         model.train()
         for epoch in trange(1, n_epochs + 1, disable=not progress_bar, desc="marglik training"):
-            losses.append(_train_epoch(tuner, train_loader, optimiser, scheduler, dict_key_y))
+            losses.append(_train_epoch(tuner, train_loader, optimiser, scheduler))
             record = tuner.step(train_loader, epoch)
             if record is not None and record is tuner.best:
                 best = {
@@ -139,15 +146,12 @@ def _train_epoch(
     loader: Iterable[Any],
     optimiser: Optimizer,
     scheduler: LRScheduler | None,
-    key_y: str,
 ) -> float:
     """One pass over the data; the mean of the per-example losses."""
     total, seen = 0.0, 0
     for batch in loader:
-        x, y = split_batch(batch, key_y)
-        inputs = Batch(x, device_of(tuner.model))
-        args, kwargs = inputs.arguments()
-        loss = tuner.loss(as_output(tuner.model(*args, **kwargs)), y)
+        output, y = tuner.forward(batch)
+        loss = tuner.loss(output, y)
         if not bool(torch.isfinite(loss)):
             raise InvalidValue(
                 "non-finite training loss",
@@ -160,12 +164,12 @@ def _train_epoch(
         optimiser.step()
         if scheduler is not None:
             scheduler.step()
-        total += float(loss.detach()) * inputs.n
-        seen += inputs.n
+        total += float(loss.detach()) * len(output)
+        seen += len(output)
     return total / max(1, seen)
 
 
-def _count(batch: Any, key_y: str) -> int:
+def _count(batch: Any, key_y: str, batch_fn: BatchFn | None) -> int:
     """Number of examples in a batch."""
-    _, y = split_batch(batch, key_y)
+    _, y = split_batch(batch, key_y, batch_fn)
     return int(y.shape[0])

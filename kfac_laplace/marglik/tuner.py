@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_laplace.curvature.batches import BatchFn, split_batch
 from kfac_laplace.curvature.fisher import Fisher
+from kfac_laplace.curvature.forward import ForwardFn
 from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
 from kfac_laplace.curvature.groups import Subset
 from kfac_laplace.curvature.precision import accumulable
@@ -74,7 +76,7 @@ class MarglikTuner:
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
         kfac_approx: as for `Laplace`; so are fisher, hessian_structure, subset_of_weights,
-            joint_bias, uncovered, seed and dict_key_y.
+            joint_bias, uncovered, seed, dict_key_y, forward_fn and batch_fn.
         n_epochs_burnin: no round before this epoch (epochs count from 1).
         marglik_frequency: a round in every epoch that is a multiple of it.
         n_hypersteps: steps in each round.
@@ -105,6 +107,8 @@ class MarglikTuner:
         uncovered: Uncovered = "diag",
         seed: int = 0,
         dict_key_y: str = "labels",
+        forward_fn: ForwardFn | None = None,
+        batch_fn: BatchFn | None = None,
         n_epochs_burnin: int = 0,
         marglik_frequency: int = 1,
         n_hypersteps: int = 10,
@@ -142,6 +146,8 @@ class MarglikTuner:
             "uncovered": uncovered,
             "seed": seed,
             "dict_key_y": dict_key_y,
+            "forward_fn": forward_fn,
+            "batch_fn": batch_fn,
         }
         blank = Laplace(
             model,
@@ -183,6 +189,15 @@ class MarglikTuner:
         sigma, temperature = self._hyper.sigma_noise.to(f), self._hyper.temperature.to(f)
         fit = -self.likelihood.log_prob(f, y, sigma).mean() / temperature
         return fit + self._penalty().to(f.dtype) / (2 * self.n_data)
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The model's output on a batch of a loader, in the model's present mode, and its targets.
+
+        Args:
+            batch: a pair (x, y), a mapping with targets, graphs, or what `batch_fn` takes.
+        """
+        x, y = split_batch(batch, self._key_y, self._options["batch_fn"])
+        return self._network.forward(self._network.batch(x).x), y
 
     def _penalty(self) -> Tensor:
         """Σ δ (θ − μ)² over the parameters in the posterior."""

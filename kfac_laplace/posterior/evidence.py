@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.likelihoods import Gaussian
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 
 log = logging.getLogger("kfac_laplace")
@@ -132,6 +133,9 @@ def mackay(
         n_steps: most iterations.
         tolerance: converged once every component of the gradient is below it, in nats per unit of
             log δ or log σ.
+
+    Raises:
+        UnsupportedUse: a free noise that is not Gaussian.
     """
     noise = posterior.curvature.likelihood.has_noise and not fix_sigma_noise
     with torch.no_grad():
@@ -151,9 +155,19 @@ class FixedPoint:
     Args:
         posterior: at the present hyperparameters.
         noise: whether σ is free.
+
+    Raises:
+        UnsupportedUse: a free noise that is not Gaussian.
     """
 
     def __init__(self, posterior: Posterior, noise: bool):
+        likelihood = posterior.curvature.likelihood
+        if noise and not isinstance(likelihood, Gaussian):
+            raise UnsupportedUse(
+                "MacKay's formula for the noise holds for Gaussian noise alone",
+                where=type(likelihood).__name__,
+                remedy="Use method='marglik', or fix_sigma_noise=True",
+            )
         hyper = posterior.hyperparameters.detached()
         delta = posterior.prior.full(hyper.prior_precision)
         self.posterior = posterior.at(replace(hyper, prior_precision=delta))

@@ -4,19 +4,21 @@ No (n, c, p) Jacobian is made: each block contributes from the gradient rows of 
 of inputs at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.forward import Batch, undisturbed
-from kfac_laplace.curvature.network import Pass
+from kfac_laplace.curvature.batches import AnyBatch
+from kfac_laplace.curvature.forward import undisturbed
+from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.precision import without_autocast
 from kfac_laplace.curvature.probing import learn_groupings
 from kfac_laplace.curvature.sums import flat_gradients
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.normal import BlockNormal, covariance, outer_covariance
+from kfac_laplace.posterior.normal import BlockNormal, covariance, factored_covariance
 
 #: Gradient rows of so many entries at most are held for one chunk of inputs.
 ROW_BUDGET = 2**25
@@ -48,7 +50,7 @@ class OutputGaussian:
         return OutputGaussian(self.mean.double(), self.covariance.double(), self.shape)
 
 
-def output_gaussian(posterior: Posterior, batch: Batch) -> OutputGaussian:
+def output_gaussian(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
     """Mean and covariance of the outputs, each input on its own [REDUX21].
 
     Args:
@@ -71,7 +73,7 @@ def output_gaussian(posterior: Posterior, batch: Batch) -> OutputGaussian:
     )
 
 
-def output_features(posterior: Posterior, batch: Batch) -> list[Tensor]:
+def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
     """Features φ (n k, d), one matrix a block, whose φ φᵀ add up to the covariance of all outputs.
 
     Args:
@@ -82,9 +84,17 @@ def output_features(posterior: Posterior, batch: Batch) -> list[Tensor]:
     with undisturbed(network.model):
         passed = network.run(batch, posterior.parameters)
         return [
-            normal.features(gradients).movedim(1, 0).flatten(0, 1)
+            _by_row(passed, normal.features(gradients).movedim(1, 0)).flatten(0, 1)
             for normal, gradients in _matrices(posterior, passed)
         ]
+
+
+def _by_row(passed: Pass, features: Tensor) -> Tensor:
+    """Features (n, t c, d) of each example as (rows, c, d) where output rows are nodes."""
+    if passed.output_segments is None:
+        return features
+    c = passed.outputs.shape[-1]
+    return passed.output_segments.rows_of(features.unflatten(1, (-1, c)))
 
 
 def _chunk(posterior: Posterior, passed: Pass) -> OutputGaussian:
@@ -95,20 +105,45 @@ def _chunk(posterior: Posterior, passed: Pass) -> OutputGaussian:
     if posterior.curvature.hessian_structure == "full":
         for normal, gradients in _matrices(posterior, passed):
             total += covariance(normal, gradients)
-        return OutputGaussian(f.detach(), total, passed.recording.output.shape)
+        return _gaussian(passed, total)
     groups = passed.network.groups
     rows = passed.rows(_unit_vectors(f), groups)
     generic = passed.generic_gradients(groups, _unit_vectors(f))
     with without_autocast(f.device):
         for group in groups:
-            if group.name in generic:
-                gradients = generic[group.name]
-                total += covariance(_normal(posterior, group.name, gradients), gradients)
-                continue
-            outer = passed.outer(group, rows)
-            if outer is not None:
-                total += outer_covariance(_normal(posterior, group.name, outer.left), outer)
-    return OutputGaussian(f.detach(), total, passed.recording.output.shape)
+            found = _group_covariance(posterior, passed, group, (rows, generic))
+            if found is not None:
+                total += found
+    return _gaussian(passed, total)
+
+
+def _gaussian(passed: Pass, covariance: Tensor) -> OutputGaussian:
+    """Mean and covariance (n, k, k) of a pass; of nodes each on its own."""
+    found = OutputGaussian(passed.outputs.detach(), covariance, passed.recording.output.shape)
+    if passed.output_segments is None:
+        return found
+    rows = passed.output_segments.rows_of(found.by_row)  # (nodes, c, c)
+    return OutputGaussian(passed.output_rows.detach(), rows, found.shape)
+
+
+def _group_covariance(
+    posterior: Posterior,
+    passed: Pass,
+    group: Group,
+    gradients: tuple[Mapping[int, Tensor], Mapping[str, Tensor]],
+) -> Tensor | None:
+    """A group's share of the output covariance (n, k, k); None where outputs ignore it."""
+    if group.factored:
+        factored = passed.gradient(group, gradients[0])
+        if factored is None:
+            return None
+        normal = _normal(posterior, group.name, factored.left)
+        return factored_covariance(normal, factored, group.layout.size)
+    pieces = [
+        covariance(_normal(posterior, group.name, piece), piece)
+        for piece in passed.pieces(group, *gradients)
+    ]
+    return torch.cat(pieces) if pieces else None
 
 
 def _matrices(posterior: Posterior, passed: Pass) -> Iterator[tuple[BlockNormal, Tensor]]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.forward import split_batch
+from kfac_laplace.curvature.batches import split_batch
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.likelihoods import Bernoulli, Gaussian, Likelihood
+from kfac_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.glm import output_gaussian
 from kfac_laplace.posterior.links import probit
@@ -41,7 +41,7 @@ def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -
     network, likelihood = posterior.curvature.network, posterior.curvature.likelihood
     means, covariances, targets = [], [], []
     for raw in loader:
-        x, y = split_batch(raw, key_y)
+        x, y = split_batch(raw, key_y, posterior.curvature.batch_fn)
         outputs = output_gaussian(posterior, network.batch(x)).double()
         means.append(outputs.mean)
         covariances.append(outputs.by_row)
@@ -59,7 +59,15 @@ def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -
 def negative_log_likelihood(
     likelihood: Likelihood, points: HeldOut, sigma: Tensor, kappa: float
 ) -> float:
-    """Mean −log p(y) over the points with the covariance times κ, by the probit link."""
+    """Mean loss of the predictive over the points with the covariance times κ, by the probit link.
+
+    The loss is −log p(y) with the likelihood's weights, ignored labels left out. Label smoothing is
+    left out too: it is a means of training, not what predictions are asked for.
+
+    Raises:
+        InvalidValue: no target counts.
+        UnsupportedUse: a likelihood without class probabilities.
+    """
     mean, covariance, y = points.mean, kappa * points.covariance, points.target
     if isinstance(likelihood, Gaussian):
         eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
@@ -70,8 +78,18 @@ def negative_log_likelihood(
     tiny = torch.finfo(probs.dtype).tiny
     if isinstance(likelihood, Bernoulli):
         # Products of the logits keep the complement's digits: 1 − p loses them.
-        other = probit(likelihood, -mean, covariance)
-        terms = y * probs.clamp_min(tiny).log() + (1 - y) * other.clamp_min(tiny).log()
+        other = probit(likelihood, -mean, covariance).clamp_min(tiny)
+        terms = likelihood.positive(y) * probs.clamp_min(tiny).log() + (1 - y) * other.log()
         return -float(terms.sum()) / len(mean)
-    picked = probs.gather(-1, y[..., None]).clamp_min(tiny)
-    return -float(picked.log().sum()) / len(mean)
+    assert isinstance(likelihood, Categorical)  # probit refuses the others
+    weights = likelihood.label_weights(y)
+    if not bool(weights.any()):
+        raise InvalidValue(
+            "no target counts",
+            where="target",
+            got="labels that are ignored or of weight zero, all of them",
+            remedy="Pass data with labels that count",
+        )
+    _, labels = likelihood.kept(y)
+    picked = probs.gather(-1, labels[..., None])[..., 0].clamp_min(tiny)
+    return -float((weights * picked.log()).sum()) / len(mean)

@@ -11,7 +11,9 @@ import torch
 from torch import Generator, Tensor, nn
 from typing_extensions import Self
 
+from kfac_laplace.curvature.batches import BatchFn
 from kfac_laplace.curvature.fisher import Fisher
+from kfac_laplace.curvature.forward import ForwardFn
 from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
 from kfac_laplace.curvature.groups import Subset
 from kfac_laplace.curvature.sharing import KfacApprox
@@ -48,6 +50,8 @@ class Laplace:
         uncovered: "diag", "error" or "freeze" for parameters that no layer rule covers.
         seed: seed of all draws inside `fit`, and of predictions without a generator.
         dict_key_y: name of the targets where batches are mappings.
+        forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
+        batch_fn: takes a batch of a loader to (x, y), where it is no pair and no mapping.
 
     Raises:
         InvalidValue: an option out of range.
@@ -72,6 +76,8 @@ class Laplace:
         uncovered: Uncovered = "diag",
         seed: int = 0,
         dict_key_y: str = "labels",
+        forward_fn: ForwardFn | None = None,
+        batch_fn: BatchFn | None = None,
     ):
         self.model = model
         self._curvature_options: dict[str, Any] = {
@@ -83,6 +89,8 @@ class Laplace:
             "joint_bias": joint_bias,
             "uncovered": uncovered,
             "seed": seed,
+            "forward_fn": forward_fn,
+            "batch_fn": batch_fn,
         }
         check_sharing(prior_structure, hessian_structure)
         self.curvature = self._new_curvature()
@@ -95,7 +103,7 @@ class Laplace:
         self._hyper = Hyperparameters(
             positive(prior_precision, "prior_precision", device),
             self._checked_sigma(sigma_noise),
-            one_number(positive(temperature, "temperature", device)).detach(),
+            one_number(positive(temperature, "temperature", device), "temperature").detach(),
         )
         self._scale = torch.ones((), dtype=torch.float64, device=device)
         self._mode: dict[str, Tensor] = {}
@@ -492,7 +500,8 @@ class Laplace:
 
     def _checked_sigma(self, value: float | Tensor) -> Tensor:
         """σ > 0, and 1 for likelihoods without noise."""
-        sigma = one_number(positive(value, "sigma_noise", self.curvature.network.device))
+        device = self.curvature.network.device
+        sigma = one_number(positive(value, "sigma_noise", device), "sigma_noise")
         if not self.likelihood.has_noise and float(sigma) != 1.0:
             raise InvalidValue(
                 "only regression has an observation noise",

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.forward import Batch, split_batch
+from kfac_laplace.curvature.batches import AnyBatch, split_batch
 from kfac_laplace.curvature.ggn import Curvature
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.glm import OutputGaussian, output_features, output_gaussian
 from kfac_laplace.posterior.held_out import HeldOut
@@ -57,7 +57,7 @@ def leave_one_out_points(
     align = posterior.curvature.likelihood.align_target
     target = torch.cat([align(y, part.mean) for (_, y), part in zip(picked, outputs, strict=True)])
     own = torch.cat([part.by_row for part in outputs])  # (m, t, c, c)
-    hessian, score = _curvature(posterior, mean, target)
+    hessian, score = _scaled(posterior, mean, target)
     exact = _exact_covariances(posterior, [batch for batch, _ in picked], hessian, rest)
     without, _ = leave_out(exact, hessian)
     shift = (without @ score[..., None])[..., 0]
@@ -72,7 +72,7 @@ def leave_out(covariance: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         covariance: Σ, shape (m, k, k), from a posterior that contains each point's curvature.
-        hessian: scaled Λ, shape (m, k, k).
+        hessian: scaled curvature of each point, shape (m, k, k).
     """
     values, basis = torch.linalg.eigh((covariance + covariance.mT) / 2)
     root = basis * values.clamp_min(0).sqrt()[..., None, :]
@@ -85,7 +85,7 @@ def leave_out(covariance: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
 
 def _divided(
     posterior: Posterior, loader: Iterable[Any], key_y: str, seed: int
-) -> tuple[list[tuple[Batch, Tensor]], Curvature]:
+) -> tuple[list[tuple[AnyBatch, Tensor]], Curvature]:
     """The points to look at, batch by batch with their targets, and the curvature of the others."""
     curvature = posterior.curvature
     network, rest = curvature.network, curvature.empty()
@@ -96,8 +96,15 @@ def _divided(
     chosen[torch.randperm(curvature.n_data, generator=generator)[:count]] = True
     picked, seen = [], 0
     for raw in loader:
-        x, y = split_batch(raw, key_y)
+        x, y = split_batch(raw, key_y, curvature.batch_fn)
         batch = network.batch(x)
+        if len(y) != batch.n:
+            raise UnsupportedUse(
+                "leaving out single nodes of a graph is not built",
+                where="calibrate",
+                got=f"{len(y)} targets for {batch.n} graphs",
+                remedy="Use method='validation' with held-out graphs or labels",
+            )
         here = chosen[seen : seen + batch.n]
         seen += batch.n
         if seen > curvature.n_data:
@@ -119,17 +126,22 @@ def _divided(
     return picked, rest
 
 
-def _curvature(posterior: Posterior, mean: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled Λ (m, k, k) and score (m, k) of each point, k = t·c."""
+def _scaled(posterior: Posterior, mean: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled D Λ D (m, k, k) and score (m, k) of each point, k = t·c."""
     likelihood, scale = posterior.curvature.likelihood, posterior.scale.detach()
     n, t, c = mean.shape
-    by_row = scale * likelihood.hessian(mean).movedim(1, -1)  # (m, c, c, t)
+    by_row = scale * likelihood.hessian(mean)  # (m, t, c, c)
+    importance = likelihood.importance(target)
+    if importance is not None:
+        root = importance.to(by_row).sqrt().expand(n, t, c)
+        by_row = root[..., :, None] * by_row * root[..., None, :]
+    by_row = by_row.movedim(1, -1)  # (m, c, c, t)
     hessian = torch.diag_embed(by_row).permute(0, 3, 1, 4, 2).reshape(n, t * c, t * c)
     return hessian, (scale * likelihood.score(mean, target)).flatten(1)
 
 
 def _exact_covariances(
-    posterior: Posterior, batches: list[Batch], hessian: Tensor, others: Curvature
+    posterior: Posterior, batches: list[AnyBatch], hessian: Tensor, others: Curvature
 ) -> Tensor:
     """Output covariance (m, k, k) of each point; the points' own curvature enters exactly."""
     count, k = hessian.shape[:2]

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.outer import Outer
+from kfac_laplace.curvature.outer import Factored, LookedUp, Outer, step_for
 from kfac_laplace.curvature.spectral import Spectrum
 from kfac_laplace.errors import InvalidValue
 
@@ -78,9 +78,21 @@ class SpectralNormal:
         left, right = outer.left[..., 0, :], outer.right[..., 0, :]  # (v, b, n, o), (b, n, i)
         if self.spectrum.bases is not None:
             basis_left, basis_right = self.spectrum.bases
-            left, right = left @ basis_left, right @ basis_right
+            left = left @ basis_left
+            right = right if basis_right is None else right @ basis_right
         spread = right.square() @ self._deviations.square().mT  # (b, n, o)
         return torch.einsum("vbno,bno,wbno->nvw", left, spread, left)
+
+    def lookup_covariance(self, table: LookedUp) -> Tensor:
+        """J P⁻¹ Jᵀ (n, v, v) of a looked-up table, whose right side is diagonal.
+
+        Rows of one entry add up before they are squared: Σ_t Σ_i b̂_cti b̂_c'ti var_i,entry(t).
+        """
+        assert self.spectrum.bases is not None and self.spectrum.bases[1] is None
+        left = table.merged() @ self.spectrum.bases[0][0]  # (v, n, t, o)
+        spread = self._deviations[0].mT[table.index]  # (n, t, o)
+        scaled = (left * spread).movedim(1, 0).flatten(2)  # (n, v, t o)
+        return scaled @ scaled.mT
 
 
 @dataclass(frozen=True)
@@ -134,14 +146,26 @@ class DenseNormal:
         return moved
 
 
-def outer_covariance(normal: BlockNormal, outer: Outer) -> Tensor:
+def factored_covariance(normal: BlockNormal, gradients: Factored, size: int) -> Tensor:
     """J P⁻¹ Jᵀ of each example from factored gradients, shape (n, v, v).
 
-    One row an example stays factored; shared rows become matrices, a few examples at a time.
+    One row an example and looked-up tables stay factored; other shared rows become matrices, a few
+    examples at a time.
+
+    Args:
+        normal: the block's posterior.
+        gradients: factored gradients.
+        size: number of entries of the block.
     """
-    if outer.right.shape[2] == 1 and isinstance(normal, SpectralNormal):
-        return normal.unshared_covariance(outer)
-    return torch.cat([covariance(normal, chunk) for chunk in outer.dense_chunks()])
+    if isinstance(normal, SpectralNormal):
+        bases = normal.spectrum.bases
+        if isinstance(gradients, Outer) and gradients.right.shape[2] == 1:
+            return normal.unshared_covariance(gradients)
+        if isinstance(gradients, LookedUp) and bases is not None and bases[1] is None:
+            pieces = gradients.pieces(step_for(gradients.left[:, :, 0].numel()))
+            return torch.cat([normal.lookup_covariance(piece) for piece in pieces])
+    step = step_for(len(gradients.left) * size)
+    return torch.cat([covariance(normal, piece.dense()) for piece in gradients.pieces(step)])
 
 
 def covariance(normal: BlockNormal, gradients: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from kfac_laplace.curvature.forward import Batch
+from kfac_laplace.curvature.batches import AnyBatch
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Gaussian
 from kfac_laplace.posterior.gaussian import Posterior
@@ -84,7 +84,7 @@ class Predictor:
         features = torch.cat(output_features(self.posterior, self._batch(x)), 1)
         return mean, features @ features.mT * self.scale.to(features)
 
-    def _batch(self, x: Any) -> Batch:
+    def _batch(self, x: Any) -> AnyBatch:
         if isinstance(x, Mapping):
             x = {key: value for key, value in x.items() if key != self.key_y}
         return self.posterior.curvature.network.batch(x)
@@ -122,8 +122,9 @@ class Predictor:
             noise = torch.randn(f.shape, dtype=f.dtype, generator=source, device=source.device)
             return f + self._sigma.to(f) * noise.to(f.device)
         axis = curvature.network.class_axis
-        aligned = curvature.likelihood.align(f.flatten(0, 1), axis)
-        probs = restore(activation(curvature.likelihood, aligned), f.shape[1:], axis)
+        flat = f.flatten(0, 1)
+        aligned = curvature.likelihood.align(flat, axis)
+        probs = restore(activation(curvature.likelihood, aligned), flat.shape, axis)
         return probs.reshape(f.shape)
 
     @property

@@ -7,7 +7,8 @@ from torch import Generator, Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfac_laplace.curvature.forward import Batch, as_output, call_with, undisturbed
+from kfac_laplace.curvature.batches import AnyBatch
+from kfac_laplace.curvature.forward import undisturbed
 from kfac_laplace.posterior.gaussian import Posterior
 
 #: Weight samples are drawn so many at a time.
@@ -15,7 +16,7 @@ SAMPLES_AT_ONCE = 16
 
 
 def linearised_samples(
-    posterior: Posterior, batch: Batch, n: int, scale: float, generator: Generator
+    posterior: Posterior, batch: AnyBatch, n: int, scale: float, generator: Generator
 ) -> Tensor:
     """f_θ*(x) + J (θ_s − θ*), joint across inputs, shape (n, *output shape).
 
@@ -26,14 +27,13 @@ def linearised_samples(
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
     """
-    model, mode = posterior.curvature.network.model, posterior.parameters
-    args, kwargs = batch.arguments()
+    network, mode = posterior.curvature.network, posterior.parameters
 
     def outputs(params: dict[str, Tensor]) -> Tensor:
-        return as_output(call_with(model, params, args, kwargs))
+        return network.forward(batch.x, params)
 
     # Fused attention kernels have no forward-mode derivative; the plain one has.
-    with undisturbed(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with undisturbed(network.model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         samples = []
         for deviation in _deviations(posterior, mode, n, generator):
             tangents = {name: scale * value for name, value in deviation.items()}
@@ -43,7 +43,7 @@ def linearised_samples(
 
 
 def network_samples(
-    posterior: Posterior, batch: Batch, n: int, scale: float, generator: Generator
+    posterior: Posterior, batch: AnyBatch, n: int, scale: float, generator: Generator
 ) -> Tensor:
     """f_θs(x) through the network with sampled weights, shape (n, *output shape).
 
@@ -56,13 +56,12 @@ def network_samples(
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
     """
-    model, mode = posterior.curvature.network.model, posterior.parameters
-    args, kwargs = batch.arguments()
-    with undisturbed(model), torch.no_grad():
+    network, mode = posterior.curvature.network, posterior.parameters
+    with undisturbed(network.model), torch.no_grad():
         samples = []
         for deviation in _deviations(posterior, mode, n, generator):
             weights = {name: mode[name] + scale * value for name, value in deviation.items()}
-            samples.append(as_output(call_with(model, weights, args, kwargs)))
+            samples.append(network.forward(batch.x, weights))
     return torch.stack(samples)
 
 

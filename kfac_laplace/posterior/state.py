@@ -13,13 +13,15 @@ from kfac_laplace.curvature import fisher as fishers
 from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor options as plain data; objects that have no name become None."""
     plain = dict(options)
-    plain["likelihood"] = _name_of(likelihoods.resolve(options["likelihood"]), likelihoods.NAMED)
+    likelihood = likelihoods.resolve(options["likelihood"])
+    name = _name_of(likelihood, likelihoods.NAMED)
+    plain["likelihood"] = None if name is None else [name, likelihood.options()]
     fisher = fishers.resolve(options["fisher"])
     name = _name_of(fisher, fishers.NAMED)
     plain["fisher"] = None if name is None else [name, asdict(fisher)]  # type: ignore[call-overload]
@@ -44,6 +46,9 @@ def options_from_plain(plain: Mapping[str, Any], overrides: Mapping[str, Any]) -
                 where=name,
                 remedy=f"Pass it: Laplace.load(path, model, {name}=...)",
             )
+    if isinstance(options["likelihood"], list):
+        kind, fields = options["likelihood"]
+        options["likelihood"] = likelihoods.NAMED[kind](**fields)
     if isinstance(options["fisher"], list):
         kind, fields = options["fisher"]
         options["fisher"] = fishers.NAMED[kind](**fields)

@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 from cases import KINDS, build, case
-from laws import EXACT, assert_complete, fitted, relative_error
+from laws import EXACT, assert_complete, assert_exact_blocks, fitted, relative_error
 from torch import nn
 
 CONV_SAMPLE = ("conv-1d-stride-dilation", "conv-2d-groups", "conv-2d-reflect", "conv-3d")
@@ -41,16 +41,15 @@ def test_full_structure_is_the_ggn(name):
 
 
 @pytest.mark.parametrize("setting", ["expand", "reduce"])
-def test_fallback_under_kron_is_the_exact_diagonal(setting):
-    """LayerNorm and position embedding of the ViT."""
+def test_norms_and_positions_have_exact_blocks_under_kron(setting):
+    """LayerNorm whole, the position embedding as its diagonal."""
     example = build("vit")
     curvature = fitted(example, kfac_approx=setting)
     assert_complete(curvature, example.model)
-    for name in ("position", "norm.weight", "norm.bias"):
-        assert curvature.coverage[name] == "diag"
-        (block,) = [b for b in curvature.blocks.values() if name in b.params]
-        exact = oracles.ggn(example.model, *example.data, list(block.params))
-        assert relative_error(block.dense(), exact.diagonal().diag()) < EXACT, name
+    assert curvature.coverage["position"] == "diag"
+    assert curvature.coverage["norm.weight"] == curvature.coverage["norm.bias"] == "dense"
+    assert list(curvature.blocks["norm.weight"].params) == ["norm.weight", "norm.bias"]
+    assert_exact_blocks(example, curvature, ["position", "norm.weight"])
 
 
 @pytest.mark.parametrize("structure", ["diag", "full"])

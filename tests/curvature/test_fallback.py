@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Case, Pool
 from laws import (
     EXACT,
     assert_complete,
     assert_dense_structures_are_exact,
     assert_diagonal_blocks,
-    assert_kfac_block,
+    assert_exact_blocks,
     fitted,
     relative_error,
     seeded_case,
 )
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-
-SETTINGS = ("expand", "reduce")
 
 
 class Autoencoder(nn.Module):
@@ -49,8 +44,8 @@ class Functional(nn.Module):
         return F.linear(F.linear(x, self.w, bias=self.c).tanh(), weight=self.v)
 
 
-class Matmul(nn.Module):
-    """A product that no layer rule covers."""
+class Distances(nn.Module):
+    """Distances to centres, which no layer rule covers, and a gain on the whole output."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +54,7 @@ class Matmul(nn.Module):
         self.head = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head((x @ self.w).tanh()) * self.gain
+        return self.head(torch.cdist(x, self.w.T)) * self.gain
 
 
 class MixedUse(nn.Module):
@@ -87,36 +82,13 @@ class Unused(nn.Module):
         return self.lin(x)
 
 
-class SelfAttention(nn.Module):
-    """torch's own attention, batch first, for one output row an example."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
-
-
-class Embedded(nn.Module):
-    """Tokens through an embedding, a recurrent layer and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(5, 3)
-        self.recurrent = nn.GRU(3, 2, batch_first=True)
-        self.head = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.recurrent(self.embedding(x))[0][:, -1])
-
-
-def test_a_transposed_use_falls_to_the_diagonal():
+def test_a_weight_and_its_transpose_share_an_exact_block():
+    """The two uses have input and output rows the other way round: no Kronecker product."""
     example = seeded_case(Autoencoder, likelihood="regression")
     curvature = fitted(example)
     assert_complete(curvature, example.model)
-    assert_diagonal_blocks(example, curvature, ["encode.weight"])
+    assert curvature.coverage["encode.weight"] == "dense"
+    assert_exact_blocks(example, curvature, ["encode.weight"])
     assert_dense_structures_are_exact(example)
 
 
@@ -135,7 +107,7 @@ def test_functional_linear_on_raw_parameters():
 
 
 def test_an_unrecognised_use_falls_to_the_diagonal():
-    example = seeded_case(Matmul)
+    example = seeded_case(Distances)
     curvature = fitted(example)
     assert_complete(curvature, example.model)
     assert_diagonal_blocks(example, curvature, ["w", "gain"])
@@ -179,58 +151,4 @@ def test_parametrised_modules_fall_to_the_diagonal_of_the_original_parameters():
     originals = [f"0.parametrizations.weight.original{i}" for i in (0, 1)]
     assert_diagonal_blocks(example, curvature, originals)
     assert curvature.coverage["2.weight"] == "kron"
-    assert_dense_structures_are_exact(example)
-
-
-def test_multihead_attention_falls_to_the_diagonal():
-    example = seeded_case(SelfAttention, (3, 4))
-    curvature = fitted(example)
-    assert_complete(curvature, example.model)
-    names = [n for n, _ in example.model.named_parameters() if n.startswith("attention.")]
-    assert len(names) == 4
-    assert_diagonal_blocks(example, curvature, names)
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_embedding_and_recurrent_layers_fall_to_the_diagonal(setting):
-    torch.manual_seed(4)
-    model = Embedded().double()
-    x = torch.randint(0, 5, (7, 3))
-    y = torch.randint(0, 2, (7,))
-    example = Case(model, "classification", [(x[:4], y[:4]), (x[4:], y[4:])])
-    curvature = fitted(example, kfac_approx=setting)
-    assert_complete(curvature, model)
-    names = [n for n, _ in model.named_parameters() if not n.startswith("head.")]
-    assert_diagonal_blocks(example, curvature, names)
-
-
-ACTIVE: dict[str, Callable[[], list[nn.Module]]] = {
-    "group-norm": lambda: [nn.GroupNorm(2, 4)],
-    "batch-norm": lambda: [nn.BatchNorm2d(4)],  # in evaluation mode
-    "instance-norm": lambda: [nn.InstanceNorm2d(4, affine=True)],
-    "prelu": lambda: [nn.PReLU()],  # torch's nested vmap differentiates it wrongly
-    "prelu-by-channel": lambda: [nn.PReLU(4)],
-    "transposed-conv": lambda: [nn.ConvTranspose2d(4, 4, 2)],
-    "norm-then-prelu": lambda: [nn.BatchNorm2d(4), nn.PReLU()],
-}
-
-
-@pytest.mark.parametrize("outputs", [2, 4])
-@pytest.mark.parametrize("name", ACTIVE)
-def test_layers_without_a_rule_fall_to_the_diagonal(name, outputs):
-    """Several backward vectors at once (4 classes) and a single one (2 classes)."""
-
-    def make() -> nn.Module:
-        head = [Pool(2, 3), nn.Linear(4, outputs)]
-        return nn.Sequential(nn.Conv2d(1, 4, 2), *ACTIVE[name](), nn.Tanh(), *head)
-
-    example = seeded_case(make, (1, 4, 4))
-    example.model.eval()  # the oracle sees what the curvature pass sees
-    curvature = fitted(example)
-    assert_complete(curvature, example.model)
-    head = f"{len(example.model) - 1}."
-    names = [n for n, _ in example.model.named_parameters() if not n.startswith(("0.", head))]
-    assert names
-    assert_diagonal_blocks(example, curvature, names)
-    assert_kfac_block(example, curvature, "0", "reduce")
     assert_dense_structures_are_exact(example)

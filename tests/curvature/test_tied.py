@@ -11,6 +11,7 @@ from laws import (
     assert_complete,
     assert_dense_structures_are_exact,
     assert_diagonal_blocks,
+    assert_exact_blocks,
     assert_kfac_block,
     fitted,
     relative_error,
@@ -173,14 +174,15 @@ def test_a_tied_weight_with_one_loose_use_falls_to_the_diagonal():
     assert_dense_structures_are_exact(example)
 
 
-def test_a_tied_embedding_falls_to_the_diagonal():
-    """Half of its use has no rule, so none of it may be a Kronecker product."""
+def test_a_tied_embedding_has_an_exact_block():
+    """Lookups and products turn the table the other way round: no Kronecker product."""
     torch.manual_seed(4)
     model = TiedEmbedding().double()
     x, y = torch.randint(0, 5, (5, 3)), torch.randint(0, 5, (5, 3))
     example = Case(model, "classification", [(x[:3], y[:3]), (x[3:], y[3:])], setting="expand")
     curvature = fitted(example)
     assert_complete(curvature, model)
-    assert_diagonal_blocks(example, curvature, ["embedding.weight"])
+    assert curvature.coverage["embedding.weight"] == "dense"
+    assert_exact_blocks(example, curvature, ["embedding.weight"])
     assert_kfac_block(example, curvature, "mix", "expand")
     assert_dense_structures_are_exact(example)

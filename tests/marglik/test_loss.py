@@ -139,7 +139,7 @@ def test_single_precision_models_get_a_single_precision_loss():
 PARTS = {
     "last layer": ({"subset_of_weights": "last_layer"}, ("head.",)),
     "globs": ({"subset_of_weights": ["mlp.*"]}, ("mlp.",)),
-    "freeze": ({"uncovered": "freeze"}, ("patch.", "attention.", "mlp.", "head.")),
+    "freeze": ({"uncovered": "freeze"}, ("patch.", "norm.", "attention.", "mlp.", "head.")),
 }
 
 

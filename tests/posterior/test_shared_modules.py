@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import N_DATA, build
 from laws import Untouched
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -77,11 +78,11 @@ def test_what_inference_mode_kept_can_be_differentiated_later(structure):
 
 
 def test_what_has_no_factors_is_listed_once(caplog):
-    model, (x, y) = shared(), data()
-    tuner = MarglikTuner(model, "classification", 6)
+    case = build("vit")
+    tuner = MarglikTuner(case.model, "classification", N_DATA)
     with caplog.at_level("INFO", logger="kfac_laplace"):
         for _ in range(3):
-            tuner.step([(x, y)])
+            tuner.step(case.batches)
     assert sum("without Kronecker factors" in r.getMessage() for r in caplog.records) == 1
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.layers.registry import Inputs, Layer, layer_rule
 from kfac_laplace.curvature.precision import accumulable, gram
-from kfac_laplace.curvature.sharing import Grouping
+from kfac_laplace.curvature.sharing import Axis, Grouping
 
 #: Patches of so many bytes at most exist at a time while a Gram matrix is summed.
 PATCH_BUDGET = 64 * 2**20
@@ -87,7 +87,7 @@ class Patches(Inputs):
 
     def example_sums(self, grouping: Grouping, n: int) -> Tensor:
         """Σ_t a for each example, shape (b, n, i), without patches."""
-        if grouping.axis != 0:
+        if isinstance(grouping, Axis) and grouping.axis != 0:
             return super().example_sums(grouping, n)
         sums = self._window_sums()[:, :, None]  # (b, n k, 1, i)
         return grouping.by_example(sums, n, block_axis=0).sum(2)
@@ -113,7 +113,7 @@ def conv(
     """Grouped, strided, dilated convolution: one block for each group, patches as rows."""
     dims = weight.ndim - 2
     kernel = tuple(weight.shape[2:])
-    dilation = _per_axis(dilation, dims)
+    dilation = per_axis(dilation, dims)
     out_channels = weight.shape[0]
 
     def output_rows(grad: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def conv(
     data = accumulable(input.detach())
     batch = data if data.ndim == dims + 2 else data[None]
     padded = F.pad(batch, _margins(padding, kernel, dilation))
-    patches = Patches(padded, groups, kernel, _per_axis(stride, dims), dilation)
+    patches = Patches(padded, groups, kernel, per_axis(stride, dims), dilation)
     positions = patches.lead[1]
     return Layer(
         weight=weight,
@@ -135,7 +135,7 @@ def conv(
     )
 
 
-def _per_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+def per_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
     """Spell a setting out for each spatial axis."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
@@ -149,6 +149,6 @@ def _margins(
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         pairs = [(total // 2, total - total // 2) for total in totals]
     else:
-        sizes = (0,) * len(kernel) if padding == "valid" else _per_axis(padding, len(kernel))  # type: ignore[arg-type]
+        sizes = (0,) * len(kernel) if padding == "valid" else per_axis(padding, len(kernel))  # type: ignore[arg-type]
         pairs = [(size, size) for size in sizes]
     return [margin for pair in reversed(pairs) for margin in pair]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.outer import Factored, Outer
 from kfac_laplace.curvature.precision import accumulable, gram
 from kfac_laplace.curvature.sharing import Grouping
 
@@ -18,6 +19,11 @@ class Inputs(ABC):
 
     A rule that can do better than build all rows overrides `gram` and `example_sums`.
     """
+
+    #: Whether `gram` gives a diagonal (b, i) instead of a matrix: rows with one entry each.
+    diagonal = False
+    #: Whether rows that receive no gradient are left out of A: padding, tokens that nothing reads.
+    droppable = False
 
     @property
     @abstractmethod
@@ -45,12 +51,22 @@ class Inputs(ABC):
         """Number of rows in each of the b blocks."""
         return prod(self.lead)
 
+    def gradients(self, left: Tensor, grouping: Grouping, n: int) -> Factored:
+        """Factored per-example gradients from gradient rows (v, b, n, t, o)."""
+        right = grouping.by_example(self.rows(), n, block_axis=0)
+        return Outer(left, right.to(left.dtype))
+
+    def keep(self, live: Tensor) -> "Inputs":
+        """The rows of a mask over the leading axes alone; the others become zero."""
+        return Masked(self, live)
+
 
 @dataclass(frozen=True)
 class Rows(Inputs):
     """Rows that already exist as a tensor (b, *lead, i)."""
 
     tensor: Tensor
+    droppable = True
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -75,9 +91,33 @@ class Ones(Inputs):
         """Leading axes."""
         return self.axes
 
+    droppable = True
+
     def rows(self) -> Tensor:
         """Ones (b, *lead, 1), without memory of their own."""
         return accumulable(self.like.new_ones(())).expand(self.blocks, *self.axes, 1)
+
+
+@dataclass(frozen=True)
+class Masked(Inputs):
+    """Rows of which a mask keeps some.
+
+    Args:
+        inner: all rows.
+        live: mask over the leading axes.
+    """
+
+    inner: Inputs
+    live: Tensor
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading axes."""
+        return self.inner.lead
+
+    def rows(self) -> Tensor:
+        """The rows, zero outside the mask."""
+        return self.inner.rows() * self.live[..., None]
 
 
 @dataclass(frozen=True)
@@ -85,6 +125,11 @@ class WithOne(Inputs):
     """Rows with a 1 appended, so that the last weight column is the bias."""
 
     inner: Inputs
+
+    @property
+    def droppable(self) -> bool:  # type: ignore[override]
+        """As the inner rows."""
+        return self.inner.droppable
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -101,9 +146,11 @@ class WithOne(Inputs):
         return _bordered(self.inner.gram(), self.inner.row_sum(), self.count)
 
     def example_sums(self, grouping: Grouping, n: int) -> Tensor:
-        """Inner sums with the number of rows appended."""
+        """Inner sums with each example's number of rows appended."""
         sums = self.inner.example_sums(grouping, n)
-        return torch.cat([sums, sums.new_full((*sums.shape[:-1], 1), self.count / n)], -1)
+        ones = sums.new_ones(()).expand(1, *self.lead, 1)
+        counts = grouping.by_example(ones, n, block_axis=0).sum(2)  # (1, n, 1)
+        return torch.cat([sums, counts.expand(len(sums), -1, -1)], -1)
 
 
 def _bordered(gram: Tensor, border: Tensor, corner: float) -> Tensor:
@@ -117,6 +164,19 @@ def _bordered(gram: Tensor, border: Tensor, corner: float) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """How a weight becomes matrices: `weight.reshape(split).permute(order).reshape(b, o, i)`.
+
+    Args:
+        split: shape into which the weight is reshaped first.
+        order: permutation of those axes.
+    """
+
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Layer:
     """One use of a weight and a bias: output row = W · input row + bias, for each of b blocks.
 
@@ -127,7 +187,10 @@ class Layer:
         data: the tensors through which the graph goes on below this layer.
         inputs: rows that meet the weight.
         output_rows: takes gradients of the call's output (v, *shape) to rows (v, b, *lead, o).
-        kronecker: whether B ⊗ A is the treatment; False asks for an exact diagonal block.
+        kronecker: whether B ⊗ A is the treatment; False asks for an exact block.
+        covered: whether an exact block is dense where it is small; otherwise it is diagonal, and
+            `uncovered` applies to it.
+        fold: how the weight becomes its matrices, where a plain reshape does not do it.
     """
 
     weight: Tensor
@@ -137,10 +200,20 @@ class Layer:
     inputs: Inputs
     output_rows: Callable[[Tensor], Tensor]
     kronecker: bool = True
+    covered: bool = True
+    fold: Fold | None = None
 
 
 Rule = Callable[..., Layer | None]
 RULES: dict[Callable[..., Any], Rule] = {}
+
+OPERATORS: dict[Callable[..., Any], Rule] = {}
+
+Guard = Callable[..., None]
+GUARDS: dict[Callable[..., Any], Guard] = {}
+
+Form = Callable[..., Any]
+FORMS: dict[Callable[..., Any], Form] = {}
 
 
 def layer_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
@@ -157,5 +230,53 @@ def layer_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(functions, rule))
         return rule
+
+    return register
+
+
+def operator_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Register a rule for calls that take a weight in any of several places, as operators do.
+
+    The rule is called as `rule(output, weight, *args, **kwargs)`, where `weight` is the one
+    argument that is made of tracked parameters, and is a `layer_rule` in all else.
+
+    Args:
+        functions: the functions, as `torch.overrides` sees them.
+    """
+
+    def register(rule: Rule) -> Rule:
+        OPERATORS.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return register
+
+
+def equivalent_form(*functions: Callable[..., Any]) -> Callable[[Form], Form]:
+    """Register a form of a fused call in plain calls, which have rules.
+
+    While uses are recorded, the form runs in place of the call: it takes the same arguments and
+    returns the same values.
+
+    Args:
+        functions: the functions, as `torch.overrides` sees them.
+    """
+
+    def register(form: Form) -> Form:
+        FORMS.update(dict.fromkeys(functions, form))
+        return form
+
+    return register
+
+
+def guard(*functions: Callable[..., Any]) -> Callable[[Guard], Guard]:
+    """Register a check that runs before every such call, whoever makes it, and may refuse it.
+
+    Args:
+        functions: the functions, as `torch.overrides` sees them.
+    """
+
+    def register(check: Guard) -> Guard:
+        GUARDS.update(dict.fromkeys(functions, check))
+        return check
 
     return register

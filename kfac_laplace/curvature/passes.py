@@ -1,0 +1,314 @@
+"""One recorded forward pass over a batch, and gradients of its outputs by group."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.curvature.batches import AnyBatch
+from kfac_laplace.curvature.generic import ExampleGraph
+from kfac_laplace.curvature.groups import Group, Term
+from kfac_laplace.curvature.layout import unfold
+from kfac_laplace.curvature.outer import Factored, joined, step_for
+from kfac_laplace.curvature.precision import accumulable
+from kfac_laplace.curvature.reach import reachable_rows
+from kfac_laplace.curvature.sharing import Axis, Grouping, Segments
+from kfac_laplace.curvature.sources import Source
+from kfac_laplace.curvature.tape import Recording, Use
+from kfac_laplace.errors import UnsupportedUse
+
+if TYPE_CHECKING:
+    from kfac_laplace.curvature.network import Network
+
+UseKey = tuple[tuple[str, ...], int]
+Rows = Mapping[int, Tensor]
+
+
+class Pass:
+    """A forward pass over a batch: its outputs, and their gradients by group.
+
+    Args:
+        network: what is known about the model.
+        recording: what the tape recorded.
+        batch: the inputs.
+        params: the tracked parameters that were used.
+    """
+
+    def __init__(
+        self,
+        network: "Network",
+        recording: Recording,
+        batch: AnyBatch,
+        params: Mapping[str, Tensor],
+    ):
+        self.network = network
+        self.recording = recording
+        self.batch = batch
+        self.params = params
+        self.counted: Tensor | None = None  # weights of the outputs in the loss, if they differ
+        self._graph: ExampleGraph | None = None
+
+    @cached_property
+    def reachable(self) -> list[Tensor]:
+        """For each use a mask over the leading axes of its rows: those that outputs depend on."""
+        return reachable_rows(self.recording, self.outputs, self.counted)
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return self.batch.n
+
+    @cached_property
+    def output_segments(self) -> Segments | None:
+        """Which example each output row belongs to, where rows are nodes; None where examples."""
+        nodes = self.batch.segments.get("nodes")
+        rows = self.recording.output.shape[0]
+        if nodes is None or rows == self.n or rows != len(nodes):
+            return None
+        return Segments("nodes", nodes)
+
+    @cached_property
+    def output_rows(self) -> Tensor:
+        """Aligned outputs (rows, t, c), at least float32, in the graph, by example or node."""
+        f = self.network.likelihood.align(self.recording.output, self.network.class_axis)
+        return accumulable(f)
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """Aligned outputs f (n, t, c) in the graph; the nodes of a graph are positions."""
+        return self.by_example(self.output_rows)
+
+    def by_example(self, rows: Tensor) -> Tensor:
+        """Values of the output rows (rows, t, ...) as (n, t, ...), zero for nodes that are not."""
+        if self.output_segments is None:
+            return rows
+        flat = rows.reshape(1, *rows.shape[:2], -1)
+        padded = self.output_segments.by_example(flat, self.n, block_axis=0)[0]
+        return padded.reshape(*padded.shape[:2], *rows.shape[2:])
+
+    def rows(self, vectors: Sequence[Tensor], groups: Sequence[Group]) -> dict[int, Tensor]:
+        """Gradient rows (v, b, *lead, o) of the uses of `groups`, for vectors (n, t, c)."""
+        wanted = sorted({u for group in groups for u in self.uses[group.name]})
+        found = self.recording.output_rows(self.outputs, vectors, wanted)
+        return {
+            u: accumulable(rows.detach())
+            for u, rows in zip(wanted, found, strict=True)
+            if rows is not None
+        }
+
+    @cached_property
+    def terms(self) -> dict[str, list[Term]]:
+        """For each group of layer matrices its uses, with the input rows that meet it."""
+        self._check_consistent()
+        return {group.name: group.terms(self.recording) for group in self.network.groups}
+
+    @cached_property
+    def uses(self) -> dict[str, list[int]]:
+        """For each group the indices of its uses in the recording."""
+        found = {name: [term.use for term in terms] for name, terms in self.terms.items()}
+        for group in self.network.groups:
+            if group.role == "exact":
+                found[group.name] = [
+                    u
+                    for u, use in enumerate(self.recording.uses)
+                    if set(group.layout.params).intersection(use.params)
+                ]
+        return found
+
+    def _check_consistent(self) -> None:
+        """A parameter grouped by its uses must be used in the same ways in every batch."""
+        for group in self.network.groups:
+            names = set(group.layout.params)
+            strange = group.factored and any(
+                not use.layer.kronecker or source.own_part is None
+                for use in self.recording.uses
+                for source in use.sources
+                if names.intersection(source.params)
+            )
+            if group.role != "generic" and (strange or self.recording.loose & names):
+                raise UnsupportedUse(
+                    "used in another way than in the first batch",
+                    where=sorted(names)[0],
+                    remedy="Use parameters in the same way in every batch, or freeze this one",
+                )
+
+    def gradient(self, group: Group, rows: Rows) -> Factored | None:
+        """Factored per-example gradients of a group of layer matrices, all its uses together."""
+        parts = []
+        for term in self.terms[group.name]:
+            if term.use in rows:
+                grouping = self.grouping(term.use)
+                own = grouping.by_example(group.own_rows(rows[term.use]), self.n, block_axis=1)
+                parts.append((term.start, term.inputs.gradients(own, grouping, self.n)))
+        return joined(parts, group.layout.matrix[0]) if parts else None
+
+    def pieces(self, group: Group, rows: Rows, generic: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Per-example gradients (v, m, b, o, i) of a group, m examples at a time, in order."""
+        if group.name in generic:
+            yield generic[group.name]
+        elif group.role == "exact":
+            yield from self._exact_pieces(group, rows)
+        else:
+            factored = self.gradient(group, rows)
+            if factored is not None:
+                step = step_for(len(factored.left) * group.layout.size)
+                for piece in factored.pieces(step):
+                    yield piece.dense()
+
+    def _exact_pieces(self, group: Group, rows: Rows) -> Iterator[Tensor]:
+        """Sum over the uses of a group, each pulled back to the parameters it is made of."""
+        uses = [u for u in self.uses[group.name] if u in rows]
+        if not uses:
+            return
+        vectors = len(rows[uses[0]])
+        size = sum(self.recording.uses[u].layer.weight.numel() for u in uses)
+        step = step_for(vectors * max(size, group.layout.size))
+        gradients = [self._use_gradient(u, rows[u]).pieces(step) for u in uses]
+        for pieces in zip(*gradients, strict=True):
+            m = pieces[0].left.shape[2]
+            total = {
+                name: pieces[0].left.new_zeros(vectors, m, *shape)
+                for name, shape in zip(group.layout.params, group.layout.shapes, strict=True)
+            }
+            for u, piece in zip(uses, pieces, strict=True):
+                self._pull_back(self.recording.uses[u], piece, total)
+            yield group.layout.pack(total)
+
+    def _use_gradient(self, u: int, rows: Tensor) -> Factored:
+        """Factored per-example gradients with respect to the weight of a use."""
+        grouping = self.grouping(u)
+        left = grouping.by_example(rows, self.n, block_axis=1)
+        return self.recording.uses[u].layer.inputs.gradients(left, grouping, self.n)
+
+    def _pull_back(self, use: Use, piece: Factored, total: Mapping[str, Tensor]) -> None:
+        """Add the gradients of a use to those of the parameters in `total`."""
+        layer = use.layer
+        v, m = piece.left.shape[0], piece.left.shape[2]
+        if use.weight is not None and total.keys() & set(use.weight.params):
+            chain = (layer.fold,) if layer.fold is not None else ()
+            dense = unfold(piece.dense().flatten(2), chain, 2)
+            self._add(use.weight, dense.reshape(v, m, *layer.weight.shape), total)
+        if use.bias is not None and total.keys() & set(use.bias.params):
+            assert layer.bias is not None
+            sums = piece.left.sum(3).movedim(1, 2)  # (v, m, b, o)
+            self._add(use.bias, sums.reshape(v, m, *layer.bias.shape), total)
+
+    def _add(self, source: Source, gradients: Tensor, total: Mapping[str, Tensor]) -> None:
+        """Take gradients (v, m, *shape) of a source to its parameters."""
+        if source.is_parameter:
+            total[source.params[0]].add_(gradients)
+            return
+        names = [name for name in source.params if name in total]
+        found = torch.autograd.grad(
+            source.tensor,
+            [self.params[name] for name in names],
+            gradients.flatten(0, 1).to(source.tensor.dtype),
+            is_grads_batched=True,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for name, grad in zip(names, found, strict=True):
+            if grad is not None:
+                total[name].add_(grad.unflatten(0, gradients.shape[:2]))
+
+    def gradients(
+        self, groups: Sequence[Group], rows: Rows, generic: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Per-example gradients (v, n, *shape) by parameter, of those that have any."""
+        found: dict[str, Tensor] = {}
+        for group in groups:
+            pieces = list(self.pieces(group, rows, generic))
+            if pieces:
+                found |= group.layout.unpack(torch.cat(pieces, 1))
+        return found
+
+    def generic_gradients(
+        self, groups: Sequence[Group], vectors: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Per-example gradients (v, n, b, o, i) of those groups that have no layer rule.
+
+        Args:
+            groups: groups of any role; layers and unused parameters are passed over.
+            vectors: v backward vectors (n, t, c).
+        """
+        graph = self._example_graph(groups)
+        if graph is None:
+            return {}
+        passes = [graph.gradients(vector) for vector in vectors]
+        return {
+            group.name: accumulable(
+                torch.stack([group.layout.pack(gradients) for gradients in passes])
+            )
+            for group in groups
+            if group.name in passes[0]
+        }
+
+    def _example_graph(self, groups: Sequence[Group]) -> ExampleGraph | None:
+        """The graph that gives the generic groups' gradients, made once a pass."""
+        reached = self._generic_parameters(groups)
+        if not reached:
+            return None
+        if self._graph is None:
+            self._graph = ExampleGraph(self._forward_one, reached, self.batch)
+            eps = torch.finfo(self.recording.output.dtype).eps
+            self._graph.check(self.outputs.detach(), eps)
+        return self._graph
+
+    @cached_property
+    def _held(self) -> dict[str, Tensor]:
+        # With gradients, as in the model itself: a checkpoint that is recomputed in the backward
+        # pass must save the same tensors in the same order.
+        return {name: p.detach().requires_grad_() for name, p in self.params.items()}
+
+    def _forward_one(self, chosen: Mapping[str, Tensor], x: object) -> Tensor:
+        """Aligned outputs (rows, t, c) at inputs x with some parameters replaced."""
+        network = self.network
+        output = network.forward(x, {**self._held, **chosen})
+        return accumulable(network.likelihood.align(output, network.class_axis))
+
+    def _generic_parameters(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Parameters of the generic groups that this pass used."""
+        used = {name for use in self.recording.uses for name in use.params}
+        used |= self.recording.loose
+        names = [g.name for g in groups if g.role == "generic" and g.name in used]
+        return {name: self.params[name].detach() for name in names}
+
+    def grouping(self, u: int) -> Grouping:
+        """Row layout of a use, or an error that asks for it."""
+        use = self.recording.uses[u]
+        grouping = self.network.groupings.get(self.key(u), self._likely_grouping(use))
+        if grouping is None:
+            raise UnsupportedUse(
+                "cannot tell which rows belong to which example",
+                where=use.params[0],
+                got=f"rows of shape {use.layer.inputs.lead} for {self.n} examples",
+                remedy="Keep the examples on one axis in this layer, begin with a batch of several "
+                "examples, or freeze it",
+            )
+        if isinstance(grouping, Segments):
+            return Segments(grouping.kind, self.batch.segments.get(grouping.kind))
+        return grouping
+
+    def _likely_grouping(self, use: Use) -> Grouping:
+        """What to take for the layout of rows while one example is all that was seen."""
+        lead = use.layer.inputs.lead
+        for kind, index in self.batch.segments.items():
+            if self.n > 1 and lead and lead[0] == len(index):
+                return Segments(kind)
+        return Axis(0)
+
+    def key(self, u: int) -> UseKey:
+        """A use's parameters and how often they were used before in this pass."""
+        return self._keys[u]
+
+    @cached_property
+    def _keys(self) -> list[UseKey]:
+        seen: Counter[tuple[str, ...]] = Counter()
+        keys = []
+        for use in self.recording.uses:
+            keys.append((use.params, seen[use.params]))
+            seen[use.params] += 1
+        return keys

@@ -1,0 +1,34 @@
+"""Likelihoods p(y | f): log-densities, scores, label draws and roots of their curvature.
+
+Everything works on *aligned* outputs f (n, t, c): n examples, t positions that the loss keeps
+(1 for one output row an example), c outputs. Curvature is stored at σ = 1; the noise enters only
+through `precision` and `log_likelihood`.
+"""
+
+from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.likelihoods.bernoulli import Bernoulli as Bernoulli
+from kfac_laplace.likelihoods.categorical import Categorical as Categorical
+from kfac_laplace.likelihoods.checks import check_finite as check_finite
+from kfac_laplace.likelihoods.gaussian import Gaussian as Gaussian
+from kfac_laplace.likelihoods.likelihood import Likelihood as Likelihood
+
+NAMED: dict[str, type[Likelihood]] = {
+    "classification": Categorical,
+    "regression": Gaussian,
+    "binary": Bernoulli,
+}
+
+
+def resolve(likelihood: str | Likelihood) -> Likelihood:
+    """The likelihood named by a string, or the object itself."""
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if isinstance(likelihood, str) and likelihood in NAMED:
+        return NAMED[likelihood]()
+    kind = InvalidValue if isinstance(likelihood, str) else InvalidType
+    raise kind(
+        "unknown likelihood",
+        where="likelihood",
+        got=repr(likelihood),
+        remedy=f"Choose one of {sorted(NAMED)} or pass a Likelihood object",
+    )

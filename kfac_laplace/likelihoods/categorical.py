@@ -1,0 +1,194 @@
+"""Classification: a softmax over integer labels, with the options of torch's cross-entropy."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.likelihoods.checks import check_length, loss_weight
+from kfac_laplace.likelihoods.likelihood import Likelihood
+
+
+class Categorical(Likelihood):
+    """Softmax likelihood of integer labels: Λ = diag(p) − p pᵀ, of rank C − 1.
+
+    The loss is that of `torch.nn.functional.cross_entropy` with reduction="sum":
+    −Σ_c q_c log p_c with q = (1 − ε) w_y onehot(y) + ε/C w, and q = 0 for ignored labels. The
+    curvature of a row is m(y) Λ with m = Σ_c q_c. With weights or smoothing the loss's exponential
+    is no normalised density; the evidence takes the loss as it stands.
+
+    Args:
+        ignore_index: label of rows that do not count; it need not be a class.
+        weight: w ≥ 0, one for each class, shape (C,).
+        label_smoothing: ε in [0, 1].
+
+    Raises:
+        InvalidValue: an option out of range.
+        InvalidType: an option of the wrong type.
+    """
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        weight: Tensor | Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+    ):
+        if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+            raise InvalidType("not an integer", where="ignore_index", got=repr(ignore_index))
+        if not isinstance(label_smoothing, int | float):
+            raise InvalidType("not a number", where="label_smoothing", got=repr(label_smoothing))
+        if not 0 <= label_smoothing <= 1:
+            raise InvalidValue("must lie in [0, 1]", where="label_smoothing", got=label_smoothing)
+        self.ignore_index = ignore_index
+        self.weight = None if weight is None else loss_weight(weight, "weight")
+        self.label_smoothing = float(label_smoothing)
+
+    def class_axis(self, output: Tensor, target: Tensor) -> int:
+        """The last axis where `output.shape[:-1] == target.shape`, else axis 1."""
+        if output.shape[:-1] == target.shape:
+            return -1
+        if output.ndim < 2 or target.shape != (output.shape[0], *output.shape[2:]):
+            raise InvalidValue(
+                "labels do not match the output",
+                where="target",
+                got=f"{tuple(target.shape)} for an output {tuple(output.shape)}",
+                remedy="Labels have the output's shape without its class axis, last or second",
+            )
+        return 1
+
+    def align_target(self, target: Tensor, f: Tensor) -> Tensor:
+        """Labels (n, t), checked for dtype, shape and range."""
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise InvalidType(
+                "class labels must be integers",
+                where="target",
+                got=target.dtype,
+                remedy="Pass torch.long labels (n,); for one logit use likelihood='binary'",
+            )
+        n, t, c = f.shape
+        if target.shape[:1] != (n,) or target.numel() != n * t:
+            raise InvalidValue(
+                "labels do not match the output",
+                where="target",
+                got=tuple(target.shape),
+                remedy=f"The output has {n} examples, {t} positions and {c} classes",
+            )
+        if c < 2:
+            raise InvalidValue(
+                "a softmax over one class carries no information",
+                where="model output",
+                got="1 output",
+                remedy="Use likelihood='binary' for one logit",
+            )
+        if self.weight is not None:
+            check_length(self.weight, (c,), "weight")
+        y = target.reshape(n, t).long()
+        _, labels = self.kept(y)
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= c:
+            raise InvalidValue(
+                f"labels outside 0..{c - 1}",
+                where="target",
+                got=f"labels {low}..{high}",
+                remedy=f"Map the labels to class indices; {self.ignore_index} is ignored",
+            )
+        return y
+
+    def kept(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Which labels (n, t) count, and labels with class 0 where they do not."""
+        kept = y != self.ignore_index
+        return kept, y.where(kept, 0)
+
+    def label_weights(self, y: Tensor) -> Tensor:
+        """w_y of each label, 0 where it is ignored, float64, shape (n, t)."""
+        kept, labels = self.kept(y)
+        return kept.double() if self.weight is None else self.weight.to(y.device)[labels] * kept
+
+    def log_prob(self, f: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+        """Σ_t Σ_c q_tc log softmax(f_t)_c, shape (n,)."""
+        losses = F.cross_entropy(
+            f.flatten(0, 1),
+            y.flatten(),
+            weight=None if self.weight is None else self.weight.to(f),
+            ignore_index=self.ignore_index,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
+        return -losses.reshape(y.shape).sum(1)
+
+    def statistic(self, f: Tensor, y: Tensor) -> Tensor:
+        """The log-likelihood itself."""
+        return self.log_prob(f.double(), y, torch.ones(())).sum()
+
+    def log_likelihood(self, statistic: Tensor, count: int, sigma: Tensor) -> Tensor:
+        """The summed statistic."""
+        return statistic
+
+    def score(self, f: Tensor, y: Tensor) -> Tensor:
+        """m(y) softmax(f) − q."""
+        kept, labels = self.kept(y)
+        q = F.one_hot(labels, f.shape[-1]).to(f.dtype)
+        if self.label_smoothing:
+            q = (1 - self.label_smoothing) * q + self.label_smoothing / f.shape[-1]
+        if self.weight is not None:
+            q = q * self.weight.to(f)
+        # Filled, not multiplied: what the model says at ignored rows may be anything.
+        return (q.sum(-1, keepdim=True) * f.softmax(-1) - q).masked_fill(~kept[..., None], 0)
+
+    def roots(self, f: Tensor) -> Iterator[Tensor]:
+        """Stick-breaking Cholesky columns: C − 1 of them, each built on the fly in O(n t c).
+
+        With tails q_c = Σ_{j ≥ c} p_j: S[c, c] = √(p_c q_{c+1} / q_c) and
+        S[j > c, c] = −p_j / q_{c+1} · S[c, c].
+        """
+        p = f.softmax(-1)
+        # A reverse cumulative sum: 1 − cumsum loses the small tails to cancellation.
+        tail = p.flip(-1).cumsum(-1).flip(-1)  # (n, t, c)
+        tiny = torch.finfo(p.dtype).tiny
+        for c in range(p.shape[-1] - 1):
+            rest = tail[..., c + 1]
+            pivot = (p[..., c] * rest / tail[..., c].clamp_min(tiny)).sqrt()
+            column = torch.zeros_like(p)
+            column[..., c] = pivot
+            column[..., c + 1 :] = (
+                -(p[..., c + 1 :] / rest.clamp_min(tiny)[..., None]) * (pivot[..., None])
+            )
+            yield column
+
+    def sample(self, f: Tensor, generator: Generator) -> Tensor:
+        """Labels (n, t) drawn from softmax(f) by the Gumbel-max trick."""
+        noise = torch.rand(f.shape, generator=generator, device=generator.device, dtype=f.dtype)
+        tiny = torch.finfo(f.dtype).tiny
+        gumbel = -(-noise.to(f.device).clamp_min(tiny).log()).clamp_min(tiny).log()
+        return (f + gumbel).argmax(-1)
+
+    def random_root(self, f: Tensor, generator: Generator) -> Tensor:
+        """softmax(f) − onehot of a draw, whatever the loss makes of that label."""
+        drawn = F.one_hot(self.sample(f, generator), f.shape[-1])
+        return f.softmax(-1) - drawn.to(f.dtype)
+
+    def hessian(self, f: Tensor) -> Tensor:
+        """diag(p) − p pᵀ."""
+        p = f.softmax(-1)
+        return torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+
+    def importance(self, y: Tensor) -> Tensor | None:
+        """(1 − ε) w_y + ε/C Σ_c w_c, and 0 for ignored labels, shape (n, t, 1)."""
+        kept, _ = self.kept(y)
+        if self.weight is None:
+            return None if bool(kept.all()) else kept[..., None].double()
+        own = (1 - self.label_smoothing) * self.label_weights(y)
+        spread = self.label_smoothing * self.weight.mean().to(own)
+        return torch.where(kept, own + spread, 0)[..., None]
+
+    def options(self) -> dict[str, Any]:
+        """The three options, `weight` as a list."""
+        return {
+            "ignore_index": self.ignore_index,
+            "weight": None if self.weight is None else self.weight.tolist(),
+            "label_smoothing": self.label_smoothing,
+        }
