@@ -10,6 +10,7 @@ from torch import Tensor
 from kfac_laplace.curvature.forward import outside_inference
 from kfac_laplace.curvature.layout import Layout
 from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.options import check_choice
 
 Structure = Literal["layerwise", "scalar", "diag"]
 STRUCTURES = ("layerwise", "scalar", "diag")
@@ -101,13 +102,7 @@ class PriorStructure:
 
 def check_sharing(sharing: str, hessian_structure: str) -> None:
     """Raise `InvalidValue` for an unknown prior structure, or a diagonal prior under "kron"."""
-    if sharing not in STRUCTURES:
-        raise InvalidValue(
-            "unknown option",
-            where="prior_structure",
-            got=repr(sharing),
-            remedy=f"Choose one of {STRUCTURES}",
-        )
+    check_choice("prior_structure", sharing, STRUCTURES)
     if sharing == "diag" and hessian_structure == "kron":
         raise InvalidValue(
             "a diagonal prior does not commute with Kronecker factors",

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.options import check_whole
 
 
 class Fisher(Protocol):
@@ -64,13 +65,7 @@ class MonteCarlo:
 
     def __post_init__(self) -> None:
         """Check the number of samples."""
-        if self.samples < 1:
-            raise InvalidValue(
-                "at least one sample is needed",
-                where="MonteCarlo",
-                got=self.samples,
-                remedy="Pass samples >= 1",
-            )
+        check_whole("samples", self.samples, 1)
 
     def vectors(
         self, likelihood: Likelihood, f: Tensor, y: Tensor, generator: Generator

@@ -32,6 +32,7 @@ from kfac_laplace.curvature.probing import learn_groupings
 from kfac_laplace.curvature.sharing import KfacApprox, Setting, check_kfac_approx, resolve_settings
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood, check_finite
+from kfac_laplace.options import check_choice, check_whole
 
 log = logging.getLogger("kfac_laplace")
 
@@ -79,9 +80,10 @@ class Curvature:
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
     ):
-        _check_choice("hessian_structure", hessian_structure, STRUCTURES)
-        _check_choice("uncovered", uncovered, UNCOVERED)
+        check_choice("hessian_structure", hessian_structure, STRUCTURES)
+        check_choice("uncovered", uncovered, UNCOVERED)
         check_kfac_approx(kfac_approx)
+        check_whole("seed", seed)
         self.likelihood = likelihoods.resolve(likelihood)
         self.network = Network(model, self.likelihood, subset_of_weights, joint_bias, forward_fn)
         self.batch_fn = batch_fn
@@ -384,10 +386,3 @@ def _idle_examples(counted: Tensor | None) -> Tensor:
     if counted is None:
         return torch.zeros(1, dtype=torch.bool)
     return (counted == 0).flatten(1).all(1)
-
-
-def _check_choice(where: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InvalidValue(
-            "unknown option", where=where, got=repr(value), remedy=f"Choose one of {choices}"
-        )

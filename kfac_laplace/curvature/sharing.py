@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.errors import InvalidType, InvalidValue, UnsupportedUse
 
 Setting = Literal["expand", "reduce"]
 SETTINGS = ("auto", "expand", "reduce")
@@ -17,6 +17,13 @@ KfacApprox = str | Mapping[str, str]
 
 def check_kfac_approx(kfac_approx: KfacApprox) -> None:
     """Raise `InvalidValue` for an unknown setting."""
+    if not isinstance(kfac_approx, str | Mapping):
+        raise InvalidType(
+            "not a setting",
+            where="kfac_approx",
+            got=repr(kfac_approx),
+            remedy=f"Choose one of {SETTINGS}, or a mapping from name patterns to them",
+        )
     values = [kfac_approx] if isinstance(kfac_approx, str) else kfac_approx.values()
     for value in values:
         if value not in SETTINGS:

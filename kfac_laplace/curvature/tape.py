@@ -130,20 +130,31 @@ class Tape(TorchFunctionMode):
             with self:
                 return FORMS[func](*args, **kwargs)
         before = _edges(args) if made_of and func in IN_PLACE else {}
+        with_data = any(self._depends_on_data(t) for t in tensors)
         output = func(*args, **kwargs)
+        if func is Tensor.__setitem__:  # returns nothing, but its first argument has changed
+            self._follow(func, args[0], made_of, with_data)
         if not isinstance(output, Tensor | tuple | list):
             return output
-        if made_of and not any(self._depends_on_data(t) for t in tensors):
-            return self._derive(func, output, made_of)
-        if made_of and isinstance(output, Tensor):
+        if made_of and not with_data and func in REPEATS and isinstance(output, Tensor):
+            return self._repeat(func, output, made_of)
+        if made_of and with_data and isinstance(output, Tensor):
             layer, output = _layer(func, output, made_of, (args, kwargs))
             if layer is not None:
                 self._record(layer, output, before)
-        if made_of or any(t in self._data for t in tensors):
+        self._follow(func, output, made_of, with_data)
+        return output
+
+    def _follow(
+        self, func: Callable[..., Any], output: Any, made_of: list[Source], with_data: bool
+    ) -> None:
+        """Take the outputs of a call for data if data went in, else for sources if sources did."""
+        if made_of and not with_data:
+            self._sources.derive(func, output, made_of)
+        elif with_data:
             for tensor in tensors_in(output):
                 self._sources.forget(tensor)
                 self._data[tensor] = True
-        return output
 
     def _depends_on_data(self, tensor: Tensor) -> bool:
         """Whether a tensor may differ between examples.
@@ -155,16 +166,15 @@ class Tape(TorchFunctionMode):
             return False
         return tensor in self._data or tensor.requires_grad
 
-    def _derive(self, func: Callable[..., Any], output: Any, made_of: list[Source]) -> Any:
-        """A call on sources alone; repeated over the examples it counts as a use."""
-        if func in REPEATS and isinstance(output, Tensor) and len(made_of) == 1:
-            layer = repeated(output, made_of[0].tensor, self._n)
-            if layer is not None:
-                output = _no_view(output)
-                self._record(layer, output, {})
-                self._data[output] = True
-                return output
-        self._sources.derive(func, output, made_of)
+    def _repeat(self, func: Callable[..., Any], output: Tensor, made_of: list[Source]) -> Tensor:
+        """A source repeated: over the examples that is a use, in any other way a source again."""
+        layer = repeated(output, made_of[0].tensor, self._n)
+        if layer is None:
+            self._sources.derive(func, output, made_of)
+            return output
+        output = _no_view(output)
+        self._record(layer, output, {})
+        self._data[output] = True
         return output
 
     def _record(self, layer: Layer, output: Tensor, before: Mapping[int, Node]) -> None:

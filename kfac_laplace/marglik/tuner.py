@@ -25,6 +25,7 @@ from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.curvature.state import groups_from_plain, groups_to_plain
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.evidence import FixedPoint, LogHyperparameters
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 from kfac_laplace.posterior.laplace import Laplace
@@ -122,14 +123,9 @@ class MarglikTuner:
             "n_hypersteps": (n_hypersteps, 1),
         }
         for name, (value, least) in at_least.items():
-            if value < least:
-                raise InvalidValue(f"must be at least {least}", where=name, got=value)
-        if lr_hyp <= 0:
-            raise InvalidValue("must be positive", where="lr_hyp", got=lr_hyp)
-        if method not in METHODS:
-            raise InvalidValue(
-                "unknown method", where="method", got=repr(method), remedy=f"Choose from {METHODS}"
-            )
+            check_whole(name, value, least)
+        check_positive("lr_hyp", lr_hyp)
+        check_choice("method", method, METHODS)
         self.model = model
         self.n_data = n_data
         self.n_epochs_burnin, self.marglik_frequency = n_epochs_burnin, marglik_frequency

@@ -20,6 +20,7 @@ from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.curvature.state import curvature_state, restore_curvature
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Gaussian, Likelihood, check_finite
+from kfac_laplace.options import check_whole
 from kfac_laplace.posterior import calibration, evidence, state
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 from kfac_laplace.posterior.predictive import Predictive
@@ -300,6 +301,7 @@ class Laplace:
             tolerance: largest component of the gradient, in nats per unit of log δ or log σ.
             grid: candidates for "gridsearch"; 10⁻⁴ … 10⁴ by default.
         """
+        check_whole("n_steps", n_steps, 1)
         posterior = self.posterior
         if method == "gridsearch":
             delta = calibration.grid_search(

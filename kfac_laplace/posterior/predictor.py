@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from kfac_laplace.curvature.batches import AnyBatch
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Gaussian
+from kfac_laplace.options import check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.glm import output_features, output_gaussian
 from kfac_laplace.posterior.links import LINKS, activation, sample_outputs
@@ -47,7 +48,7 @@ class Predictor:
             raise InvalidValue(
                 "unknown link", where="link_approx", got=repr(link), remedy=f"Choose from {LINKS}"
             )
-        check_count(n_samples)
+        check_whole("n_samples", n_samples, 1)
         curvature, source = self.posterior.curvature, self.source(generator)
         axis, sigma = curvature.network.class_axis, self._sigma
         if pred_type != "glm":
@@ -91,7 +92,7 @@ class Predictor:
 
     def parameters(self, n: int, generator: Generator | None) -> Tensor:
         """Draws (n, P) in the order of the parameters."""
-        check_count(n)
+        check_whole("n_samples", n, 1)
         mode = self.posterior.mode
         drawn = self.posterior.deviations(n, self.source(generator))
         flat = torch.cat([drawn[name].reshape(n, -1) for name in mode], 1)
@@ -100,7 +101,7 @@ class Predictor:
 
     def functions(self, x: Any, n: int, pred_type: str, generator: Generator | None) -> Tensor:
         """Draws of functions, each at all inputs, shape (n, *output shape)."""
-        check_count(n)
+        check_whole("n_samples", n, 1)
         if pred_type not in SAMPLERS:
             raise InvalidValue(
                 "unknown prediction type",
@@ -130,9 +131,3 @@ class Predictor:
     @property
     def _sigma(self) -> Tensor:
         return self.posterior.hyperparameters.sigma_noise.detach()
-
-
-def check_count(n: int) -> None:
-    """Raise `InvalidValue` unless at least one sample is asked for."""
-    if n < 1:
-        raise InvalidValue("at least one sample is needed", where="n_samples", got=n)

@@ -208,3 +208,20 @@ def test_a_vector_of_precisions_before_the_first_batch_asks_for_prepare():
     wrong = MarglikTuner(case.model, "classification", 7, prior_precision=torch.ones(5))
     with pytest.raises(InvalidValue, match="2 precisions"):
         wrong.step(case.batches)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("n_data", 2.5, InvalidType),
+        ("n_hypersteps", "ten", InvalidType),
+        ("lr_hyp", float("nan"), InvalidValue),
+        ("lr_hyp", "fast", InvalidType),
+        ("method", 3, InvalidValue),
+    ],
+)
+def test_options_of_a_wrong_kind(name, value, error):
+    case = build("mlp-tanh")
+    options = {"n_data": 7, name: value}
+    with pytest.raises(error, match=name):
+        MarglikTuner(case.model, case.likelihood, **options)

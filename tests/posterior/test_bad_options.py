@@ -5,7 +5,7 @@ import torch
 from cases import build
 from torch import nn
 
-from kfac_laplace import KfacLaplaceError, Laplace
+from kfac_laplace import KfacLaplaceError, Laplace, MonteCarlo
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, UnsupportedUse
 
 
@@ -54,6 +54,8 @@ BAD_KINDS = {
     "fisher": 3,
     "likelihood": 3,
     "subset_of_weights": 3,
+    "kfac_approx": 3,
+    "seed": "one",
 }
 
 
@@ -135,6 +137,15 @@ def test_prediction_options(options):
     la = Laplace(case.model, "classification").fit(case.batches)
     with pytest.raises(InvalidValue):
         la(case.x, **options)
+
+
+@pytest.mark.parametrize("count", [2.5, True, "two", None])
+def test_counts_are_whole_numbers(count):
+    case = build("mlp-tanh")
+    la = Laplace(case.model, "classification").fit(case.batches)
+    for ask in (la.sample, lambda n: la(case.x, n_samples=n), lambda n: MonteCarlo(samples=n)):
+        with pytest.raises(InvalidType, match="whole"):
+            ask(count)
 
 
 def test_sample_counts():

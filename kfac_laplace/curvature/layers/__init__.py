@@ -18,4 +18,7 @@ from kfac_laplace.curvature.layers.registry import Fold as Fold
 from kfac_laplace.curvature.layers.registry import Inputs as Inputs
 from kfac_laplace.curvature.layers.registry import Layer as Layer
 from kfac_laplace.curvature.layers.registry import Rows as Rows
+from kfac_laplace.curvature.layers.registry import equivalent_form as equivalent_form
+from kfac_laplace.curvature.layers.registry import guard as guard
 from kfac_laplace.curvature.layers.registry import layer_rule as layer_rule
+from kfac_laplace.curvature.layers.registry import operator_rule as operator_rule
