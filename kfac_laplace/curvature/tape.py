@@ -110,6 +110,7 @@ class Tape(TorchFunctionMode):
         self._sources = Sources(tracked)
         self._names = {id(tensor): name for name, tensor in tracked.items()}
         self._data = WeakTensorKeyDictionary(dict.fromkeys(data, True))
+        self._constants = WeakTensorKeyDictionary()  # functions of untracked parameters alone
         self._n = n
         self.uses: list[Use] = []
 
@@ -155,16 +156,22 @@ class Tape(TorchFunctionMode):
             for tensor in tensors_in(output):
                 self._sources.forget(tensor)
                 self._data[tensor] = True
+        else:
+            for tensor in tensors_in(output):
+                if tensor.requires_grad:
+                    self._constants[tensor] = True
 
     def _depends_on_data(self, tensor: Tensor) -> bool:
         """Whether a tensor may differ between examples.
 
         Autograd functions written in Python hide their inputs here: what requires a gradient and
-        is no source counts as data.
+        comes from no call that was seen counts as data.
         """
         if self._sources.get(tensor) is not None:
             return False
-        return tensor in self._data or tensor.requires_grad
+        if tensor in self._data:
+            return True
+        return tensor.requires_grad and not tensor.is_leaf and tensor not in self._constants
 
     def _repeat(self, func: Callable[..., Any], output: Tensor, made_of: list[Source]) -> Tensor:
         """A source repeated: over the examples that is a use, in any other way a source again."""

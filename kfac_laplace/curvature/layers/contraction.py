@@ -105,13 +105,20 @@ def _axes(letters: dict[str, str]) -> _Axes | None:
 
 def _contraction(letters: dict[str, str], tensors: dict[str, Tensor]) -> Layer | None:
     """The layer of a contraction, or None where it is no linear map of rows."""
+    weight, data, output = tensors["weight"], tensors["data"], tensors["out"]
+    sizes = dict(zip(letters["out"], output.shape, strict=True))
+    given = dict(zip(letters["data"], data.shape, strict=True))
+    # Axes of length 1 along which the weight is broadcast are no axes of its own.
+    own = {
+        z: size
+        for z, size in zip(letters["weight"], weight.shape, strict=True)
+        if size != 1 or sizes.get(z, given.get(z)) == 1
+    }
+    letters = {**letters, "weight": "".join(own)}
     axes = _axes(letters)
     if axes is None:
         return None
-    weight, data, output = tensors["weight"], tensors["data"], tensors["out"]
-    sizes = dict(zip(letters["out"], output.shape, strict=True))
-    sizes |= dict(zip(letters["weight"], weight.shape, strict=True))
-    given = dict(zip(letters["data"], data.shape, strict=True))
+    sizes |= own
     if any(given[z] != sizes[z] for z in letters["data"]):  # broadcast along an axis of length 1
         return None
     b, o, i = (prod(sizes[z] for z in part) for part in (axes.block, axes.output, axes.input))
@@ -123,7 +130,7 @@ def _contraction(letters: dict[str, str], tensors: dict[str, Tensor]) -> Layer |
         data=(data,),
         inputs=Rows(_rows(letters["data"], axes, axes.input, i)(data.detach()[None])[0]),
         output_rows=_rows(letters["out"], axes, axes.output, o),
-        fold=None if order == tuple(sorted(order)) else Fold(tuple(weight.shape), order),
+        fold=None if order == tuple(sorted(order)) else Fold(tuple(own.values()), order),
     )
 
 
