@@ -20,12 +20,13 @@ class Batch:
     Args:
         x: a tensor, a mapping or a sequence, nested at will.
         device: where to move the tensors.
+        n: number of examples, where it is known from the targets.
     """
 
     #: No rows of which examples have different numbers.
     segments: Mapping[str, Tensor] = {}
 
-    def __init__(self, x: Any, device: torch.device):
+    def __init__(self, x: Any, device: torch.device, n: int | None = None):
         leaves, self._tree = tree_flatten(dict(x) if isinstance(x, Mapping) else x)
         self._leaves = [
             outside_inference(v).to(device) if isinstance(v, Tensor) else v for v in leaves
@@ -34,7 +35,7 @@ class Batch:
         sizes = [v.shape[0] for v in self._leaves if isinstance(v, Tensor) and v.ndim]
         if not sizes:
             raise InvalidType("no tensor among the inputs", where="x", got=type(x).__name__)
-        self.n = sizes[0]
+        self.n = n if n in sizes else _likely_count(sizes)
 
     @property
     def x(self) -> Any:
@@ -65,23 +66,37 @@ class Batch:
         return Batch(
             self.with_examples([tensor[examples.to(tensor.device)] for tensor in self.by_example]),
             self._device,
+            len(examples),
         )
 
     def split(self, step: int) -> "Iterator[Batch]":
         """The batch in pieces of at most `step` examples."""
         pieces = zip(*(tensor.split(step) for tensor in self.by_example), strict=True)
         for piece in pieces:
-            yield Batch(self.with_examples(piece), self._device)
+            yield Batch(self.with_examples(piece), self._device, len(piece[0]))
+
+
+def _likely_count(sizes: list[int]) -> int:
+    """The most frequent length of first axes; of equally frequent ones the first above 1."""
+    most = max(sizes.count(size) for size in sizes)
+    likely = [size for size in sizes if sizes.count(size) == most]
+    return next((size for size in likely if size != 1), likely[0])
 
 
 AnyBatch = Batch | GraphBatch
 
 
-def as_batch(x: Any, device: torch.device) -> AnyBatch:
-    """Inputs on a device, in examples; `InvalidValue` if there are none."""
+def as_batch(x: Any, device: torch.device, n: int | None = None) -> AnyBatch:
+    """Inputs on a device, in examples; `InvalidValue` if there are none.
+
+    Args:
+        x: inputs.
+        device: where to move them.
+        n: number of examples, where it is known from the targets.
+    """
     if isinstance(x, Batch | GraphBatch):
         return x
-    batch = GraphBatch(x, device) if is_graph(x) else Batch(x, device)
+    batch = GraphBatch(x, device) if is_graph(x) else Batch(x, device, n)
     if batch.n == 0:
         raise InvalidValue(
             "a batch without examples", where="x", got="0 examples", remedy="Drop it"

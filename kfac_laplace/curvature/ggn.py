@@ -175,7 +175,7 @@ class Curvature:
         draws = self.generator.get_state()
         try:
             with undisturbed(self.network.model):
-                self._accumulate(self.network.batch(x), y, parameters)
+                self._accumulate(self.network.batch(x, len(y) if y.ndim else None), y, parameters)
         except BaseException:
             self.generator.set_state(draws)
             raise

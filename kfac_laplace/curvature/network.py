@@ -70,9 +70,9 @@ class Network:
         params = dict(self.model.named_parameters())
         return {name: params[name] for name in self.tracked}
 
-    def batch(self, x: Any) -> AnyBatch:
-        """Inputs on the model's device; `InvalidValue` if there are none."""
-        return as_batch(x, self.device)
+    def batch(self, x: Any, n: int | None = None) -> AnyBatch:
+        """Inputs of n examples (if known) on the model's device; `InvalidValue` if none."""
+        return as_batch(x, self.device, n)
 
     def run(self, batch: AnyBatch, params: Mapping[str, Tensor] | None = None) -> Pass:
         """Record a forward pass at `params` (the model's own by default)."""

@@ -11,12 +11,11 @@ from torch import Tensor
 from kfac_laplace.curvature.batches import AnyBatch
 from kfac_laplace.curvature.generic import ExampleGraph
 from kfac_laplace.curvature.groups import Group, Term
-from kfac_laplace.curvature.layout import unfold
 from kfac_laplace.curvature.outer import Factored, joined, step_for
 from kfac_laplace.curvature.precision import accumulable
+from kfac_laplace.curvature.pullback import exact_pieces
 from kfac_laplace.curvature.reach import reachable_rows
 from kfac_laplace.curvature.sharing import Axis, Grouping, Segments
-from kfac_laplace.curvature.sources import Source
 from kfac_laplace.curvature.tape import Recording, Use
 from kfac_laplace.errors import UnsupportedUse
 
@@ -150,69 +149,13 @@ class Pass:
         if group.name in generic:
             yield generic[group.name]
         elif group.role == "exact":
-            yield from self._exact_pieces(group, rows)
+            yield from exact_pieces(self, group, rows)
         else:
             factored = self.gradient(group, rows)
             if factored is not None:
                 step = step_for(len(factored.left) * group.layout.size)
                 for piece in factored.pieces(step):
                     yield piece.dense()
-
-    def _exact_pieces(self, group: Group, rows: Rows) -> Iterator[Tensor]:
-        """Sum over the uses of a group, each pulled back to the parameters it is made of."""
-        uses = [u for u in self.uses[group.name] if u in rows]
-        if not uses:
-            return
-        vectors = len(rows[uses[0]])
-        size = sum(self.recording.uses[u].layer.weight.numel() for u in uses)
-        step = step_for(vectors * max(size, group.layout.size))
-        gradients = [self._use_gradient(u, rows[u]).pieces(step) for u in uses]
-        for pieces in zip(*gradients, strict=True):
-            m = pieces[0].left.shape[2]
-            total = {
-                name: pieces[0].left.new_zeros(vectors, m, *shape)
-                for name, shape in zip(group.layout.params, group.layout.shapes, strict=True)
-            }
-            for u, piece in zip(uses, pieces, strict=True):
-                self._pull_back(self.recording.uses[u], piece, total)
-            yield group.layout.pack(total)
-
-    def _use_gradient(self, u: int, rows: Tensor) -> Factored:
-        """Factored per-example gradients with respect to the weight of a use."""
-        grouping = self.grouping(u)
-        left = grouping.by_example(rows, self.n, block_axis=1)
-        return self.recording.uses[u].layer.inputs.gradients(left, grouping, self.n)
-
-    def _pull_back(self, use: Use, piece: Factored, total: Mapping[str, Tensor]) -> None:
-        """Add the gradients of a use to those of the parameters in `total`."""
-        layer = use.layer
-        v, m = piece.left.shape[0], piece.left.shape[2]
-        if use.weight is not None and total.keys() & set(use.weight.params):
-            chain = (layer.fold,) if layer.fold is not None else ()
-            dense = unfold(piece.dense().flatten(2), chain, 2)
-            self._add(use.weight, dense.reshape(v, m, *layer.weight.shape), total)
-        if use.bias is not None and total.keys() & set(use.bias.params):
-            assert layer.bias is not None
-            sums = piece.left.sum(3).movedim(1, 2)  # (v, m, b, o)
-            self._add(use.bias, sums.reshape(v, m, *layer.bias.shape), total)
-
-    def _add(self, source: Source, gradients: Tensor, total: Mapping[str, Tensor]) -> None:
-        """Take gradients (v, m, *shape) of a source to its parameters."""
-        if source.is_parameter:
-            total[source.params[0]].add_(gradients)
-            return
-        names = [name for name in source.params if name in total]
-        found = torch.autograd.grad(
-            source.tensor,
-            [self.params[name] for name in names],
-            gradients.flatten(0, 1).to(source.tensor.dtype),
-            is_grads_batched=True,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for name, grad in zip(names, found, strict=True):
-            if grad is not None:
-                total[name].add_(grad.unflatten(0, gradients.shape[:2]))
 
     def gradients(
         self, groups: Sequence[Group], rows: Rows, generic: Mapping[str, Tensor]
