@@ -17,6 +17,8 @@ REFERENCES = ROOT / "docs" / "references.md"
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SKIPPED = re.compile(r"^```python skip\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+# Examples may use these; without them their page is skipped.
+OPTIONAL = re.compile(r"^from (transformers|peft|torch_geometric)\b", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # [KFAC23], [ML21, eq. 6], [MacKay 1992], [Hobbhahn et al. 2022, eq. 3]
 KEY = re.compile(r"\[([A-Z][A-Za-z]*\d\d|[A-Z]\w+(?: et al\.)? \d{4})(?:, [^\]]*)?\]")
@@ -71,6 +73,8 @@ def test_examples_run(page, tmp_path, monkeypatch):
     """The blocks of a page, one after another in one namespace, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     text, namespace = page.read_text(encoding="utf-8"), {"__name__": "example"}
+    for package in OPTIONAL.findall(text):
+        pytest.importorskip(package)
     for block in EXAMPLE.finditer(text):
         # Blank lines in front, so that a traceback names the line of the page.
         source = "\n" * (text[: block.start(1)].count("\n")) + block[1]

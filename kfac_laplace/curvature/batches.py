@@ -127,7 +127,7 @@ def split_batch(batch: Any, key_y: str, batch_fn: BatchFn | None = None) -> tupl
                 "the batch has no targets",
                 where=f"key '{key_y}'",
                 got=sorted(map(str, batch)),
-                remedy="Name the entry with dict_key_y",
+                remedy="Name the entry: dict_key_y, or key_y of Curvature.fit",
             )
         x = {key: value for key, value in batch.items() if key != key_y}
         return x, _target(batch[key_y])

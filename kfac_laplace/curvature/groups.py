@@ -131,7 +131,8 @@ def select_parameters(
 
 def last_layer(recording: Recording) -> list[str]:
     """Parameters of the layer used last in the forward pass; scales and shifts are no layers."""
-    layers = [use for use in recording.uses if use.layer.kronecker]
+    layers = [recording.uses[u] for u in sorted(recording.reached)]
+    layers = [use for use in layers if use.layer.kronecker]
     alike = _ways(recording).keys() - recording.loose
     if not layers or not alike.issuperset(layers[-1].params):
         raise InvalidValue(

@@ -47,7 +47,7 @@ class KroneckerSum(BatchSum):
         b, o, _ = group.layout.matrix
         device = passed.network.device
         self._output_sum = torch.zeros(b, o, o, device=device)
-        self._before_summing = torch.zeros((), device=device)
+        self._before_summing = torch.zeros(b, device=device)
         self._live: dict[int, Tensor] = {}
         for term in self._terms:
             passed.grouping(term.use)  # rows that sum over examples are no rows
@@ -66,7 +66,8 @@ class KroneckerSum(BatchSum):
             grouping, n = self._passed.grouping(term.use), self._passed.n
             part = grouping.by_example(own, n, block_axis=1).sum(3)  # (v, b, n, o)
             sums[term.start] = sums[term.start] + part if term.start in sums else part
-            self._before_summing = self._before_summing + own.square().sum()
+            squares = own.square().sum((0, *range(2, own.ndim)))  # (b,)
+            self._before_summing[term.start : term.start + len(squares)] += squares
         for start, part in sums.items():
             self._add_outputs(part, start)
 
@@ -89,10 +90,13 @@ class KroneckerSum(BatchSum):
     def cancels(self) -> bool:
         """Whether the gradients of each example cancel over its positions, which leaves B = 0.
 
-        Attention keys do so: softmax does not see a shift of all keys by one vector.
+        Attention keys do so: softmax does not see a shift of all keys by one vector. The block of a
+        bias is exact, so that one is truly zero.
         """
-        left = self._output_sum.diagonal(dim1=-2, dim2=-1).sum()
-        return bool(left < CANCELLED * self._before_summing)
+        if self._group.role == "bias":
+            return False
+        left = self._output_sum.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return bool((left < CANCELLED * self._before_summing).any())
 
     def block(self) -> KroneckerBlock:
         """Sums and counts."""

@@ -61,11 +61,13 @@ class Recording:
         output: what the model returned.
         uses: recorded calls in forward order.
         loose: names of the tracked parameters that reach the output outside recorded calls.
+        reached: indices of the uses that the output depends on.
     """
 
     output: Tensor
     uses: tuple[Use, ...]
     loose: frozenset[str]
+    reached: frozenset[int]
 
     def output_rows(
         self, outputs: Tensor, vectors: Sequence[Tensor], uses: Sequence[int] | None = None
@@ -202,13 +204,12 @@ class Tape(TorchFunctionMode):
         self.uses.append(Use(layer, weight, bias, get_gradient_edge(output), nodes))
 
     def recording(self, output: Tensor) -> Recording:
-        """Close the tape over the model's output."""
-        return Recording(output, tuple(self.uses), self._loose(output))
+        """Close the tape over the model's output.
 
-    def _loose(self, output: Tensor) -> frozenset[str]:
-        """Walk the graph from the output, stepping from a recorded call straight to its data."""
+        Walks the graph from it, stepping from a recorded call straight to its data.
+        """
         steps = {use.edge.node: use.below for use in self.uses}
-        found: set[str] = set()
+        loose: set[str] = set()
         seen: set[Node] = set()
         stack = [get_gradient_edge(output).node] if output.requires_grad else []
         while stack:
@@ -222,9 +223,10 @@ class Tape(TorchFunctionMode):
             _refuse_opaque(node)
             name = self._names.get(id(getattr(node, "variable", None)))
             if name is not None:
-                found.add(name)
+                loose.add(name)
             stack.extend(below for below, _ in node.next_functions if below is not None)
-        return frozenset(found)
+        reached = frozenset(u for u, use in enumerate(self.uses) if use.edge.node in seen)
+        return Recording(output, tuple(self.uses), frozenset(loose), reached)
 
 
 #: Calls with a rule that write into their first argument.

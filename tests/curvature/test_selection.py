@@ -19,7 +19,6 @@ from laws import (
 )
 from torch import Tensor, nn
 
-from kfac_laplace import Curvature
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError, UnsupportedUse
 
 
@@ -249,37 +248,3 @@ def test_a_trainable_bias_added_by_hand_is_found():
     assert curvature.coverage == {"weight": "kron", "bias": "diag"}
     exact = oracles.ggn(example.model, *example.data, ["bias"])
     assert relative_error(curvature.blocks["bias"].dense(), exact.diagonal().diag()) < EXACT
-
-
-def test_reduce_says_where_it_sees_no_curvature(caplog):
-    """Softmax ignores a shift of all keys, so their gradients cancel over the tokens."""
-    with caplog.at_level("WARNING", logger="kfac_laplace"):
-        fitted("vit", kfac_approx="expand")
-        assert not caplog.records
-        reduce = fitted("vit", kfac_approx="reduce")
-    assert len(caplog.records) == 1 and "attention.k.weight" in caplog.text
-    assert "attention.q" not in caplog.text and "'expand'" in caplog.text
-    assert reduce.blocks["attention.k.weight"].factors.output.abs().max() < 1e-12
-    caplog.clear()
-    fitted("vit", kfac_approx={"*attention.k*": "expand", "*": "auto"})
-    assert not caplog.records
-
-
-class ScaledLogits(nn.Sequential):
-    """A network whose logits pass through a learned temperature and a shift."""
-
-    def __init__(self):
-        super().__init__(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-        self.scale = nn.Parameter(torch.ones(()))
-        self.shift = nn.Parameter(torch.zeros(3))
-
-    def forward(self, x):
-        return super().forward(x) * self.scale + self.shift
-
-
-def test_the_last_layer_is_a_layer_and_no_scale_behind_it():
-    case = build("mlp-tanh")
-    model = ScaledLogits().double()
-    curvature = Curvature(model, "classification", subset_of_weights="last_layer")
-    curvature.fit(case.batches)
-    assert list(curvature.params) == ["2.weight", "2.bias"]

@@ -75,7 +75,10 @@ def expand_as(output: Tensor, weight: Tensor, input: Tensor, other: Tensor) -> L
 def repeated(output: Tensor, weight: Tensor, n: int) -> Layer | None:
     """A parameter repeated over n examples, as class tokens are; None for other repetitions."""
     offset = output.ndim - weight.ndim
-    if output.shape[0] != n or (offset == 0 and weight.shape[0] != 1):
+    if not any(
+        size == n and (axis < offset or weight.shape[axis - offset] == 1)
+        for axis, size in enumerate(output.shape)
+    ):
         return None
     entries = _repeated_entries(output, weight)
     if entries is None:
