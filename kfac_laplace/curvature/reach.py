@@ -1,21 +1,57 @@
 """Which rows of a layer the outputs depend on at all.
 
 Padding, and tokens that nothing reads, receive no gradient and must not enter input factors. Rows
-behind a rectifier that happens to be off receive none either, but are ordinary positions: their
-input belongs to the average. A backward pass in which rectifiers let everything through tells the
-two apart.
+behind a rectifier that happens to be off, or that win no maximum, receive none either, but are
+ordinary positions: their input belongs to the average. A backward pass in which rectifiers and
+maxima let everything through tells the two apart.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from kfac_laplace.curvature.tape import Recording
 
-#: Autograd nodes of functions that are flat on half of their inputs or more.
+Gradients = Sequence[Tensor | None]
+
+
+def _let_through(grad_inputs: Gradients, grad_outputs: Gradients) -> tuple[Tensor | None, ...]:
+    """The gradient of an elementwise function's output as that of its inputs."""
+    given = grad_outputs[0]
+    return tuple(
+        wanted if wanted is None or given is None or wanted.shape != given.shape else given
+        for wanted in grad_inputs
+    )
+
+
+def _spread(node: Any, grad_inputs: Gradients, grad_outputs: Gradients) -> tuple[Tensor | None]:
+    """The gradient of a maximum along axes to all entries that took part."""
+    wanted, given = grad_inputs[0], grad_outputs[0]
+    if wanted is None or given is None:
+        return (wanted,)
+    dims = node._saved_dim if isinstance(node._saved_dim, tuple) else (node._saved_dim,)
+    if not node._saved_keepdim:
+        # Negative axes are stored unsigned.
+        for dim in sorted((dim - 2**64 if dim >= 2**63 else dim) % wanted.ndim for dim in dims):
+            given = given.unsqueeze(dim)
+    return (given.expand_as(wanted),)
+
+
+def _spread_pool(grad_inputs: Gradients, grad_outputs: Gradients) -> tuple[Tensor | None]:
+    """The gradient of a maximum over windows to the places around each."""
+    wanted, given = grad_inputs[0], grad_outputs[0]
+    if wanted is None or given is None or given.ndim < 4:  # without a batch axis
+        return (wanted,)
+    return (F.interpolate(given, wanted.shape[2:]),)
+
+
+#: Autograd nodes of elementwise functions that are flat on half of their inputs or more.
 GATES = (
     "ReluBackward",
     "HardtanhBackward",
@@ -26,6 +62,18 @@ GATES = (
     "ClampMinBackward",
     "SoftshrinkBackward",
     "HardshrinkBackward",
+    "PowBackward",  # as in squared rectifiers, flat where these are off
+    "MaximumBackward",
+    "MinimumBackward",
+)
+#: Autograd nodes of maxima along axes.
+MAXIMA = ("AmaxBackward", "AminBackward", "MaxBackward0", "MinBackward0")
+#: Autograd nodes of maxima over windows.
+POOLS = (
+    "MaxPool2DWithIndicesBackward",
+    "MaxPool3DWithIndicesBackward",
+    "AdaptiveMaxPool2DBackward",
+    "AdaptiveMaxPool3DBackward",
 )
 
 
@@ -55,12 +103,9 @@ def reachable_rows(recording: Recording, outputs: Tensor, counted: Tensor | None
 
 @contextmanager
 def _open_gates(outputs: Tensor) -> Iterator[None]:
-    """Let gradients through rectifiers unchanged while active."""
-    handles = [
-        node.register_hook(_let_through)
-        for node in _nodes(outputs.grad_fn)
-        if node.name().startswith(GATES)
-    ]
+    """Let gradients through rectifiers and maxima to all their inputs while active."""
+    hooks = {node: hook for node in _nodes(outputs.grad_fn) if (hook := _hook(node)) is not None}
+    handles = [node.register_hook(hook) for node, hook in hooks.items()]
     try:
         yield
     finally:
@@ -68,11 +113,13 @@ def _open_gates(outputs: Tensor) -> Iterator[None]:
             handle.remove()
 
 
-def _let_through(
-    grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """The gradient of a gate's output as that of its input."""
-    return (grad_outputs[0], *grad_inputs[1:])
+def _hook(node: Node) -> Callable[..., Any] | None:
+    """What opens a node, or None for one that is no gate."""
+    if node.name().startswith(GATES):
+        return _let_through
+    if node.name().startswith(POOLS):
+        return _spread_pool
+    return partial(_spread, node) if node.name().startswith(MAXIMA) else None
 
 
 def _nodes(root: Node | None) -> Iterator[Node]:

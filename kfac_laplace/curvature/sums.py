@@ -151,8 +151,8 @@ class KroneckerSum(BatchSum):
 
 
 def _may_drop(term: Term, n: int) -> bool:
-    """Whether rows of a use may be left out of A: only where examples have several."""
-    return term.inputs.droppable and term.inputs.count > n
+    """Whether rows of a use may be left out of A: where examples have several, and in tables."""
+    return term.inputs.droppable and (term.inputs.diagonal or term.inputs.count > n)
 
 
 class DiagonalSum(BatchSum):

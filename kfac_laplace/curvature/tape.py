@@ -126,8 +126,8 @@ class Tape(TorchFunctionMode):
         """Run the call, record it where sources meet data, and follow both through it."""
         kwargs = kwargs or {}
         tensors = list(tensors_in((args, kwargs)))
-        if func in GUARDS and any(t in self._data for t in tensors):
-            GUARDS[func](*args, **kwargs)
+        if func in GUARDS:
+            GUARDS[func](any(t in self._data for t in tensors), *args, **kwargs)
         made_of = [source for t in tensors if (source := self._sources.get(t)) is not None]
         if made_of and func in FORMS:
             with self:

@@ -2,12 +2,20 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_laplace.curvature.layers.registry import Fold, Inputs, Layer, layer_rule, operator_rule
+from kfac_laplace.curvature.layers.registry import (
+    Fold,
+    Inputs,
+    Layer,
+    guard,
+    layer_rule,
+    operator_rule,
+)
 from kfac_laplace.curvature.outer import LookedUp
 from kfac_laplace.curvature.sharing import Grouping
 from kfac_laplace.errors import UnsupportedUse
@@ -71,6 +79,19 @@ class OneHot(Inputs):
         return OneHot(self.index, self.size, self.live & live)
 
 
+@guard(F.embedding, F.embedding_bag)
+def refuse_renormalisation(with_data: bool, *args: Any, **options: Any) -> None:
+    """Raise `UnsupportedUse` for lookups that write into their table."""
+    max_norm = options.get("max_norm")
+    if max_norm is not None:
+        raise UnsupportedUse(
+            "an embedding with max_norm rewrites its weight in every forward pass",
+            where="embedding",
+            got=f"max_norm={max_norm}",
+            remedy="Normalise the weight once, and set max_norm to None",
+        )
+
+
 @layer_rule(F.embedding)
 def embedding(
     output: Tensor,
@@ -83,13 +104,6 @@ def embedding(
     sparse: bool = False,
 ) -> Layer:
     """Row `input` of the weight; what looks up the padding entry has no gradient."""
-    if max_norm is not None:
-        raise UnsupportedUse(
-            "an embedding with max_norm rewrites its weight in every forward pass",
-            where="embedding",
-            got=f"max_norm={max_norm}",
-            remedy="Normalise the weight once, and set max_norm to None",
-        )
     live = torch.ones_like(input, dtype=torch.bool)
     if padding_idx is not None:
         live = input != padding_idx % len(weight)

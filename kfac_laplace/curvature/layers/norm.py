@@ -146,6 +146,7 @@ def native_batch_norm(
 
 @guard(F.batch_norm)
 def refuse_batch_statistics(
+    with_data: bool,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -155,8 +156,8 @@ def refuse_batch_statistics(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> None:
-    """Raise `UnsupportedUse` where the statistics come from the batch."""
-    if not training and running_mean is not None and running_var is not None:
+    """Raise `UnsupportedUse` where the statistics come from the batch, and not from a weight."""
+    if not with_data or (not training and running_mean is not None and running_var is not None):
         return
     raise UnsupportedUse(
         "batch norm with the statistics of the batch mixes the examples, so that no example has "
@@ -170,6 +171,7 @@ def refuse_batch_statistics(
 
 @guard(torch.batch_norm)
 def refuse_native_batch_statistics(
+    with_data: bool,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -181,7 +183,7 @@ def refuse_native_batch_statistics(
     cudnn_enabled: bool,
 ) -> None:
     """The same with torch's own order of arguments."""
-    refuse_batch_statistics(input, running_mean, running_var, training=training)
+    refuse_batch_statistics(with_data, input, running_mean, running_var, training=training)
 
 
 def _last(input: Tensor, normalized_shape: list[int]) -> range:

@@ -271,6 +271,9 @@ def equivalent_form(*functions: Callable[..., Any]) -> Callable[[Form], Form]:
 def guard(*functions: Callable[..., Any]) -> Callable[[Guard], Guard]:
     """Register a check that runs before every such call, whoever makes it, and may refuse it.
 
+    It is called as `check(with_data, *args, **kwargs)`, where `with_data` says whether an argument
+    may differ between examples.
+
     Args:
         functions: the functions, as `torch.overrides` sees them.
     """
