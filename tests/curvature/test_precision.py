@@ -8,6 +8,7 @@ from cases import Case, build
 from laws import fitted, relative_error
 from torch import nn
 
+from kfac_laplace.curvature.precision import gram
 from kfac_laplace.errors import InvalidValue
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,3 +93,9 @@ def test_a_callers_autocast_does_not_round_the_factors():
         assert {factor.dtype for factor in block.factors} <= {torch.float32, torch.float64}
     got = curvature.blocks["0.weight"].factors.input
     assert relative_error(got.double(), exact.blocks["0.weight"].factors.input) < 1e-6
+
+
+@pytest.mark.parametrize("columns", [1, 256, 257, 600, 1025])
+def test_symmetric_products_in_halves(columns):
+    rows = torch.randn(2, 5, columns, dtype=torch.float64)
+    torch.testing.assert_close(gram(rows), rows.mT @ rows, rtol=1e-14, atol=1e-14)

@@ -1,18 +1,22 @@
 """Convolutions: a linear layer whose rows are patches, shared over the output positions."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_laplace.curvature.layers.lags import lag_gram, lags_apply
 from kfac_laplace.curvature.layers.registry import Inputs, Layer, layer_rule
-from kfac_laplace.curvature.precision import accumulable, gram
+from kfac_laplace.curvature.precision import accumulable, gram, summable
 from kfac_laplace.curvature.sharing import Axis, Grouping
 
 #: Patches of so many bytes at most exist at a time while a Gram matrix is summed.
 PATCH_BUDGET = 64 * 2**20
+#: From so many channels on, products lag by lag are faster than products of patches.
+LAG_CHANNELS = 8
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Patches(Inputs):
         kernel: kernel size.
         stride: stride.
         dilation: dilation.
+        zeros: width of the margin of zeros at both ends of each spatial axis; () for none.
     """
 
     padded: Tensor
@@ -32,6 +37,7 @@ class Patches(Inputs):
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
+    zeros: tuple[int, ...] = ()
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -68,18 +74,27 @@ class Patches(Inputs):
         return self._rows(self.padded)
 
     def gram(self) -> Tensor:
-        """Σ a aᵀ over chunks of examples under the byte budget."""
-        n, c = self.padded.shape[:2]
-        row_bytes = c * prod(self.kernel) * prod(self._positions) * self.padded.element_size()
-        chunk = max(1, PATCH_BUDGET // row_bytes)
-        i = c // self.groups * prod(self.kernel)
-        total = torch.zeros((), device=self.padded.device)
-        for padded in self.padded.split(chunk):
-            # One product over all positions of the chunk: (b, i, n t).
-            patches = self._view(padded).movedim(0, 1 + len(self.kernel))
-            columns = patches.reshape(self.groups, i, -1)
-            total = total + gram(columns.mT)
-        return total
+        """Σ a aᵀ, lag by lag where that is faster, in chunks of examples under the byte budget."""
+        c = self.padded.shape[1]
+        by_lags = c // self.groups >= LAG_CHANNELS and prod(self.kernel) > 1
+        by_lags &= lags_apply(self._positions, self.kernel, self.stride, self.dilation)
+        copies = 3 if by_lags else 2 * prod(self.kernel)
+        example = copies * prod(self.padded.shape[1:]) * 8
+        pieces = self.padded.split(max(1, PATCH_BUDGET // max(1, example)))
+        grams = (self._lag_gram(p) if by_lags else self._patch_gram(p) for p in pieces)
+        return torch.stack(list(grams)).sum(0) if len(pieces) > 1 else next(grams)
+
+    def _lag_gram(self, padded: Tensor) -> Tensor:
+        """Σ a aᵀ of some examples without patches."""
+        columns = summable(padded).unflatten(1, (self.groups, -1)).movedim(0, -1).contiguous()
+        zeros = self.zeros or (0,) * len(self.kernel)
+        return lag_gram(columns, self.kernel, self.dilation, zeros)
+
+    def _patch_gram(self, padded: Tensor) -> Tensor:
+        """Σ a aᵀ of some examples by one product over all their positions."""
+        patches = self._view(summable(padded)).movedim(0, 1 + len(self.kernel))
+        i = padded.shape[1] // self.groups * prod(self.kernel)
+        return gram(patches.reshape(self.groups, i, -1).mT)
 
     def row_sum(self) -> Tensor:
         """Σ a, shape (b, i), without patches."""
@@ -94,9 +109,22 @@ class Patches(Inputs):
 
     def _window_sums(self) -> Tensor:
         """Sum of each kernel entry's inputs over the positions, shape (b, n, i)."""
-        space = tuple(range(-len(self.kernel), 0))
-        sums = self._view(self.padded).sum(space)  # (n, c, *kernel)
+        sums = self.padded
+        for axis, (kernel, stride, dilation, size) in enumerate(
+            zip(self.kernel, self.stride, self.dilation, self._positions, strict=True)
+        ):
+            windows = _windows(sums.shape[2 + axis], kernel, stride, dilation, size).to(sums)
+            sums = torch.tensordot(sums, windows, dims=([2 + axis], [1])).movedim(-1, 2 + axis)
         return sums.reshape(sums.shape[0], self.groups, -1).movedim(1, 0)
+
+
+@lru_cache(maxsize=64)
+def _windows(length: int, kernel: int, stride: int, dilation: int, size: int) -> Tensor:
+    """For each kernel entry a row (length,) with ones at the places that it visits."""
+    windows = torch.zeros(kernel, length)
+    for k in range(kernel):
+        windows[k, k * dilation : k * dilation + (size - 1) * stride + 1 : stride] = 1
+    return windows
 
 
 @layer_rule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
@@ -122,8 +150,10 @@ def conv(
 
     data = accumulable(input.detach())
     batch = data if data.ndim == dims + 2 else data[None]
-    padded = F.pad(batch, _margins(padding, kernel, dilation))
-    patches = Patches(padded, groups, kernel, per_axis(stride, dims), dilation)
+    margins = _margins(padding, kernel, dilation)
+    zeros = tuple(map(min, zip(margins[::2], margins[1::2], strict=True)))[::-1]
+    padded = F.pad(batch, margins)
+    patches = Patches(padded, groups, kernel, per_axis(stride, dims), dilation, zeros)
     positions = patches.lead[1]
     return Layer(
         weight=weight,
