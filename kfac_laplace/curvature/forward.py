@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_laplace.errors import InvalidType, UnsupportedUse
 
@@ -132,7 +133,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         model.eval()
         # The fused attention of evaluation mode has no derivative.
         torch.backends.mha.set_fastpath_enabled(False)
+        # Fused attention kernels leave rounding noise where gradients are zero, so that chance
+        # would decide which positions count, and they have no forward-mode derivative.
         with (
+            sdpa_kernel(SDPBackend.MATH),
             torch.random.fork_rng(devices=devices),
             torch.inference_mode(False),
             torch.enable_grad(),

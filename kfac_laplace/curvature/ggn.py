@@ -95,6 +95,7 @@ class Curvature:
         self.blocks: dict[str, Block] = {}
         self.settings: dict[str, Setting] = {}
         self.n_data = 0
+        self.n_rows = 0
         self.n_outputs = 0
         self.statistic = torch.zeros((), dtype=torch.float64)
 
@@ -152,7 +153,7 @@ class Curvature:
     def empty(self) -> "Curvature":
         """A curvature of no data with the same options, which knows the model's groups already."""
         fresh = copy.copy(self)
-        fresh.blocks, fresh.n_data, fresh.n_outputs = {}, 0, 0
+        fresh.blocks, fresh.n_data, fresh.n_rows, fresh.n_outputs = {}, 0, 0, 0
         fresh.statistic = torch.zeros_like(self.statistic)
         fresh.generator = torch.Generator().manual_seed(self.generator.initial_seed())
         return fresh
@@ -215,6 +216,7 @@ class Curvature:
         }
         self.statistic = self.statistic.to(statistic.device) + statistic
         self.n_data += batch.n
+        self.n_rows += len(f)
         self.n_outputs += f.numel()
 
     def _aligned(self, passed: Pass, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,6 +363,7 @@ class Curvature:
         self.network.remember(other.network)
         self.statistic = self.statistic.to(other.statistic.device) + other.statistic
         self.n_data += other.n_data
+        self.n_rows += other.n_rows
         self.n_outputs += other.n_outputs
         return self
 

@@ -33,6 +33,7 @@ def curvature_state(curvature: Curvature) -> dict[str, Any]:
         "kinds": {name: block.kind for name, block in curvature.blocks.items()},
         "statistic": curvature.statistic,
         "n_data": curvature.n_data,
+        "n_rows": curvature.n_rows,
         "n_outputs": curvature.n_outputs,
         "generator": curvature.generator.get_state(),
     }
@@ -76,6 +77,7 @@ def restore_curvature(curvature: Curvature, state: Mapping[str, Any]) -> Curvatu
     curvature.settings = dict(state["settings"])
     curvature.statistic = state["statistic"].to(device)
     curvature.n_data, curvature.n_outputs = state["n_data"], state["n_outputs"]
+    curvature.n_rows = state["n_rows"]
     curvature.generator.set_state(state["generator"].cpu())
     return curvature
 

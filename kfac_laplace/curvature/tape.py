@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -20,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kfac_laplace.curvature.layers import FORMS, GUARDS, OPERATORS, RULES, Layer
 from kfac_laplace.curvature.layers.elementwise import REPEATS, repeated
+from kfac_laplace.curvature.layers.embedding import repeated_lookup
 from kfac_laplace.curvature.sources import Source, Sources, tensors_in
 from kfac_laplace.errors import UnsupportedUse
 
@@ -139,8 +141,13 @@ class Tape(TorchFunctionMode):
             self._follow(func, args[0], made_of, with_data)
         if not isinstance(output, Tensor | tuple | list):
             return output
-        if made_of and not with_data and func in REPEATS and isinstance(output, Tensor):
-            return self._repeat(func, output, made_of)
+        if made_of and not with_data and isinstance(output, Tensor):
+            layer = self._repeated(func, output, made_of, (args, kwargs))
+            if layer is not None:
+                output = _no_view(output)
+                self._record(layer, output, {})
+                self._data[output] = True
+                return output
         if made_of and with_data and isinstance(output, Tensor):
             layer, output = _layer(func, output, made_of, (args, kwargs))
             if layer is not None:
@@ -175,16 +182,20 @@ class Tape(TorchFunctionMode):
             return True
         return tensor.requires_grad and not tensor.is_leaf and tensor not in self._constants
 
-    def _repeat(self, func: Callable[..., Any], output: Tensor, made_of: list[Source]) -> Tensor:
-        """A source repeated: over the examples that is a use, in any other way a source again."""
-        layer = repeated(output, made_of[0].tensor, self._n)
-        if layer is None:
-            self._sources.derive(func, output, made_of)
-            return output
-        output = _no_view(output)
-        self._record(layer, output, {})
-        self._data[output] = True
-        return output
+    def _repeated(
+        self,
+        func: Callable[..., Any],
+        output: Tensor,
+        made_of: list[Source],
+        arguments: tuple[Sequence[Any], Mapping[str, Any]],
+    ) -> Layer | None:
+        """What a call does that repeats a source over the examples; that is a use by each."""
+        args, kwargs = arguments
+        if func in REPEATS:
+            return repeated(output, made_of[0].tensor, self._n)
+        if func is F.embedding:
+            return repeated_lookup(output, self._n, *args, **kwargs)
+        return None
 
     def _record(self, layer: Layer, output: Tensor, before: Mapping[int, Node]) -> None:
         """Keep a use; `before` holds the graph of data that the call has written into."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kfac_laplace.curvature.batches import BatchFn, split_batch
 from kfac_laplace.curvature.fisher import Fisher
-from kfac_laplace.curvature.forward import ForwardFn
+from kfac_laplace.curvature.forward import Forward, ForwardFn
 from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
 from kfac_laplace.curvature.groups import Subset
 from kfac_laplace.curvature.precision import accumulable
@@ -69,7 +69,8 @@ class MarglikTuner:
     Args:
         model: the network in training; never changed, its mode and optimiser are the caller's.
         likelihood: "classification", "regression", "binary" or a `Likelihood`.
-        n_data: number of training examples, by which the loss weighs the prior.
+        n_data: number of training examples (of nodes, where each node has an output), by which the
+            loss weighs the prior.
         prior_structure: "layerwise", "scalar" or "diag" (the last not with "kron").
         prior_precision: initial δ.
         prior_mean: μ.
@@ -193,7 +194,9 @@ class MarglikTuner:
             batch: a pair (x, y), a mapping with targets, graphs, or what `batch_fn` takes.
         """
         x, y = split_batch(batch, self._key_y, self._options["batch_fn"])
-        return self._network.forward(self._network.batch(x).x), y
+        # Through wrappers, as the caller trains it: data parallelism averages gradients in them.
+        run = Forward(self.model, self._options["forward_fn"])
+        return run(self._network.batch(x, len(y)).x), y
 
     def _penalty(self) -> Tensor:
         """Σ δ (θ − μ)² over the parameters in the posterior."""
@@ -268,11 +271,11 @@ class MarglikTuner:
         start = time.perf_counter()
         # Another seed each round, so that Monte-Carlo labels are not the same ones again.
         la = self._blank(seed=self._options["seed"] + epoch).fit(loader)
-        if la.n_data != self.n_data and not self.history:
+        if la.curvature.n_rows != self.n_data and not self.history:
             log.warning(
                 "the loader holds %d examples where n_data=%d was promised: the loss weighs the "
                 "prior by n_data",
-                la.n_data,
+                la.curvature.n_rows,
                 self.n_data,
             )
         self._synchronise()

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Generator, Tensor
 from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_laplace.curvature.batches import AnyBatch
 from kfac_laplace.curvature.forward import undisturbed
@@ -32,8 +31,7 @@ def linearised_samples(
     def outputs(params: dict[str, Tensor]) -> Tensor:
         return network.forward(batch.x, params)
 
-    # Fused attention kernels have no forward-mode derivative; the plain one has.
-    with undisturbed(network.model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with undisturbed(network.model), torch.no_grad():
         samples = []
         for deviation in _deviations(posterior, mode, n, generator):
             tangents = {name: scale * value for name, value in deviation.items()}

@@ -16,6 +16,11 @@ from kfac_laplace.errors import InvalidValue, KfacLaplaceError
 FORMAT = 2
 
 
+#: Options that are functions, of which files only say whether they were given.
+FUNCTIONS = ("forward_fn", "batch_fn")
+GIVEN = "given"
+
+
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor options as plain data; objects that have no name become None."""
     plain = dict(options)
@@ -29,6 +34,8 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
         plain["kfac_approx"] = dict(options["kfac_approx"])
     if not isinstance(options["subset_of_weights"], str):
         plain["subset_of_weights"] = list(options["subset_of_weights"])
+    for name in FUNCTIONS:
+        plain[name] = None if options[name] is None else GIVEN
     return plain
 
 
@@ -36,16 +43,17 @@ def options_from_plain(plain: Mapping[str, Any], overrides: Mapping[str, Any]) -
     """Constructor options from plain data.
 
     Raises:
-        InvalidValue: a likelihood or estimator of the user's own, which only `overrides` can give.
+        InvalidValue: a likelihood, estimator or function of the user's own, which only `overrides`
+            can give.
     """
     options = {**plain, **overrides}
-    for name in ("likelihood", "fisher"):
-        if options[name] is None:
-            raise InvalidValue(
-                "an object of your own is not stored in the file",
-                where=name,
-                remedy=f"Pass it: Laplace.load(path, model, {name}=...)",
-            )
+    missing = [name for name in ("likelihood", "fisher") if options[name] is None]
+    for name in (*missing, *(name for name in FUNCTIONS if options[name] == GIVEN)):
+        raise InvalidValue(
+            "an object of your own is not stored in the file",
+            where=name,
+            remedy=f"Pass it: Laplace.load(path, model, {name}=...)",
+        )
     if isinstance(options["likelihood"], list):
         kind, fields = options["likelihood"]
         options["likelihood"] = likelihoods.NAMED[kind](**fields)

@@ -1,6 +1,6 @@
 """Lookups: a linear layer whose input rows are one-hot, so that A is diagonal."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -117,6 +117,21 @@ def getitem(output: Tensor, weight: Tensor, table: Tensor, index: object) -> Lay
         return None
     index = index.detach() % len(table)
     return _lookup(table, index, torch.ones_like(index, dtype=torch.bool))
+
+
+def repeated_lookup(
+    output: Tensor, n: int, index: Tensor, *args: Any, **options: Any
+) -> Layer | None:
+    """Constant lookups that are the same for each of n examples, or None for others.
+
+    As token types are where a model fills them in. Like other functions of parameters alone they
+    get an exact block: in a batch of one example nothing tells that they are repeated.
+    """
+    if n < 2 or index.ndim < 2 or len(index) != n or not bool((index == index[:1]).all()):
+        return None
+    layer = embedding(output, index, *args, **options)
+    assert layer is not None
+    return replace(layer, kronecker=False, covered=False)
 
 
 def _lookup(weight: Tensor, index: Tensor, live: Tensor) -> Layer:
