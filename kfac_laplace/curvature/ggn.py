@@ -327,7 +327,9 @@ class Curvature:
 
     def _piece_length(self, passed: Pass) -> int:
         """How many vectors to hold at a time, by the size of the generic gradients they yield."""
-        generic = sum(group.layout.size for group in self.groups if group.role == "generic")
+        generic = sum(
+            group.layout.size for group in self.groups if group.name in passed.without_rules
+        )
         return max(1, GRADIENT_BUDGET // (passed.n * generic + passed.outputs.numel()))
 
     def merge(self, other: "Curvature") -> Self:

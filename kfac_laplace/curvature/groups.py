@@ -131,8 +131,7 @@ def select_parameters(
 
 def last_layer(recording: Recording) -> list[str]:
     """Parameters of the layer used last in the forward pass; scales and shifts are no layers."""
-    layers = [recording.uses[u] for u in sorted(recording.reached)]
-    layers = [use for use in layers if use.layer.kronecker]
+    layers = [use for use in recording.uses if use.layer.kronecker]
     alike = _ways(recording).keys() - recording.loose
     if not layers or not alike.issuperset(layers[-1].params):
         raise InvalidValue(
@@ -197,6 +196,7 @@ class Way:
     matrix: tuple[int, int, int]
     parts: int
     chain: Chain
+    diagonal: bool = False
 
 
 def _factored(shapes: Mapping[str, torch.Size], ways: Sequence[Way]) -> Group:
@@ -236,7 +236,7 @@ def _way(use: Use, source: Source) -> Way | None:
     if source is use.bias:
         return Way("bias", (part.count, b * o, 1), part.count, ()) if part.fold is None else None
     chain = tuple(fold for fold in (part.fold, use.layer.fold) if fold is not None)
-    return Way("weight", (part.count * b, o, i), part.count, chain)
+    return Way("weight", (part.count * b, o, i), part.count, chain, use.layer.inputs.diagonal)
 
 
 def _covered(recording: Recording) -> frozenset[str]:

@@ -22,7 +22,7 @@ from kfac_laplace.errors import UnsupportedUse
 if TYPE_CHECKING:
     from kfac_laplace.curvature.network import Network
 
-UseKey = tuple[tuple[str, ...], int]
+UseKey = tuple[tuple[str, ...], tuple[str, int, int]]
 Rows = Mapping[int, Tensor]
 
 
@@ -109,13 +109,31 @@ class Pass:
         """For each group the indices of its uses in the recording."""
         found = {name: [term.use for term in terms] for name, terms in self.terms.items()}
         for group in self.network.groups:
-            if group.role == "exact":
+            if group.role == "exact" and group.name not in self.without_rules:
                 found[group.name] = [
                     u
                     for u, use in enumerate(self.recording.uses)
                     if set(group.layout.params).intersection(use.params)
                 ]
         return found
+
+    @cached_property
+    def without_rules(self) -> frozenset[str]:
+        """Groups whose gradients this pass takes from copies of the parameters by example.
+
+        Exact groups have the same blocks either way: what looks like a layer in one batch may not
+        in another, where the number of examples is another.
+        """
+        found = {group.name for group in self.network.groups if group.role == "generic"}
+        strange = set(self.recording.loose)
+        for u, use in enumerate(self.recording.uses):
+            known = self.network.groupings.get(self.key(u), self._likely_grouping(use))
+            if known is None:
+                strange.update(use.params)
+        for group in self.network.groups:
+            if group.role == "exact" and strange.intersection(group.layout.params):
+                found.add(group.name)
+        return frozenset(found)
 
     def _check_consistent(self) -> None:
         """A parameter grouped by its uses must be used in the same ways in every batch."""
@@ -127,7 +145,7 @@ class Pass:
                 for source in use.sources
                 if names.intersection(source.params)
             )
-            if group.role != "generic" and (strange or self.recording.loose & names):
+            if group.factored and (strange or self.recording.loose & names):
                 raise UnsupportedUse(
                     "used in another way than in the first batch",
                     where=sorted(names)[0],
@@ -148,6 +166,8 @@ class Pass:
         """Per-example gradients (v, m, b, o, i) of a group, m examples at a time, in order."""
         if group.name in generic:
             yield generic[group.name]
+        elif group.name in self.without_rules:
+            return
         elif group.role == "exact":
             yield from exact_pieces(self, group, rows)
         else:
@@ -216,8 +236,17 @@ class Pass:
         """Parameters of the generic groups that this pass used."""
         used = {name for use in self.recording.uses for name in use.params}
         used |= self.recording.loose
-        names = [g.name for g in groups if g.role == "generic" and g.name in used]
-        return {name: self.params[name].detach() for name in names}
+        names = [
+            g.name
+            for g in groups
+            if g.name in self.without_rules and used.intersection(g.layout.params)
+        ]
+        return {
+            name: self.params[name].detach()
+            for g in groups
+            if g.name in names
+            for name in g.layout.params
+        }
 
     def grouping(self, u: int) -> Grouping:
         """Row layout of a use, or an error that asks for it."""
@@ -249,9 +278,10 @@ class Pass:
 
     @cached_property
     def _keys(self) -> list[UseKey]:
-        seen: Counter[tuple[str, ...]] = Counter()
+        seen: Counter[tuple[object, ...]] = Counter()
         keys = []
         for use in self.recording.uses:
-            keys.append((use.params, seen[use.params]))
-            seen[use.params] += 1
+            kind = (use.params, type(use.layer.inputs).__name__, len(use.layer.inputs.lead))
+            keys.append((use.params, (*kind[1:], seen[kind])))
+            seen[kind] += 1
         return keys

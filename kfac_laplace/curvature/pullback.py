@@ -72,7 +72,7 @@ def _add(passed: "Pass", source: Source, gradients: Tensor, total: Mapping[str, 
         return
     names = [name for name in source.params if name in total]
     found = torch.autograd.grad(
-        source.tensor,
+        source.edge,
         [passed.params[name] for name in names],
         gradients.flatten(0, 1).to(source.tensor.dtype),
         is_grads_batched=True,

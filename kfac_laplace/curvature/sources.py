@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfac_laplace.curvature.layers.registry import Fold
 
@@ -43,6 +44,7 @@ class Source:
     params: tuple[str, ...]
     part: Part | None
     version: int
+    edge: GradientEdge
 
     @property
     def is_parameter(self) -> bool:
@@ -78,11 +80,18 @@ class Sources:
 
     def __init__(self, tracked: Mapping[str, Tensor]):
         self._tracked = dict(tracked)
-        self._known = {id(t): Source(t, (n,), WHOLE, t._version) for n, t in tracked.items()}
+        self._known = {
+            id(t): Source(t, (n,), WHOLE, t._version, get_gradient_edge(t))
+            for n, t in tracked.items()
+        }
 
     def get(self, tensor: Tensor | None) -> Source | None:
         """The source that a tensor is, or None."""
-        return self._known.get(id(tensor))
+        known = self._known.get(id(tensor))
+        if known is not None and known.tensor._version != known.version:
+            self.forget(known.tensor)  # written to through a view, with who knows what
+            return None
+        return known
 
     def forget(self, tensor: Tensor) -> None:
         """Data were written into a tensor."""
@@ -97,7 +106,9 @@ class Sources:
             unchanged = known is not None and known.tensor._version == known.version
             if tensor.requires_grad and not unchanged:
                 part = self._part(func, tensor, only)
-                self._known[id(tensor)] = Source(tensor, names, part, tensor._version)
+                self._known[id(tensor)] = Source(
+                    tensor, names, part, tensor._version, get_gradient_edge(tensor)
+                )
 
     def _part(self, func: Callable[..., Any], tensor: Tensor, source: Source | None) -> Part | None:
         """Where a new tensor lies in the parameter of its only source."""

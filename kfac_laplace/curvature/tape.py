@@ -61,15 +61,13 @@ class Recording:
 
     Args:
         output: what the model returned.
-        uses: recorded calls in forward order.
+        uses: recorded calls that the output depends on, in forward order.
         loose: names of the tracked parameters that reach the output outside recorded calls.
-        reached: indices of the uses that the output depends on.
     """
 
     output: Tensor
     uses: tuple[Use, ...]
     loose: frozenset[str]
-    reached: frozenset[int]
 
     def output_rows(
         self, outputs: Tensor, vectors: Sequence[Tensor], uses: Sequence[int] | None = None
@@ -131,14 +129,14 @@ class Tape(TorchFunctionMode):
         if func in GUARDS:
             GUARDS[func](any(t in self._data for t in tensors), *args, **kwargs)
         made_of = [source for t in tensors if (source := self._sources.get(t)) is not None]
-        if made_of and func in FORMS:
+        if made_of and func in FORMS and not _checkpointed():
             with self:
                 return FORMS[func](*args, **kwargs)
         before = _edges(args) if made_of and func in IN_PLACE else {}
         with_data = any(self._depends_on_data(t) for t in tensors)
         output = func(*args, **kwargs)
         if func is Tensor.__setitem__:  # returns nothing, but its first argument has changed
-            self._follow(func, args[0], made_of, with_data)
+            self._follow(func, args[0], made_of, with_data, args[0])
         if not isinstance(output, Tensor | tuple | list):
             return output
         if made_of and not with_data and isinstance(output, Tensor):
@@ -152,11 +150,16 @@ class Tape(TorchFunctionMode):
             layer, output = _layer(func, output, made_of, (args, kwargs))
             if layer is not None:
                 self._record(layer, output, before)
-        self._follow(func, output, made_of, with_data)
+        self._follow(func, output, made_of, with_data, args[0] if args else None)
         return output
 
     def _follow(
-        self, func: Callable[..., Any], output: Any, made_of: list[Source], with_data: bool
+        self,
+        func: Callable[..., Any],
+        output: Any,
+        made_of: list[Source],
+        with_data: bool,
+        first: Any = None,
     ) -> None:
         """Take the outputs of a call for data if data went in, else for sources if sources did."""
         if made_of and not with_data:
@@ -165,6 +168,9 @@ class Tape(TorchFunctionMode):
             for tensor in tensors_in(output):
                 self._sources.forget(tensor)
                 self._data[tensor] = True
+            if isinstance(first, Tensor) and output is first and first._base is not None:
+                self._sources.forget(first._base)  # a view that data were written into
+                self._data[first._base] = True
         else:
             for tensor in tensors_in(output):
                 if tensor.requires_grad:
@@ -236,12 +242,17 @@ class Tape(TorchFunctionMode):
             if name is not None:
                 loose.add(name)
             stack.extend(below for below, _ in node.next_functions if below is not None)
-        reached = frozenset(u for u, use in enumerate(self.uses) if use.edge.node in seen)
-        return Recording(output, tuple(self.uses), frozenset(loose), reached)
+        uses = tuple(use for use in self.uses if use.edge.node in seen)
+        return Recording(output, uses, frozenset(loose))
 
 
 #: Calls with a rule that write into their first argument.
 IN_PLACE = {Tensor.add_, Tensor.__iadd__}
+
+
+def _checkpointed() -> bool:
+    """Whether a checkpoint will run this part again, where a form would not replace the call."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _edges(args: Sequence[Any]) -> dict[int, Node]:
@@ -257,7 +268,7 @@ def _layer(
 ) -> tuple[Layer | None, Tensor]:
     """What a call in which sources meet data does, if a rule knows, and its output."""
     args, kwargs = arguments
-    if not output.requires_grad:
+    if not output.requires_grad or output.is_complex() or (func in IN_PLACE and output._is_view()):
         return None, output
     if func in OPERATORS and len(made_of) == 1:
         output = _no_view(output)

@@ -137,7 +137,7 @@ COPIES = 25
 COPIES_TO_OPTIMISE = 60
 
 SCRIPT = f"""
-import resource, sys, torch
+import sys, torch
 from torch import nn
 from kfac_laplace import Laplace
 
@@ -149,8 +149,13 @@ class Bag(nn.Module):
     def forward(self, x):
         return self.head(self.table(x).tanh().mean(1))
 
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this program alone: the system's count begins with the parent's memory
+    with open("/proc/self/status") as status:
+        (line,) = [line for line in status if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+with open("/proc/self/clear_refs", "w") as counters:
+    counters.write("5")
 
 structure, optimise = sys.argv[1:]
 torch.manual_seed(0)

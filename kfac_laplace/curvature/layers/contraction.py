@@ -34,15 +34,26 @@ def einsum(output: Tensor, weight: Tensor, equation: str, *operands: Any) -> Lay
     return _contraction(spelled, tensors) if spelled is not None else None
 
 
-@operator_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm)
-def matmul(output: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> Layer | None:
+@operator_rule(Tensor.__rmatmul__)
+def rmatmul(output: Tensor, weight: Tensor, right: Tensor, left: Tensor) -> Layer | None:
+    """The operands the other way round."""
+    return matmul(output, weight, left, right)
+
+
+@operator_rule(torch.mm, Tensor.mm)
+def mm(output: Tensor, weight: Tensor, input: Tensor, mat2: Tensor) -> Layer | None:
+    """The same for matrices."""
+    return matmul(output, weight, input, mat2)
+
+
+@operator_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def matmul(output: Tensor, weight: Tensor, input: Tensor, other: Tensor) -> Layer | None:
     """X W or W X, batched or not; the operands of `__rmatmul__` come swapped but symmetric here."""
+    left, right = input, other
     data = right if left is weight else left
     if weight.ndim < 2 or data.ndim < 2:
         return None
     weight_is_left = left is weight
-    if weight_is_left and output.shape[-2] != weight.shape[-2]:  # __rmatmul__ of the weight
-        weight_is_left = False
     lead = ascii_letters[: output.ndim - 2]
     i, w, x = "XYZ"
     weight_letters = lead[len(lead) - (weight.ndim - 2) :] + (w + i if weight_is_left else i + w)
@@ -108,6 +119,8 @@ def _contraction(letters: dict[str, str], tensors: dict[str, Tensor]) -> Layer |
     weight, data, output = tensors["weight"], tensors["data"], tensors["out"]
     sizes = dict(zip(letters["out"], output.shape, strict=True))
     given = dict(zip(letters["data"], data.shape, strict=True))
+    if len(set(letters["weight"])) < len(letters["weight"]):
+        return None
     # Axes of length 1 along which the weight is broadcast are no axes of its own.
     own = {
         z: size

@@ -7,8 +7,12 @@ from kfac_laplace.curvature.layers.registry import Layer, Rows, layer_rule
 
 
 @layer_rule(F.linear)
-def linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Layer:
+def linear(
+    output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Layer | None:
     """The weight gradient is Σ_t g_t x_tᵀ: rows are the last axis of input and output."""
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return None  # a vector of weights, a bias that is broadcast
     if input.ndim == 1:
         input = input[None]
     return Layer(
@@ -17,5 +21,5 @@ def linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = 
         matrix=(1, *weight.shape),
         data=(input,),
         inputs=Rows(input.detach()[None]),  # (1, *lead, i)
-        output_rows=lambda grad: grad.reshape(grad.shape[0], 1, *input.shape[:-1], -1),
+        output_rows=lambda grad: grad.reshape(grad.shape[0], 1, *input.shape[:-1], len(weight)),
     )
