@@ -69,6 +69,13 @@ class Block(ABC):
             **{name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()},
         )
 
+    def absorb(self, other: Self) -> Self:
+        """Add another block into this one's own tensors, which nobody else may hold."""
+        theirs = other.tensors()
+        for name, tensor in self.tensors().items():
+            tensor.add_(theirs[name])
+        return self
+
     @classmethod
     def from_tensors(cls, layout: Layout, tensors: Mapping[str, Tensor]) -> Self:
         """Rebuild a block from `tensors()`."""
@@ -76,7 +83,8 @@ class Block(ABC):
 
     def is_finite(self) -> bool:
         """Whether every raw sum is finite."""
-        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors().values())
+        # One pass a tensor: a sum is finite only if its terms are.
+        return all(bool(torch.isfinite(tensor.sum())) for tensor in self.tensors().values())
 
 
 class KroneckerFactors(NamedTuple):

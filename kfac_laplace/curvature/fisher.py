@@ -7,13 +7,16 @@ likelihood's `importance` of each target: class weights, ignored labels.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
+from kfac_laplace.curvature.precision import summable
 from kfac_laplace.errors import InvalidType, InvalidValue
-from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.likelihoods import Categorical, Likelihood
+from kfac_laplace.likelihoods.categorical import StickBreaking
 from kfac_laplace.options import check_whole
 
 
@@ -88,6 +91,110 @@ class Empirical:
         yield likelihood.score(f, y)
 
 
+@dataclass(frozen=True)
+class Hybrid:
+    """The leading roots of D Λ D exactly, the others times random signs in one vector: unbiased.
+
+    Softmax roots are stick-breaking columns with the classes of each row in order of probability,
+    so that few of them hold most of the curvature; roots of other likelihoods come in their own
+    order. As many passes as there are roots (C − 1 for softmax) leave nothing to chance.
+
+    Every vector serves all positions at once, with independent signs for each of them. Where the
+    layers mix positions, their cross terms vanish in expectation alone, however many passes.
+
+    Args:
+        passes: number k of vectors, k − 1 of which are roots; by default `tolerance` decides.
+        tolerance: share of the trace of D Λ D over a batch that may be left to random signs.
+    """
+
+    passes: int | None = None
+    tolerance: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Check both numbers."""
+        if self.passes is not None:
+            check_whole("passes", self.passes, 1)
+        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, Real):
+            raise InvalidType("not a number", where="tolerance", got=repr(self.tolerance))
+        if not 0 <= self.tolerance <= 1:
+            raise InvalidValue("a share lies in [0, 1]", where="tolerance", got=self.tolerance)
+
+    def vectors(
+        self, likelihood: Likelihood, f: Tensor, y: Tensor, generator: Generator
+    ) -> Iterator[Tensor]:
+        """The leading roots, then the signed sum of the others."""
+        importance = likelihood.importance(y)
+        # A user's own roots replace the softmax's where a subclass overrides them.
+        softmax = type(likelihood).roots is Categorical.roots
+        columns = _ByProbability(f) if softmax else _InOrder(likelihood, f)
+        traces = columns.traces(importance)
+        coins = torch.randint(
+            2, (*f.shape[:2], len(traces)), generator=generator, device=generator.device
+        )
+        signs = (2 * coins - 1).to(f)  # (n, t, r)
+        for vector in columns.vectors(signs, self._count(traces)):
+            yield _weighted(vector, importance)
+
+    def _count(self, traces: Tensor) -> int:
+        """How many vectors stand for roots with these traces (r,)."""
+        if self.passes is not None:
+            return min(self.passes, len(traces))
+        left = traces.flip(0).cumsum(0).flip(0)  # beyond k roots
+        left[-1] = 0  # one root alone is exact with either sign
+        return int((left <= self.tolerance * traces.sum()).nonzero()[0]) + 1
+
+
+class _Columns(Protocol):
+    """The roots S_0 … S_{r−1} of Λ in the order in which they are taken."""
+
+    def traces(self, importance: Tensor | None) -> Tensor:
+        """Σ_{n,t} |D S_k|², shape (r,)."""
+
+    def vectors(self, signs: Tensor, count: int) -> Iterator[Tensor]:
+        """Signed roots (n, t, c), the last `count` vector the sum of all that are left."""
+
+
+class _ByProbability:
+    """Softmax roots, the most probable classes of each row first."""
+
+    def __init__(self, f: Tensor):
+        p, self._order = f.softmax(-1).sort(-1, descending=True)
+        self._columns = StickBreaking(p)
+
+    def traces(self, importance: Tensor | None) -> Tensor:
+        squares = summable(self._columns.squares())
+        return (squares if importance is None else importance.to(squares) * squares).sum((0, 1))
+
+    def vectors(self, signs: Tensor, count: int) -> Iterator[Tensor]:
+        for c in range(count - 1):
+            yield self._unsorted(signs[..., c, None] * self._columns.column(c))
+        left = torch.arange(signs.shape[-1], device=signs.device) >= count - 1
+        yield self._unsorted(self._columns.mixed(signs * left))
+
+    def _unsorted(self, vector: Tensor) -> Tensor:
+        return torch.zeros_like(vector).scatter(-1, self._order, vector)
+
+
+class _InOrder:
+    """The roots of any likelihood as they come."""
+
+    def __init__(self, likelihood: Likelihood, f: Tensor):
+        self._likelihood, self._f = likelihood, f
+
+    def traces(self, importance: Tensor | None) -> Tensor:
+        roots = self._likelihood.roots(self._f)
+        return torch.stack([summable(_weighted(root, importance)).square().sum() for root in roots])
+
+    def vectors(self, signs: Tensor, count: int) -> Iterator[Tensor]:
+        left = torch.zeros_like(self._f)
+        for k, root in enumerate(self._likelihood.roots(self._f)):
+            if k < count - 1:
+                yield signs[..., k, None] * root
+            else:
+                left = left + signs[..., k, None] * root
+        yield left
+
+
 def _weighted(root: Tensor, importance: Tensor | None) -> Tensor:
     """D times the root, shape (n, t, c)."""
     return root if importance is None else importance.to(root).sqrt() * root
@@ -101,7 +208,12 @@ def _turns(f: Tensor, importance: Tensor | None) -> tuple[Tensor, int]:
     return turn[..., None], int(turn.max())
 
 
-NAMED: dict[str, type[Fisher]] = {"exact": Exact, "mc": MonteCarlo, "empirical": Empirical}
+NAMED: dict[str, type[Fisher]] = {
+    "exact": Exact,
+    "hybrid": Hybrid,
+    "mc": MonteCarlo,
+    "empirical": Empirical,
+}
 
 
 def resolve(fisher: str | Fisher) -> Fisher:

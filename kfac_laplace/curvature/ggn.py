@@ -211,7 +211,7 @@ class Curvature:
                     remedy="Check inputs and weights; half precision may overflow",
                 )
         self.blocks = {
-            name: self.blocks[name] + block if name in self.blocks else block
+            name: block.absorb(self.blocks[name]) if name in self.blocks else block
             for name, block in blocks.items()
         }
         self.statistic = self.statistic.to(statistic.device) + statistic
@@ -279,7 +279,7 @@ class Curvature:
                 with without_autocast(self.network.device):
                     for batch_sum in made.values():
                         batch_sum.add(rows, one)
-        if not self.blocks:
+        if not self.network.watched:
             self._warn_of_cancellation(made)
         return {name: batch_sum.block() for name, batch_sum in made.items()}
 
@@ -290,7 +290,7 @@ class Curvature:
             for name, batch_sum in made.items()
             if isinstance(batch_sum, sums.KroneckerSum) and batch_sum.cancels()
         ]
-        if blind and not self.network.warned:
+        if blind:
             log.warning(
                 "K-FAC-reduce sees no curvature in %s: an example's gradients cancel over the "
                 "shared axis, as those of attention keys do. Give these layers the setting "
@@ -298,7 +298,7 @@ class Curvature:
                 ", ".join(blind),
                 blind[0],
             )
-            self.network.warned = True
+        self.network.watched = True
 
     def _batch_sums(self, passed: Pass) -> dict[str, sums.BatchSum]:
         """An empty sum for each block."""

@@ -41,7 +41,7 @@ class Network:
     groupings: dict[UseKey, Grouping | None] = field(default_factory=dict)
     settled: set[UseKey] = field(default_factory=set)
     listed: bool = False  # what has no Kronecker factors, in the log
-    warned: bool = False  # of gradients that cancel under reduce
+    watched: bool = False  # for gradients that cancel under reduce
     row_entries: int = 1  # gradient rows of one example and vector, all recorded calls together
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class Network:
         """Take over from the same model how rows lie in its layers: no need to probe again."""
         self.groupings |= other.groupings
         self.settled |= other.settled
-        self.warned |= other.warned
+        self.watched |= other.watched
         self.listed |= other.listed
 
     def learn(self, first: Pass) -> None:

@@ -11,7 +11,7 @@ from kfac_laplace.curvature.groups import Group, Term
 from kfac_laplace.curvature.layers.registry import Inputs
 from kfac_laplace.curvature.layout import Layout
 from kfac_laplace.curvature.passes import Pass
-from kfac_laplace.curvature.precision import accumulable, gram
+from kfac_laplace.curvature.precision import GramSum, accumulable, gram
 from kfac_laplace.curvature.sharing import Setting
 
 #: Of the squared gradient rows, so much is left by rounding where they cancel.
@@ -46,7 +46,10 @@ class KroneckerSum(BatchSum):
         self._terms = passed.terms[group.name]
         b, o, _ = group.layout.matrix
         device = passed.network.device
-        self._output_sum = torch.zeros(b, o, o, device=device)
+        self._device = device
+        self._outputs = GramSum(b, o, device)
+        # Gradients that cancel are looked for in a network's first batch.
+        self._watching = not passed.network.watched
         self._before_summing = torch.zeros(b, device=device)
         self._live: dict[int, Tensor] = {}
         for term in self._terms:
@@ -61,15 +64,16 @@ class KroneckerSum(BatchSum):
             own = self._group.own_rows(rows[term.use])
             self._see(term, own)
             if self._setting == "expand":
-                self._add_outputs(own, term.start)
+                self._outputs.add(_merged_vectors(own), term.start)
                 continue
             grouping, n = self._passed.grouping(term.use), self._passed.n
             part = grouping.by_example(own, n, block_axis=1).sum(3)  # (v, b, n, o)
             sums[term.start] = sums[term.start] + part if term.start in sums else part
-            squares = own.square().sum((0, *range(2, own.ndim)))  # (b,)
-            self._before_summing[term.start : term.start + len(squares)] += squares
+            if self._watching:
+                squares = own.square().sum((0, *range(2, own.ndim)))  # (b,)
+                self._before_summing[term.start : term.start + len(squares)] += squares
         for start, part in sums.items():
-            self._add_outputs(part, start)
+            self._outputs.add(_merged_vectors(part), start)
 
     def _see(self, term: Term, rows: Tensor) -> None:
         """Remember which rows have received a gradient."""
@@ -77,15 +81,6 @@ class KroneckerSum(BatchSum):
             seen = (rows != 0).any(-1).flatten(0, 1).any(0)  # (*lead)
             known = self._live.get(term.use)
             self._live[term.use] = seen if known is None else known | seen
-
-    def _add_outputs(self, rows: Tensor, start: int) -> None:
-        """Add the Gram matrix of rows (v, b, ..., o) at the blocks from `start` on."""
-        own = gram(rows.movedim(1, 0).flatten(1, -2))  # (b, o, o)
-        if len(own) == len(self._output_sum):
-            self._output_sum = self._output_sum + own
-        else:
-            self._output_sum = self._output_sum.to(own.dtype)
-            self._output_sum[start : start + len(own)] += own
 
     def cancels(self) -> bool:
         """Whether the gradients of each example cancel over its positions, which leaves B = 0.
@@ -95,7 +90,7 @@ class KroneckerSum(BatchSum):
         """
         if self._group.role == "bias":
             return False
-        left = self._output_sum.diagonal(dim1=-2, dim2=-1).sum(-1)
+        left = self._outputs.total().diagonal(dim1=-2, dim2=-1).sum(-1)
         return bool((left < CANCELLED * self._before_summing).any())
 
     def block(self) -> KroneckerBlock:
@@ -106,12 +101,16 @@ class KroneckerSum(BatchSum):
         b, _, i = self._group.layout.matrix
         diagonal = any(term.inputs.diagonal for term in self._terms)
         shape = (b, i) if diagonal else (b, i, i)
-        total, count = self._output_sum.new_zeros(shape), self._output_sum.new_zeros(b)
+        outputs = self._outputs.total()
+        total, count = outputs.new_zeros(shape), outputs.new_zeros(b)
         for start, terms in starts.items():
             rows, number = self._rows(terms) if self._setting == "expand" else self._means(terms)
-            total[start : start + len(rows)] = rows
+            if len(rows) == b:
+                total = rows.to(total.dtype)
+            else:
+                total[start : start + len(rows)] = rows
             count[start : start + len(rows)] = number
-        return KroneckerBlock(self._group.layout, total, count, self._output_sum)
+        return KroneckerBlock(self._group.layout, total, count, outputs)
 
     def _inputs(self, term: Term) -> tuple[Inputs, Tensor | None]:
         """The rows that count, and their mask; None where all do."""
@@ -125,7 +124,7 @@ class KroneckerSum(BatchSum):
 
     def _rows(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
         """Σ a aᵀ over the rows, and how many there are."""
-        grams, count = [], torch.zeros((), dtype=torch.float64, device=self._output_sum.device)
+        grams, count = [], torch.zeros((), dtype=torch.float64, device=self._device)
         for term in terms:
             inputs, live = self._inputs(term)
             grams.append(inputs.gram())
@@ -140,7 +139,7 @@ class KroneckerSum(BatchSum):
             grouping = self._passed.grouping(term.use)
             sums.append(inputs.example_sums(grouping, n))  # (b, n, i)
             if live is None:
-                live = torch.ones((), device=self._output_sum.device).expand(inputs.lead)
+                live = torch.ones((), device=self._device).expand(inputs.lead)
             counts.append(grouping.by_example(live[None, ..., None].double(), n, 0)[0].sum((1, 2)))
         number = torch.stack(counts).sum(0)  # (n,)
         total = torch.stack(sums).sum(0)
@@ -148,6 +147,13 @@ class KroneckerSum(BatchSum):
         if terms[0].inputs.diagonal:
             return means.double().square().sum(1), (number > 0).sum()
         return gram(means), (number > 0).sum()
+
+
+def _merged_vectors(rows: Tensor) -> Tensor:
+    """Gradient rows (v, b, ..., o) as rows (b, ..., o) of all vectors."""
+    if len(rows) == 1:
+        return rows[0]
+    return rows.movedim(0, 1).flatten(1, 2)
 
 
 def _may_drop(term: Term, n: int) -> bool:

@@ -94,7 +94,8 @@ class Recording:
         rows: list[Tensor | None] = []
         for use, grads in zip(wanted, zip(*passes, strict=True), strict=True):
             known = [grad for grad in grads if grad is not None]
-            rows.append(use.layer.output_rows(torch.stack(known)) if known else None)
+            stacked = torch.stack(known) if len(known) > 1 else known[0][None] if known else None
+            rows.append(None if stacked is None else use.layer.output_rows(stacked))
         return rows
 
 
