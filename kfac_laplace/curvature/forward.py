@@ -1,13 +1,15 @@
 """Running the caller's model and leaving it as it was."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from kfac_laplace.errors import InvalidType, UnsupportedUse
 
@@ -89,7 +91,8 @@ def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
     """Put other tensors in place of some parameters, and these back afterwards.
 
     Each slot of each module is written once, also where a module is registered under several
-    names: `torch.func.functional_call` restores such a slot to the wrong tensor.
+    names: `torch.func.functional_call` restores such a slot to the wrong tensor. The model is in
+    evaluation mode inside and after.
     """
     substitutes = {id(p): tensors[name] for name, p in model.named_parameters() if name in tensors}
     slots = [
@@ -101,10 +104,12 @@ def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
     try:
         for module, key, p in slots:
             module._parameters[key] = substitutes[id(p)]  # type: ignore[assignment]
+        _evaluate_afresh(model)  # what was kept is of other tensors
         yield
     finally:
         for module, key, p in slots:
             module._parameters[key] = p
+        _evaluate_afresh(model)
 
 
 def as_output(output: Any) -> Tensor:
@@ -130,7 +135,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
+        _evaluate_afresh(model)
         # The fused attention of evaluation mode has no derivative.
         torch.backends.mha.set_fastpath_enabled(False)
         # Fused attention kernels leave rounding noise where gradients are zero, so that chance
@@ -140,12 +145,47 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.random.fork_rng(devices=devices),
             torch.inference_mode(False),
             torch.enable_grad(),
+            _ContiguousGradients(),
         ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, training in modes.items():
-            module.training = training
+        _restore_modes(model, modes)
+
+
+def _evaluate_afresh(model: nn.Module) -> None:
+    """Evaluation mode, without what modules have kept in it: many clear that in `train`."""
+    model.train()
+    model.eval()
+
+
+def _restore_modes(model: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
+    """Put modules back into their modes by their own methods, parents first."""
+    model.train()
+    for module in model.modules():
+        if module.training != modes[module]:
+            module.train(modes[module])
+    for module, training in modes.items():  # methods may have minds of their own
+        module.training = training
+
+
+class _ContiguousGradients(TorchFunctionMode):
+    """Has batch norms receive their gradients in the memory order of their outputs.
+
+    For a batch of one, torch's backward pass on the CPU mistakes channels-last gradients.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in (F.batch_norm, torch.batch_norm) and output.requires_grad:
+            output.register_hook(Tensor.contiguous)
+        return output
 
 
 def outside_inference(tensor: Tensor) -> Tensor:

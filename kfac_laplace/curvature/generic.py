@@ -105,6 +105,16 @@ class ExampleGraph:
             list(self._copies.values()),
             vector,
             retain_graph=True,
-            materialize_grads=True,
+            allow_unused=True,
         )
-        return dict(zip(self._copies, grads, strict=True))
+        found = {}
+        for name, grad in zip(self._copies, grads, strict=True):
+            if grad is None:  # the recorded pass reached it
+                raise UnsupportedUse(
+                    "the output stops depending on this parameter when it is replaced",
+                    where=name,
+                    remedy="The model keeps tensors from earlier calls: clear them in `train`, or "
+                    "freeze this parameter",
+                )
+            found[name] = grad
+        return found

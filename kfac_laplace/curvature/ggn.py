@@ -19,6 +19,7 @@ from kfac_laplace import likelihoods
 from kfac_laplace.curvature import fisher as fishers
 from kfac_laplace.curvature import sums
 from kfac_laplace.curvature.batches import AnyBatch, Batch, BatchFn, split_batch
+from kfac_laplace.curvature.bottleneck import Cut, find_cut
 from kfac_laplace.curvature.factors import Block
 from kfac_laplace.curvature.fisher import Fisher
 from kfac_laplace.curvature.forward import ForwardFn, undisturbed
@@ -27,7 +28,7 @@ from kfac_laplace.curvature.layout import Layout, flat_layout
 from kfac_laplace.curvature.network import Network
 from kfac_laplace.curvature.outer import GRADIENT_BUDGET
 from kfac_laplace.curvature.passes import Pass
-from kfac_laplace.curvature.precision import without_autocast
+from kfac_laplace.curvature.precision import sums_in, without_autocast
 from kfac_laplace.curvature.probing import learn_groupings
 from kfac_laplace.curvature.sharing import KfacApprox, Setting, check_kfac_approx, resolve_settings
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, UnsupportedUse
@@ -50,13 +51,16 @@ class Curvature:
         likelihood: "classification", "regression", "binary" or a `Likelihood`.
         kfac_approx: "auto", "expand", "reduce", or patterns of layer names to these (the first
             match counts).
-        fisher: "exact", "mc", "empirical" or an object such as `MonteCarlo(samples=4)`.
+        fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
         hessian_structure: "kron", "diag" or "full".
         subset_of_weights: "all", "last_layer" or parameter-name patterns.
         joint_bias: whether a weight and its bias share a block.
         uncovered: what happens to trainable parameters without a layer rule under "kron":
             an exact diagonal block ("diag"), an error ("error"), or they stay out ("freeze").
-        seed: seed of the label draws.
+        seed: seed of labels and signs.
+        factor_dtype: precision in which products of rows are summed, float64 or float32. The
+            second is faster, above all on devices that are slow in float64, and loses small
+            eigenvalues: trust the evidence then only where prior precisions are not small.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
 
@@ -77,6 +81,7 @@ class Curvature:
         joint_bias: bool = True,
         uncovered: Uncovered = "diag",
         seed: int = 0,
+        factor_dtype: torch.dtype = torch.float64,
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
     ):
@@ -84,8 +89,16 @@ class Curvature:
         check_choice("uncovered", uncovered, UNCOVERED)
         check_kfac_approx(kfac_approx)
         check_whole("seed", seed)
+        if factor_dtype not in (torch.float32, torch.float64):
+            raise InvalidValue(
+                "unknown option",
+                where="factor_dtype",
+                got=factor_dtype,
+                remedy="Choose torch.float64 or torch.float32",
+            )
         self.likelihood = likelihoods.resolve(likelihood)
         self.network = Network(model, self.likelihood, subset_of_weights, joint_bias, forward_fn)
+        self.factor_dtype = factor_dtype
         self.batch_fn = batch_fn
         self.kfac_approx = kfac_approx
         self.fisher = fishers.resolve(fisher)
@@ -175,7 +188,7 @@ class Curvature:
         """
         draws = self.generator.get_state()
         try:
-            with undisturbed(self.network.model):
+            with undisturbed(self.network.model), sums_in(self.factor_dtype):
                 self._accumulate(self.network.batch(x, len(y) if y.ndim else None), y, parameters)
         except BaseException:
             self.generator.set_state(draws)
@@ -269,6 +282,9 @@ class Curvature:
         """The blocks of one batch."""
         with without_autocast(self.network.device):
             made = self._batch_sums(passed)
+        cut = find_cut(passed, self.groups) if self._may_cut else None
+        if cut is not None:
+            return self._cut_blocks(cut, made, self.likelihood.importance(y))
         f = passed.outputs.detach()
         vectors = self.fisher.vectors(self.likelihood, f, y, self.generator)
         for piece in _pieces(vectors, self._piece_length(passed)):
@@ -283,6 +299,26 @@ class Curvature:
             self._warn_of_cancellation(made)
         return {name: batch_sum.block() for name, batch_sum in made.items()}
 
+    @property
+    def _may_cut(self) -> bool:
+        """Whether all that is wanted of the head is its B, by the exact Λ."""
+        return self.hessian_structure == "kron" and type(self.fisher) is fishers.Exact
+
+    def _cut_blocks(
+        self, cut: Cut, made: dict[str, sums.BatchSum], importance: Tensor | None
+    ) -> dict[str, Block]:
+        """The blocks of one batch, by vectors from the head's input."""
+        with without_autocast(self.network.device):
+            made = cut.with_head(made, self.likelihood, importance)
+        for root in cut.roots(self.likelihood, importance):
+            rows = cut.rows(root)
+            with without_autocast(self.network.device):
+                for batch_sum in made.values():
+                    batch_sum.add(rows, {})
+        if not self.network.watched:
+            self._warn_of_cancellation(made)
+        return {name: batch_sum.block() for name, batch_sum in made.items()}
+
     def _warn_of_cancellation(self, made: dict[str, sums.BatchSum]) -> None:
         """Say where reduce sees no curvature although there is some."""
         blind = [
@@ -293,7 +329,7 @@ class Curvature:
         if blind:
             log.warning(
                 "K-FAC-reduce sees no curvature in %s: an example's gradients cancel over the "
-                "shared axis, as those of attention keys do. Give these layers the setting "
+                "shared axis, as those of attention keys do. Give each of them the setting "
                 "'expand', as in kfac_approx={'%s': 'expand', '*': 'auto'}",
                 ", ".join(blind),
                 blind[0],

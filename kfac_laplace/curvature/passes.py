@@ -261,7 +261,15 @@ class Pass:
                 "examples, or freeze it",
             )
         if isinstance(grouping, Segments):
-            return Segments(grouping.kind, self.batch.segments.get(grouping.kind))
+            grouping = Segments(grouping.kind, self.batch.segments.get(grouping.kind))
+        if not grouping.fits(use.layer.inputs.lead, self.n):
+            raise UnsupportedUse(
+                "rows lie in another way than in earlier batches",
+                where=use.params[0],
+                got=f"rows of shape {use.layer.inputs.lead} for {self.n} examples",
+                remedy="Rows that are packed or selected by the data cannot be assigned to "
+                "examples: pad and mask instead, or freeze the layer",
+            )
         return grouping
 
     def _likely_grouping(self, use: Use) -> Grouping:

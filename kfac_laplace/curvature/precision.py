@@ -1,5 +1,9 @@
 """In which precision curvature is summed, and the sums of symmetric products."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -9,14 +13,32 @@ def accumulable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+_SUMS = ContextVar("sums", default=torch.float64)
+
+
+@contextmanager
+def sums_in(dtype: torch.dtype) -> Iterator[None]:
+    """Sum products of rows in this precision, or in that of the rows if that is higher."""
+    token = _SUMS.set(dtype)
+    try:
+        yield
+    finally:
+        _SUMS.reset(token)
+
+
 def summable(tensor: Tensor) -> Tensor:
-    """The tensor in float64, where the device has it.
+    """The tensor in the precision in which products are summed, where the device has it.
 
     Products in float32 leave eigenvalue errors of about 1e-7 λ_max. A Kronecker product multiplies
     them by the other factor's largest eigenvalue, which easily exceeds a small prior precision:
     on rank-deficient inputs the evidence is then wrong by tens of nats and more.
     """
-    return tensor.double() if tensor.device.type != "mps" else tensor
+    tensor = accumulable(tensor)
+    return tensor.double() if _in_double(tensor) else tensor
+
+
+def _in_double(tensor: Tensor) -> bool:
+    return tensor.device.type != "mps" and _SUMS.get() == torch.float64
 
 
 #: Symmetric products are halved down to so many columns: there is no BLAS call for half of one.
@@ -29,12 +51,11 @@ class GramSum:
     Args:
         b: number of stacks.
         i: width of the rows.
-        device: where to sum.
+        like: a tensor on the device and in the precision of the rows.
     """
 
-    def __init__(self, b: int, i: int, device: torch.device):
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._lower = torch.empty(b, i, i, dtype=dtype, device=device)
+    def __init__(self, b: int, i: int, like: Tensor):
+        self._lower = summable(like.new_empty(0)).new_empty(b, i, i)
         self._filled = [False] * b
 
     def __len__(self) -> int:
@@ -103,7 +124,7 @@ def _mirror(lower: Tensor) -> None:
 
 def gram(rows: Tensor) -> Tensor:
     """Σ row rowᵀ (b, i, i) of rows (b, *lead, i), in float64 where the device has it."""
-    total = GramSum(len(rows), rows.shape[-1], rows.device)
+    total = GramSum(len(rows), rows.shape[-1], rows)
     total.add(rows)
     return total.total()
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.passes import Pass, UseKey
-from kfac_laplace.curvature.sharing import Grouping, Segments, consistent_groupings
+from kfac_laplace.curvature.sharing import Axis, Grouping, Segments, consistent_groupings
 from kfac_laplace.errors import UnsupportedUse
 
 
@@ -51,8 +51,18 @@ def _settle(passed: Pass, u: int, key: UseKey, candidates: list[Grouping]) -> No
             remedy="Begin with a batch in which every example reaches this layer",
         )
     known.setdefault(key, kinds[0] if kinds else None)
-    if len(kinds) < 2:
+    if len(kinds) < 2 and not _may_move(passed, u, known[key]):
         passed.network.settled.add(key)
+
+
+def _may_move(passed: Pass, u: int, grouping: Grouping | None) -> bool:
+    """Whether rows that fit today may belong to others tomorrow: picked by the data and flattened.
+
+    An axis as long as the batch, or the nodes of graphs, show by their length that they are whole.
+    """
+    if not passed.recording.picks_rows or not isinstance(grouping, Axis):
+        return False
+    return passed.recording.uses[u].layer.inputs.lead[grouping.axis] != passed.n
 
 
 def _probe(outputs: Tensor, half: Tensor) -> Tensor:

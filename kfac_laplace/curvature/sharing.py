@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from kfac_laplace.errors import InvalidType, InvalidValue, UnsupportedUse
+from kfac_laplace.errors import InvalidType, InvalidValue
 
 Setting = Literal["expand", "reduce"]
 SETTINGS = ("auto", "expand", "reduce")
@@ -79,6 +79,9 @@ class Grouping(Protocol):
             block_axis: index of the block axis in `rows`.
         """
 
+    def fits(self, lead: Sequence[int], n: int) -> bool:
+        """Whether rows with these leading axes can lie like this for n examples."""
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -99,14 +102,16 @@ class Segments:
         """
         assert self.index is not None
         axis = block_axis + 1
-        if rows.ndim <= axis + 1 or rows.shape[axis] != len(self.index):
-            raise _moved_rows(rows, n)
         rows = rows.flatten(axis + 1, -2) if rows.ndim > axis + 2 else rows.unsqueeze(axis + 1)
         most = max(1, int(torch.bincount(self.index, minlength=n).max()))
         order, slots = self._slots(n, most)
         out = rows.new_zeros((*rows.shape[:axis], n * most, *rows.shape[axis + 1 :]))
         out = out.index_copy(axis, slots, rows.index_select(axis, order))
         return out.unflatten(axis, (n, most)).flatten(axis + 1, axis + 2)
+
+    def fits(self, lead: Sequence[int], n: int) -> bool:
+        """Whether there are as many rows as the batch has of this kind."""
+        return self.index is not None and len(lead) > 0 and lead[0] == len(self.index)
 
     def rows_of(self, padded: Tensor) -> Tensor:
         """Undo `by_example` for one tensor (n, t, ...): the rows in their own order."""
@@ -136,25 +141,17 @@ class Axis:
     axis: int
     minor: bool = False
 
+    def fits(self, lead: Sequence[int], n: int) -> bool:
+        """Whether the axis divides into n examples."""
+        return self.axis < len(lead) and lead[self.axis] % n == 0
+
     def by_example(self, rows: Tensor, n: int, block_axis: int) -> Tensor:
         """Rows (..., b, n, t, d) from rows (..., b, *lead, d)."""
         axis = block_axis + 1 + self.axis
-        if rows.ndim <= axis + 1 or rows.shape[axis] % n:
-            raise _moved_rows(rows, n)
         k = rows.shape[axis] // n
         rows = rows.unflatten(axis, (k, n) if self.minor else (n, k))
         rows = rows.movedim(axis + 1 if self.minor else axis, block_axis + 1)
         return rows.flatten(block_axis + 2, -2)
-
-
-def _moved_rows(rows: Tensor, n: int) -> UnsupportedUse:
-    return UnsupportedUse(
-        "rows lie in another way than in earlier batches",
-        where="a layer",
-        got=f"rows of shape {tuple(rows.shape)} for {n} examples",
-        remedy="Rows that are packed or selected by the data cannot be assigned to "
-        "examples: pad and mask instead, or freeze the layer",
-    )
 
 
 def consistent_groupings(

@@ -47,11 +47,12 @@ class KroneckerSum(BatchSum):
         b, o, _ = group.layout.matrix
         device = passed.network.device
         self._device = device
-        self._outputs = GramSum(b, o, device)
+        self._outputs = GramSum(b, o, passed.outputs.detach())
         # Gradients that cancel are looked for in a network's first batch.
         self._watching = not passed.network.watched
         self._before_summing = torch.zeros(b, device=device)
         self._live: dict[int, Tensor] = {}
+        self._complete = {t.use for t in self._terms if not _may_drop(t, passed.n)}
         for term in self._terms:
             passed.grouping(term.use)  # rows that sum over examples are no rows
 
@@ -76,11 +77,14 @@ class KroneckerSum(BatchSum):
             self._outputs.add(_merged_vectors(part), start)
 
     def _see(self, term: Term, rows: Tensor) -> None:
-        """Remember which rows have received a gradient."""
-        if _may_drop(term, self._passed.n):
-            seen = (rows != 0).any(-1).flatten(0, 1).any(0)  # (*lead)
-            known = self._live.get(term.use)
-            self._live[term.use] = seen if known is None else known | seen
+        """Remember which rows have received a gradient, until all of them have."""
+        if term.use in self._complete:
+            return
+        seen = (rows != 0).any(-1).flatten(0, 1).any(0)  # (*lead)
+        known = self._live.get(term.use)
+        self._live[term.use] = seen if known is None else known | seen
+        if bool(self._live[term.use].all()):
+            self._complete.add(term.use)
 
     def cancels(self) -> bool:
         """Whether the gradients of each example cancel over its positions, which leaves B = 0.
@@ -114,12 +118,10 @@ class KroneckerSum(BatchSum):
 
     def _inputs(self, term: Term) -> tuple[Inputs, Tensor | None]:
         """The rows that count, and their mask; None where all do."""
-        if not _may_drop(term, self._passed.n):
+        if term.use in self._complete:
             return term.inputs, None
-        live = self._live.get(term.use)
-        if live is None or not bool(live.all()):
-            reachable = self._passed.reachable[term.use]
-            live = reachable if live is None else live | reachable
+        reachable = self._passed.reachable[term.use]
+        live = self._live[term.use] | reachable if term.use in self._live else reachable
         return (term.inputs, None) if bool(live.all()) else (term.inputs.keep(live), live)
 
     def _rows(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
@@ -197,7 +199,7 @@ class DenseSum(BatchSum):
         gradients = self._passed.gradients(self._groups, rows, generic)
         if gradients:
             flat = flat_gradients(gradients, self._layout).flatten(0, 1)  # (v n, p)
-            self._matrix = self._matrix + gram(flat)
+            self._matrix = self._matrix + gram(flat[None])[0]
 
     def block(self) -> DenseBlock:
         """The matrix."""

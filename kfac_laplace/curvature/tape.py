@@ -63,11 +63,13 @@ class Recording:
         output: what the model returned.
         uses: recorded calls that the output depends on, in forward order.
         loose: names of the tracked parameters that reach the output outside recorded calls.
+        picks_rows: whether rows were picked by values of the data.
     """
 
     output: Tensor
     uses: tuple[Use, ...]
     loose: frozenset[str]
+    picks_rows: bool
 
     def output_rows(
         self, outputs: Tensor, vectors: Sequence[Tensor], uses: Sequence[int] | None = None
@@ -115,6 +117,7 @@ class Tape(TorchFunctionMode):
         self._data = WeakTensorKeyDictionary(dict.fromkeys(data, True))
         self._constants = WeakTensorKeyDictionary()  # functions of untracked parameters alone
         self._n = n
+        self._picks_rows = False
         self.uses: list[Use] = []
 
     def __torch_function__(
@@ -135,6 +138,8 @@ class Tape(TorchFunctionMode):
                 return FORMS[func](*args, **kwargs)
         before = _edges(args) if made_of and func in IN_PLACE else {}
         with_data = any(self._depends_on_data(t) for t in tensors)
+        if with_data and func in PICKS:
+            self._picks_rows |= any(not t.is_floating_point() and t in self._data for t in tensors)
         output = func(*args, **kwargs)
         if func is Tensor.__setitem__:  # returns nothing, but its first argument has changed
             self._follow(func, args[0], made_of, with_data, args[0])
@@ -244,9 +249,21 @@ class Tape(TorchFunctionMode):
                 loose.add(name)
             stack.extend(below for below, _ in node.next_functions if below is not None)
         uses = tuple(use for use in self.uses if use.edge.node in seen)
-        return Recording(output, uses, frozenset(loose))
+        return Recording(output, uses, frozenset(loose), self._picks_rows)
 
 
+#: Calls that may pick rows by indices or masks.
+PICKS = {
+    Tensor.__getitem__,
+    Tensor.index_select,
+    torch.index_select,
+    Tensor.masked_select,
+    torch.masked_select,
+    Tensor.nonzero,
+    torch.nonzero,
+    torch.where,
+    Tensor.where,
+}
 #: Calls with a rule that write into their first argument.
 IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 

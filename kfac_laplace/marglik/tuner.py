@@ -78,7 +78,7 @@ class MarglikTuner:
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
         kfac_approx: as for `Laplace`; so are fisher, hessian_structure, subset_of_weights,
-            joint_bias, uncovered, seed, dict_key_y, forward_fn and batch_fn.
+            joint_bias, uncovered, seed, factor_dtype, dict_key_y, forward_fn and batch_fn.
         n_epochs_burnin: no round before this epoch (epochs count from 1).
         marglik_frequency: a round in every epoch that is a multiple of it.
         n_hypersteps: steps in each round.
@@ -108,6 +108,7 @@ class MarglikTuner:
         joint_bias: bool = True,
         uncovered: Uncovered = "diag",
         seed: int = 0,
+        factor_dtype: torch.dtype = torch.float64,
         dict_key_y: str = "labels",
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
@@ -143,6 +144,7 @@ class MarglikTuner:
             "uncovered": uncovered,
             "seed": seed,
             "dict_key_y": dict_key_y,
+            "factor_dtype": factor_dtype,
             "forward_fn": forward_fn,
             "batch_fn": batch_fn,
         }

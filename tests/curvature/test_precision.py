@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import Case, build
 from laws import fitted, relative_error
 from torch import nn
 
-from kfac_laplace.curvature.precision import gram
+from kfac_laplace import Curvature, Laplace
+from kfac_laplace.curvature.precision import GramSum, gram
 from kfac_laplace.errors import InvalidValue
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,3 +102,53 @@ def test_a_callers_autocast_does_not_round_the_factors():
 def test_symmetric_products_in_halves(columns):
     rows = torch.randn(2, 5, columns, dtype=torch.float64)
     torch.testing.assert_close(gram(rows), rows.mT @ rows, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("setting", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["cnn", "vit", "mlp-tanh"])
+def test_factors_may_be_summed_in_float32(name, setting):
+    """Of a float32 model; a float64 model's rows keep their precision."""
+    example = build(name)
+    model = copy.deepcopy(example.model).float()
+    batches = [(x.float(), y) for x, y in example.batches]
+    options = {"kfac_approx": setting, "factor_dtype": torch.float32}
+    single = Curvature(model, example.likelihood, **options).fit(batches)
+    double = Curvature(model, example.likelihood, kfac_approx=setting).fit(batches)
+    for weight, block in single.blocks.items():
+        assert all(t.dtype == torch.float32 for t in block.factors)
+        # Some products of float32 numbers: their rounding errors add up to a few eps.
+        floor = 1e-6 * max(b.dense().norm().item() for b in double.blocks.values())
+        assert relative_error(block.dense().double(), double.blocks[weight].dense(), floor) < 1e-5
+    kept = fitted(example, **options)
+    assert all(t.dtype == torch.float64 for b in kept.blocks.values() for t in b.factors)
+
+
+def test_other_precisions_of_factors_are_refused():
+    with pytest.raises(InvalidValue, match="factor_dtype"):
+        fitted("cnn", factor_dtype=torch.float16)
+
+
+def test_the_precision_of_factors_is_stored(tmp_path):
+    example = build("cnn")
+    la = Laplace(example.model, "classification", factor_dtype=torch.float32)
+    la.fit(example.batches).save(tmp_path / "la.pt")
+    assert Laplace.load(tmp_path / "la.pt", example.model).curvature.factor_dtype == torch.float32
+
+
+def test_stacks_grow_apart_and_together():
+    """Parts of a group add to some stacks first and to others later."""
+    rows = torch.randn(3, 5, 300, dtype=torch.float64)
+    total = GramSum(3, 300, rows)
+    total.add(rows[1:2], 1)
+    total.add(rows[2:3].expand(1, 2, 5, 300), 2)
+    total.add(rows)
+    want = rows.mT @ rows * torch.tensor([1.0, 2.0, 3.0]).double()[:, None, None]
+    torch.testing.assert_close(total.total(), want, rtol=1e-13, atol=1e-13)
+
+
+def test_stacks_without_rows_are_zero():
+    total = GramSum(2, 3, torch.zeros(()))
+    total.add(torch.ones(1, 4, 3), 1)
+    assert torch.equal(
+        total.total(), torch.tensor([0.0, 4.0]).double()[:, None, None].expand(2, 3, 3)
+    )
