@@ -69,7 +69,7 @@ def measure(la: Laplace, problem: Problem) -> dict[str, float]:
     test = validation_points(posterior, [*zip(*(part.split(256) for part in data.test))], "labels")  # noqa: B905
     kappa, best = (best_scale(la.likelihood, p, la.sigma_noise) for p in (left_out, test))
     outputs = output_gaussian(posterior, la.curvature.network.batch(data.train.x)).double()
-    _, leverage = leave_out(outputs.covariance, la.likelihood.hessian(outputs.mean)[:, 0])
+    _, leverage = leave_out(outputs.covariance[:, 0], la.likelihood.hessian(outputs.mean)[:, 0])
 
     def nll(points: HeldOut, scale: float) -> float:
         return negative_log_likelihood(la.likelihood, points, la.sigma_noise, scale)
