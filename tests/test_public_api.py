@@ -11,7 +11,7 @@ import kfac_laplace
 from kfac_laplace import Curvature, KfacLaplaceError, Laplace, MarglikTuner
 
 NAMES = (
-    "Laplace MarglikTuner marglik_training Curvature Predictive Exact MonteCarlo Empirical "
+    "Laplace MarglikTuner marglik_training Curvature Predictive Exact Hybrid MonteCarlo Empirical "
     "Categorical Gaussian Bernoulli KfacLaplaceError __version__"
 ).split()
 

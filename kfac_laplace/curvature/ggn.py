@@ -6,8 +6,7 @@ All scaling happens here and in the blocks' normalisation: curvature is a raw su
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,18 +16,16 @@ from typing_extensions import Self
 
 from kfac_laplace import likelihoods
 from kfac_laplace.curvature import fisher as fishers
-from kfac_laplace.curvature import sums
+from kfac_laplace.curvature.batch_blocks import BatchBlocks
 from kfac_laplace.curvature.batches import AnyBatch, Batch, BatchFn, split_batch
-from kfac_laplace.curvature.bottleneck import Cut, find_cut
 from kfac_laplace.curvature.factors import Block
 from kfac_laplace.curvature.fisher import Fisher
 from kfac_laplace.curvature.forward import ForwardFn, undisturbed
 from kfac_laplace.curvature.groups import Group, Subset
 from kfac_laplace.curvature.layout import Layout, flat_layout
 from kfac_laplace.curvature.network import Network
-from kfac_laplace.curvature.outer import GRADIENT_BUDGET
 from kfac_laplace.curvature.passes import Pass
-from kfac_laplace.curvature.precision import sums_in, without_autocast
+from kfac_laplace.curvature.precision import sums_in
 from kfac_laplace.curvature.probing import learn_groupings
 from kfac_laplace.curvature.sharing import KfacApprox, Setting, check_kfac_approx, resolve_settings
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, UnsupportedUse
@@ -213,7 +210,7 @@ class Curvature:
             kept = (~idle).nonzero()[:, 0]
             passed, targets = self.network.run(batch.select(kept), parameters), targets[kept]
             passed.counted = self.likelihood.importance(targets)
-        blocks = self._batch_blocks(passed, targets)
+        blocks = BatchBlocks(self, passed).blocks(targets)
         if bool(idle.all()):
             blocks = {name: block.zero() for name, block in blocks.items()}
         for name, block in blocks.items():
@@ -278,79 +275,6 @@ class Curvature:
             network.groups = ()
             raise
 
-    def _batch_blocks(self, passed: Pass, y: Tensor) -> dict[str, Block]:
-        """The blocks of one batch."""
-        with without_autocast(self.network.device):
-            made = self._batch_sums(passed)
-        cut = find_cut(passed, self.groups) if self._may_cut else None
-        if cut is not None:
-            return self._cut_blocks(cut, made, self.likelihood.importance(y))
-        f = passed.outputs.detach()
-        vectors = self.fisher.vectors(self.likelihood, f, y, self.generator)
-        for piece in _pieces(vectors, self._piece_length(passed)):
-            generic = passed.generic_gradients(self.groups, piece)
-            for k, vector in enumerate(piece):
-                rows = passed.rows([vector], self.groups)
-                one = {name: gradients[k : k + 1] for name, gradients in generic.items()}
-                with without_autocast(self.network.device):
-                    for batch_sum in made.values():
-                        batch_sum.add(rows, one)
-        if not self.network.watched:
-            self._warn_of_cancellation(made)
-        return {name: batch_sum.block() for name, batch_sum in made.items()}
-
-    @property
-    def _may_cut(self) -> bool:
-        """Whether all that is wanted of the head is its B, by the exact Λ."""
-        return self.hessian_structure == "kron" and type(self.fisher) is fishers.Exact
-
-    def _cut_blocks(
-        self, cut: Cut, made: dict[str, sums.BatchSum], importance: Tensor | None
-    ) -> dict[str, Block]:
-        """The blocks of one batch, by vectors from the head's input."""
-        with without_autocast(self.network.device):
-            made = cut.with_head(made, self.likelihood, importance)
-        for root in cut.roots(self.likelihood, importance):
-            rows = cut.rows(root)
-            with without_autocast(self.network.device):
-                for batch_sum in made.values():
-                    batch_sum.add(rows, {})
-        if not self.network.watched:
-            self._warn_of_cancellation(made)
-        return {name: batch_sum.block() for name, batch_sum in made.items()}
-
-    def _warn_of_cancellation(self, made: dict[str, sums.BatchSum]) -> None:
-        """Say where reduce sees no curvature although there is some."""
-        blind = [
-            name
-            for name, batch_sum in made.items()
-            if isinstance(batch_sum, sums.KroneckerSum) and batch_sum.cancels()
-        ]
-        if blind:
-            log.warning(
-                "K-FAC-reduce sees no curvature in %s: an example's gradients cancel over the "
-                "shared axis, as those of attention keys do. Give each of them the setting "
-                "'expand', as in kfac_approx={'%s': 'expand', '*': 'auto'}",
-                ", ".join(blind),
-                blind[0],
-            )
-        self.network.watched = True
-
-    def _batch_sums(self, passed: Pass) -> dict[str, sums.BatchSum]:
-        """An empty sum for each block."""
-        if self.hessian_structure == "full":
-            return {"full": sums.DenseSum(self.groups, self.full_layout, passed)}
-        return {group.name: self._batch_sum(group, passed) for group in self.groups}
-
-    def _batch_sum(self, group: Group, passed: Pass) -> sums.BatchSum:
-        """The sum for a group's block, by its structure."""
-        treatment = group.treatment if self.hessian_structure == "kron" else "diag"
-        if treatment == "kron":
-            return sums.KroneckerSum(group, passed, self.settings[group.name])
-        if treatment == "dense":
-            return sums.DenseSum([group], group.layout, passed)
-        return sums.DiagonalSum(group, passed)
-
     @property
     def full_layout(self) -> Layout:
         """All parameters of the posterior behind one another, in model order."""
@@ -360,13 +284,6 @@ class Curvature:
             for name, shape in zip(group.layout.params, group.layout.shapes, strict=True)
         }
         return flat_layout({name: shapes[name] for name in self.params})
-
-    def _piece_length(self, passed: Pass) -> int:
-        """How many vectors to hold at a time, by the size of the generic gradients they yield."""
-        generic = sum(
-            group.layout.size for group in self.groups if group.name in passed.without_rules
-        )
-        return max(1, GRADIENT_BUDGET // (passed.n * generic + passed.outputs.numel()))
 
     def merge(self, other: "Curvature") -> Self:
         """Add the curvature of other data, computed on the same model with the same options.
@@ -414,12 +331,6 @@ class Curvature:
     def _loss(self) -> tuple[type[Likelihood], dict[str, Any]]:
         """The likelihood by kind and options: objects of one's own have no equality."""
         return type(self.likelihood), self.likelihood.options()
-
-
-def _pieces(vectors: Iterator[Tensor], length: int) -> Iterator[list[Tensor]]:
-    """Lists of at most `length` vectors."""
-    while piece := list(islice(vectors, length)):
-        yield piece
 
 
 def _idle_examples(counted: Tensor | None) -> Tensor:

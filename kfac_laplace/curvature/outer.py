@@ -31,9 +31,9 @@ class Factored(Protocol):
         """Both sides as tensors."""
 
 
-def step_for(entries: int) -> int:
-    """How many examples to hold at a time, whose gradients have so many entries each."""
-    return max(1, GRADIENT_BUDGET // max(1, entries))
+def step_for(entries: int, budget: int = GRADIENT_BUDGET) -> int:
+    """How many examples to hold at a time under a budget of entries, of which each has so many."""
+    return max(1, budget // max(1, entries))
 
 
 @dataclass(frozen=True)

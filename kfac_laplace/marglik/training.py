@@ -57,7 +57,7 @@ def marglik_training(
         likelihood: "classification", "regression", "binary" or a `Likelihood`.
         hessian_structure: "kron", "diag" or "full".
         kfac_approx: "auto", "expand", "reduce" or {pattern: setting}.
-        fisher: "exact", "mc", "empirical" or an estimator object.
+        fisher: "exact", "hybrid", "mc", "empirical" or an estimator object.
         optimizer_cls: optimiser of the weights.
         optimizer_kwargs: its options; without weight decay, which the prior is.
         scheduler_cls: learning-rate schedule, stepped after every batch.

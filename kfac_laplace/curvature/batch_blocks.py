@@ -1,0 +1,132 @@
+"""The blocks of one batch: sums over backward vectors, group by group."""
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kfac_laplace.curvature import fisher as fishers
+from kfac_laplace.curvature import sums
+from kfac_laplace.curvature.bottleneck import Cut, find_cut
+from kfac_laplace.curvature.factors import Block
+from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.outer import GRADIENT_BUDGET
+from kfac_laplace.curvature.passes import Pass
+from kfac_laplace.curvature.precision import without_autocast
+
+if TYPE_CHECKING:
+    from kfac_laplace.curvature.ggn import Curvature
+
+log = logging.getLogger("kfac_laplace")
+
+
+class BatchBlocks:
+    """Makes the blocks of one recorded pass.
+
+    Args:
+        curvature: says which structure, settings and estimator; it is not changed, but for draws
+            from its generator.
+        passed: the forward pass over the batch.
+    """
+
+    def __init__(self, curvature: "Curvature", passed: Pass):
+        self._curvature, self._passed = curvature, passed
+
+    def blocks(self, y: Tensor) -> dict[str, Block]:
+        """The blocks of the batch, for aligned targets y."""
+        with without_autocast(self._passed.network.device):
+            made = self._batch_sums()
+        cut = find_cut(self._passed, self._curvature.groups) if self._may_cut else None
+        if cut is not None:
+            return self._cut_blocks(cut, made, self._curvature.likelihood.importance(y))
+        f = self._passed.outputs.detach()
+        vectors = self._curvature.fisher.vectors(
+            self._curvature.likelihood, f, y, self._curvature.generator
+        )
+        for piece in _pieces(vectors, self._piece_length()):
+            generic = self._passed.generic_gradients(self._curvature.groups, piece)
+            for k, vector in enumerate(piece):
+                rows = self._passed.rows([vector], self._curvature.groups)
+                one = {name: gradients[k : k + 1] for name, gradients in generic.items()}
+                with without_autocast(self._passed.network.device):
+                    for batch_sum in made.values():
+                        batch_sum.add(rows, one)
+        if not self._passed.network.watched:
+            self._warn_of_cancellation(made)
+        return {name: batch_sum.block() for name, batch_sum in made.items()}
+
+    @property
+    def _may_cut(self) -> bool:
+        """Whether all that is wanted of the head is its B, by the exact Λ."""
+        return (
+            self._curvature.hessian_structure == "kron"
+            and type(self._curvature.fisher) is fishers.Exact
+        )
+
+    def _cut_blocks(
+        self, cut: Cut, made: dict[str, sums.BatchSum], importance: Tensor | None
+    ) -> dict[str, Block]:
+        """The blocks of one batch, by vectors from the head's input."""
+        with without_autocast(self._passed.network.device):
+            made = cut.with_head(made, self._curvature.likelihood, importance)
+        for root in cut.roots(self._curvature.likelihood, importance):
+            rows = cut.rows(root)
+            with without_autocast(self._passed.network.device):
+                for batch_sum in made.values():
+                    batch_sum.add(rows, {})
+        if not self._passed.network.watched:
+            self._warn_of_cancellation(made)
+        return {name: batch_sum.block() for name, batch_sum in made.items()}
+
+    def _warn_of_cancellation(self, made: dict[str, sums.BatchSum]) -> None:
+        """Say where reduce sees no curvature although there is some."""
+        blind = [
+            name
+            for name, batch_sum in made.items()
+            if isinstance(batch_sum, sums.KroneckerSum) and batch_sum.cancels()
+        ]
+        if blind:
+            log.warning(
+                "K-FAC-reduce sees no curvature in %s: an example's gradients cancel over the "
+                "shared axis, as those of attention keys do. Give each of them the setting "
+                "'expand', as in kfac_approx={'%s': 'expand', '*': 'auto'}",
+                ", ".join(blind),
+                blind[0],
+            )
+        self._passed.network.watched = True
+
+    def _batch_sums(self) -> dict[str, sums.BatchSum]:
+        """An empty sum for each block."""
+        if self._curvature.hessian_structure == "full":
+            return {
+                "full": sums.DenseSum(
+                    self._curvature.groups, self._curvature.full_layout, self._passed
+                )
+            }
+        return {group.name: self._batch_sum(group) for group in self._curvature.groups}
+
+    def _batch_sum(self, group: Group) -> sums.BatchSum:
+        """The sum for a group's block, by its structure."""
+        treatment = group.treatment if self._curvature.hessian_structure == "kron" else "diag"
+        if treatment == "kron":
+            return sums.KroneckerSum(group, self._passed, self._curvature.settings[group.name])
+        if treatment == "dense":
+            return sums.DenseSum([group], group.layout, self._passed)
+        return sums.DiagonalSum(group, self._passed)
+
+    def _piece_length(self) -> int:
+        """How many vectors to hold at a time, by the size of the generic gradients they yield."""
+        generic = sum(
+            group.layout.size
+            for group in self._curvature.groups
+            if group.name in self._passed.without_rules
+        )
+        return max(1, GRADIENT_BUDGET // (self._passed.n * generic + self._passed.outputs.numel()))
+
+
+def _pieces(vectors: Iterator[Tensor], length: int) -> Iterator[list[Tensor]]:
+    """Lists of at most `length` vectors."""
+    while piece := list(islice(vectors, length)):
+        yield piece
