@@ -13,24 +13,26 @@ from torch import Tensor
 from kfac_laplace.curvature.batches import AnyBatch
 from kfac_laplace.curvature.forward import undisturbed
 from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.network import Network
 from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.precision import without_autocast
 from kfac_laplace.curvature.probing import learn_groupings
 from kfac_laplace.curvature.sums import flat_gradients
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.normal import BlockNormal, covariance, factored_covariance
+from kfac_laplace.posterior.normal import BlockNormal, SpectralNormal
+from kfac_laplace.posterior.products import covariance, factored_covariance
 
-#: Gradient rows of so many entries at most are held for one chunk of inputs.
-ROW_BUDGET = 2**25
+#: Gradient rows of so many bytes at most are held at a time: on a CPU, and on other devices.
+ROW_BUDGET, DEVICE_ROW_BUDGET = 48 * 2**20, 2**30
 
 
 @dataclass(frozen=True)
 class OutputGaussian:
-    """Mean and covariance of the outputs at n inputs.
+    """Mean and covariance of each output row at n inputs, whatever the rows have in common.
 
     Args:
         mean: f_θ*(x), shape (n, t, c).
-        covariance: shape (n, k, k) with k = t·c.
+        covariance: shape (n, t, c, c).
         shape: shape of the model's output.
     """
 
@@ -38,39 +40,29 @@ class OutputGaussian:
     covariance: Tensor
     shape: torch.Size
 
-    @property
-    def by_row(self) -> Tensor:
-        """Covariance of each output row, shape (n, t, c, c)."""
-        n, t, c = self.mean.shape
-        rows = self.covariance.reshape(n, t, c, t, c).diagonal(dim1=1, dim2=3)  # (n, c, c, t)
-        return rows.movedim(-1, 1)
-
     def double(self) -> "OutputGaussian":
         """The same in float64."""
         return OutputGaussian(self.mean.double(), self.covariance.double(), self.shape)
 
 
 def output_gaussian(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
-    """Mean and covariance of the outputs, each input on its own [REDUX21].
+    """Mean and covariance of each output row, each input on its own [REDUX21].
+
+    Inputs are taken a few at a time, and so are the output rows of an input that has many.
 
     Args:
         posterior: the posterior; the model runs at its mode, whatever its weights are now.
         batch: the inputs.
     """
-    curvature = posterior.curvature
-    network = curvature.network
-    outputs = max(1, curvature.n_outputs // curvature.n_data)
-    step = max(1, ROW_BUDGET // (outputs * network.row_entries))
+    network, parameters = posterior.curvature.network, posterior.parameters
     with undisturbed(network.model):
         parts = [
-            _chunk(posterior, network.run(piece, posterior.parameters))
-            for piece in batch.split(step)
+            _moments(posterior, network.run(piece, parameters))
+            for piece in batch.split(_inputs_at_once(posterior, batch))
         ]
-    return OutputGaussian(
-        torch.cat([part.mean for part in parts]),
-        torch.cat([part.covariance for part in parts]),
-        torch.Size((sum(len(part.mean) for part in parts), *parts[0].shape[1:])),
-    )
+    means, covariances, shapes = zip(*parts, strict=True)
+    mean = torch.cat(means)
+    return OutputGaussian(mean, torch.cat(covariances), torch.Size((len(mean), *shapes[0][1:])))
 
 
 def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
@@ -83,9 +75,11 @@ def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
     network = posterior.curvature.network
     with undisturbed(network.model):
         passed = network.run(batch, posterior.parameters)
+        learn_groupings(passed)
+        vectors = _unit_vectors(passed.outputs)
         return [
             _by_row(passed, normal.features(gradients).movedim(1, 0)).flatten(0, 1)
-            for normal, gradients in _matrices(posterior, passed)
+            for normal, gradients in _matrices(posterior, passed, vectors)
         ]
 
 
@@ -97,61 +91,95 @@ def _by_row(passed: Pass, features: Tensor) -> Tensor:
     return passed.output_segments.rows_of(features.unflatten(1, (-1, c)))
 
 
-def _chunk(posterior: Posterior, passed: Pass) -> OutputGaussian:
-    """Mean and covariance at the inputs of one pass."""
-    f = passed.outputs
+def _inputs_at_once(posterior: Posterior, batch: AnyBatch) -> int:
+    """How many inputs to run together, so that one output row of each stays under the budget."""
+    curvature = posterior.curvature
+    network, outputs = curvature.network, max(1, curvature.n_outputs // curvature.n_data)
+    some = next(iter(posterior.parameters.values()))
+    budget = _row_budget(some) // _entries(network)
+    if batch.n <= budget // outputs:
+        return batch.n
+    with torch.no_grad():  # one output row of several
+        alone: Iterator[AnyBatch] = batch.split(1)
+        one = network.forward(next(alone).x, posterior.parameters)
+    c = network.likelihood.align(one, network.class_axis).shape[-1]
+    return max(1, budget // c)
+
+
+def _row_budget(like: Tensor) -> int:
+    """Entries of gradient rows that may be held at a time."""
+    size = ROW_BUDGET if like.device.type == "cpu" else DEVICE_ROW_BUDGET
+    return size // max(4, like.element_size())
+
+
+def _entries(network: Network) -> int:
+    """Entries that an example and a backward vector hold, over all uses of parameters."""
+    generic = sum(g.layout.size for g in network.groups if g.role == "generic")
+    return network.row_entries + generic
+
+
+def _moments(posterior: Posterior, passed: Pass) -> tuple[Tensor, Tensor, torch.Size]:
+    """Mean (rows, t, c) and covariance (rows, t, c, c) at the inputs of one pass, and its shape."""
     learn_groupings(passed)
-    total = f.new_zeros(passed.n, f[0].numel(), f[0].numel()).detach()
-    if posterior.curvature.hessian_structure == "full":
-        for normal, gradients in _matrices(posterior, passed):
-            total += covariance(normal, gradients)
-        return _gaussian(passed, total)
-    groups = passed.network.groups
-    rows = passed.rows(_unit_vectors(f), groups)
-    generic = passed.generic_gradients(groups, _unit_vectors(f))
-    with without_autocast(f.device):
+    f = passed.outputs
+    n, t, c = f.shape
+    step = max(1, _row_budget(f) // (n * c * _entries(passed.network)))
+    rows = []
+    for start in range(0, t, step):
+        vectors = _unit_vectors(f, start * c, (start + step) * c)
+        rows.append(_covariances(posterior, passed, vectors, c))
+    covariance = torch.cat(rows, 1)
+    if passed.output_segments is not None:  # nodes, each on its own
+        covariance = passed.output_segments.rows_of(covariance)[:, None]
+    return passed.output_rows.detach(), covariance, passed.recording.output.shape
+
+
+def _covariances(posterior: Posterior, passed: Pass, vectors: list[Tensor], width: int) -> Tensor:
+    """Covariances (n, v / width, width, width) of those outputs that the vectors pick."""
+    total = passed.outputs.new_zeros(passed.n, len(vectors) // width, width, width).detach()
+    with without_autocast(total.device):
+        if posterior.curvature.hessian_structure == "full":
+            for normal, gradients in _matrices(posterior, passed, vectors):
+                total += covariance(normal, gradients, width)
+            return total
+        groups = passed.network.groups
+        rows = passed.rows(vectors, groups)
+        generic = passed.generic_gradients(groups, vectors)
         for group in groups:
-            found = _group_covariance(posterior, passed, group, (rows, generic))
-            if found is not None:
-                total += found
-    return _gaussian(passed, total)
+            _add_group(posterior, passed, group, (rows, generic), total)
+    return total
 
 
-def _gaussian(passed: Pass, covariance: Tensor) -> OutputGaussian:
-    """Mean and covariance (n, k, k) of a pass; of nodes each on its own."""
-    found = OutputGaussian(passed.outputs.detach(), covariance, passed.recording.output.shape)
-    if passed.output_segments is None:
-        return found
-    rows = passed.output_segments.rows_of(found.by_row)  # (nodes, c, c)
-    return OutputGaussian(passed.output_rows.detach(), rows, found.shape)
-
-
-def _group_covariance(
+def _add_group(
     posterior: Posterior,
     passed: Pass,
     group: Group,
     gradients: tuple[Mapping[int, Tensor], Mapping[str, Tensor]],
-) -> Tensor | None:
-    """A group's share of the output covariance (n, k, k); None where outputs ignore it."""
+    total: Tensor,
+) -> None:
+    """Add a group's share to the covariances (n, v / width, width, width) in `total`."""
+    width = total.shape[-1]
     if group.factored:
         factored = passed.gradient(group, gradients[0])
-        if factored is None:
-            return None
-        normal = _normal(posterior, group.name, factored.left)
-        return factored_covariance(normal, factored, group.layout.size)
-    pieces = [
-        covariance(_normal(posterior, group.name, piece), piece)
-        for piece in passed.pieces(group, *gradients)
-    ]
-    return torch.cat(pieces) if pieces else None
+        if factored is not None:
+            normal = _normal(posterior, group.name, factored.left)
+            assert isinstance(normal, SpectralNormal)
+            total += factored_covariance(normal, factored, width)
+        return
+    start = 0
+    for piece in passed.pieces(group, *gradients):
+        stop = start + piece.shape[1]
+        total[start:stop] += covariance(_normal(posterior, group.name, piece), piece, width)
+        start = stop
 
 
-def _matrices(posterior: Posterior, passed: Pass) -> Iterator[tuple[BlockNormal, Tensor]]:
-    """Each block's posterior with the gradients (k, n, b, o, i) of all k outputs."""
+def _matrices(
+    posterior: Posterior, passed: Pass, vectors: list[Tensor]
+) -> Iterator[tuple[BlockNormal, Tensor]]:
+    """Each block's posterior with the gradients (v, n, b, o, i) of v backward vectors."""
     f, groups = passed.outputs, passed.network.groups
-    learn_groupings(passed)
-    rows = passed.rows(_unit_vectors(f), groups)
-    generic = passed.generic_gradients(groups, _unit_vectors(f))
+    rows = passed.rows(vectors, groups)
+    generic = passed.generic_gradients(groups, vectors)
     if posterior.curvature.hessian_structure == "full":
         gradients = passed.gradients(groups, rows, generic)
         flat = flat_gradients(gradients, posterior.curvature.full_layout)
@@ -160,7 +188,7 @@ def _matrices(posterior: Posterior, passed: Pass) -> Iterator[tuple[BlockNormal,
     for group in groups:
         gradients = passed.gradients([group], rows, generic)
         if not gradients:  # the outputs do not depend on this group
-            empty = f.new_zeros(f[0].numel(), passed.n, *group.layout.matrix)
+            empty = f.new_zeros(len(vectors), passed.n, *group.layout.matrix)
             yield _normal(posterior, group.name, empty), empty
         else:
             packed = group.layout.pack(gradients)
@@ -172,7 +200,12 @@ def _normal(posterior: Posterior, name: str, gradients: Tensor) -> BlockNormal:
     return posterior.blocks_in(gradients.dtype)[name]
 
 
-def _unit_vectors(f: Tensor) -> list[Tensor]:
-    """One backward vector (n, t, c) for each of the k outputs of an example."""
-    units = torch.eye(f[0].numel(), dtype=f.dtype, device=f.device)
-    return [unit.reshape(f.shape[1:]).expand_as(f) for unit in units]
+def _unit_vectors(f: Tensor, first: int = 0, last: int | None = None) -> list[Tensor]:
+    """One backward vector (n, t, c) for each of the k outputs of an example, or some of them."""
+    k = f[0].numel()
+    vectors = []
+    for output in range(first, min(k, k if last is None else last)):
+        unit = torch.zeros(k, dtype=f.dtype, device=f.device)
+        unit[output] = 1
+        vectors.append(unit.reshape(f.shape[1:]).expand_as(f))
+    return vectors

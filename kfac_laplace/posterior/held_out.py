@@ -44,7 +44,7 @@ def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -
         x, y = split_batch(raw, key_y, posterior.curvature.batch_fn)
         outputs = output_gaussian(posterior, network.batch(x)).double()
         means.append(outputs.mean)
-        covariances.append(outputs.by_row)
+        covariances.append(outputs.covariance)
         targets.append(likelihood.align_target(y.to(network.device), outputs.mean))
     if not means:
         raise InvalidValue(

@@ -41,7 +41,7 @@ class Laplace:
         subset_of_weights: "all", "last_layer" or parameter-name patterns; other parameters stay
             at their values.
         kfac_approx: "auto", "expand", "reduce" or {pattern: setting}.
-        fisher: "exact", "mc", "empirical" or an object such as `MonteCarlo(samples=4)`.
+        fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
         prior_precision: δ, one value or one for each entry of the prior structure.
         prior_structure: "layerwise", "scalar" or "diag" (the last not with "kron").
         prior_mean: μ, one value or one for each parameter.
@@ -50,6 +50,7 @@ class Laplace:
         joint_bias: whether a weight and its bias share a block.
         uncovered: "diag", "error" or "freeze" for parameters that no layer rule covers.
         seed: seed of all draws inside `fit`, and of predictions without a generator.
+        factor_dtype: precision in which curvature is summed, torch.float64 or torch.float32.
         dict_key_y: name of the targets where batches are mappings.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of a loader to (x, y), where it is no pair and no mapping.
@@ -76,6 +77,7 @@ class Laplace:
         joint_bias: bool = True,
         uncovered: Uncovered = "diag",
         seed: int = 0,
+        factor_dtype: torch.dtype = torch.float64,
         dict_key_y: str = "labels",
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
@@ -90,6 +92,7 @@ class Laplace:
             "joint_bias": joint_bias,
             "uncovered": uncovered,
             "seed": seed,
+            "factor_dtype": factor_dtype,
             "forward_fn": forward_fn,
             "batch_fn": batch_fn,
         }

@@ -20,7 +20,7 @@ from kfac_laplace.curvature.batches import AnyBatch, split_batch
 from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.glm import OutputGaussian, output_features, output_gaussian
+from kfac_laplace.posterior.glm import output_features, output_gaussian
 from kfac_laplace.posterior.held_out import HeldOut
 
 log = logging.getLogger("kfac_laplace")
@@ -56,7 +56,7 @@ def leave_one_out_points(
     mean = torch.cat([part.mean for part in outputs])  # (m, t, c)
     align = posterior.curvature.likelihood.align_target
     target = torch.cat([align(y, part.mean) for (_, y), part in zip(picked, outputs, strict=True)])
-    own = torch.cat([part.by_row for part in outputs])  # (m, t, c, c)
+    own = torch.cat([part.covariance for part in outputs])  # (m, t, c, c)
     hessian, score = _scaled(posterior, mean, target)
     exact = _exact_covariances(posterior, [batch for batch, _ in picked], hessian, rest)
     without, _ = leave_out(exact, hessian)
@@ -163,4 +163,6 @@ def _exact_covariances(
 
 def _by_row(covariance: Tensor, mean: Tensor) -> Tensor:
     """Blocks (m, t, c, c) of covariances (m, k, k)."""
-    return OutputGaussian(mean, covariance, mean.shape).by_row
+    n, t, c = mean.shape
+    rows = covariance.reshape(n, t, c, t, c).diagonal(dim1=1, dim2=3)  # (m, c, c, t)
+    return rows.movedim(-1, 1)

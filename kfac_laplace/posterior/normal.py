@@ -7,7 +7,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.outer import Factored, LookedUp, Outer, step_for
 from kfac_laplace.curvature.spectral import Spectrum
 from kfac_laplace.errors import InvalidValue
 
@@ -54,45 +53,21 @@ class SpectralNormal:
         return self.spectrum.effective_dimensions(self.scale, self.delta)
 
     @cached_property
-    def _deviations(self) -> Tensor:
+    def deviations(self) -> Tensor:
         """Posterior standard deviation of each eigendirection, (b, o, i)."""
         return self.spectrum.variances(self.scale, self.delta).sqrt()
 
     def colour(self, noise: Tensor) -> Tensor:
         """Scale in the eigenbasis and rotate back."""
-        return self.spectrum.from_eigenbasis(noise * self._deviations)
+        return self.spectrum.from_eigenbasis(noise * self.deviations)
 
     def features(self, gradients: Tensor) -> Tensor:
         """Rotate into the eigenbasis and scale."""
-        return (self.spectrum.to_eigenbasis(gradients) * self._deviations).flatten(-3)
+        return (self.spectrum.to_eigenbasis(gradients) * self.deviations).flatten(-3)
 
     def cast(self, dtype: torch.dtype) -> "SpectralNormal":
         """Bases and eigenvalues in `dtype`; decomposed in float64 all the same."""
         return SpectralNormal(self.spectrum.cast(dtype), self.scale.to(dtype), self.delta.to(dtype))
-
-    def unshared_covariance(self, outer: Outer) -> Tensor:
-        """J P⁻¹ Jᵀ (n, v, v) for one row an example, from the two sides: O(o i + v² o) each.
-
-        With rotated rows b̂, â: Σ_i b̂_ci b̂_c'i m_i, where m_i = Σ_j â_j² var_ij.
-        """
-        left, right = outer.left[..., 0, :], outer.right[..., 0, :]  # (v, b, n, o), (b, n, i)
-        if self.spectrum.bases is not None:
-            basis_left, basis_right = self.spectrum.bases
-            left = left @ basis_left
-            right = right if basis_right is None else right @ basis_right
-        spread = right.square() @ self._deviations.square().mT  # (b, n, o)
-        return torch.einsum("vbno,bno,wbno->nvw", left, spread, left)
-
-    def lookup_covariance(self, table: LookedUp) -> Tensor:
-        """J P⁻¹ Jᵀ (n, v, v) of a looked-up table, whose right side is diagonal.
-
-        Rows of one entry add up before they are squared: Σ_t Σ_i b̂_cti b̂_c'ti var_i,entry(t).
-        """
-        assert self.spectrum.bases is not None and self.spectrum.bases[1] is None
-        left = table.merged() @ self.spectrum.bases[0][0]  # (v, n, t, o)
-        spread = self._deviations[0].mT[table.index]  # (n, t, o)
-        scaled = (left * spread).movedim(1, 0).flatten(2)  # (n, v, t o)
-        return scaled @ scaled.mT
 
 
 @dataclass(frozen=True)
@@ -144,31 +119,3 @@ class DenseNormal:
         moved = DenseNormal(self.matrix, self.scale, self.delta.to(dtype))
         moved.__dict__["_cholesky"] = self._cholesky.to(dtype)
         return moved
-
-
-def factored_covariance(normal: BlockNormal, gradients: Factored, size: int) -> Tensor:
-    """J P⁻¹ Jᵀ of each example from factored gradients, shape (n, v, v).
-
-    One row an example and looked-up tables stay factored; other shared rows become matrices, a few
-    examples at a time.
-
-    Args:
-        normal: the block's posterior.
-        gradients: factored gradients.
-        size: number of entries of the block.
-    """
-    if isinstance(normal, SpectralNormal):
-        bases = normal.spectrum.bases
-        if isinstance(gradients, Outer) and gradients.right.shape[2] == 1:
-            return normal.unshared_covariance(gradients)
-        if isinstance(gradients, LookedUp) and bases is not None and bases[1] is None:
-            pieces = gradients.pieces(step_for(gradients.left[:, :, 0].numel()))
-            return torch.cat([normal.lookup_covariance(piece) for piece in pieces])
-    step = step_for(len(gradients.left) * size)
-    return torch.cat([covariance(normal, piece.dense()) for piece in gradients.pieces(step)])
-
-
-def covariance(normal: BlockNormal, gradients: Tensor) -> Tensor:
-    """J P⁻¹ Jᵀ of each example from gradients (v, n, b, o, i), shape (n, v, v)."""
-    features = normal.features(gradients).movedim(1, 0)  # (n, v, k)
-    return features @ features.mT

@@ -55,7 +55,7 @@ class Predictor:
             samples = self.functions(x, n_samples, pred_type, source)
             return from_samples(curvature.likelihood, samples, axis, sigma)
         outputs = output_gaussian(self.posterior, self._batch(x))
-        covariance = outputs.by_row * self.scale.to(outputs.mean)
+        covariance = outputs.covariance * self.scale.to(outputs.mean)
         drawn = None
         if link == "mc":
             drawn = sample_outputs(outputs.mean, covariance, n_samples, source)
