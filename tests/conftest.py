@@ -12,6 +12,9 @@ TESTS = str(Path(__file__).parent)
 if TESTS not in sys.path:  # pytest's importlib mode does not add it
     sys.path.insert(0, TESTS)
 
+# The tests' tensors are small: threads would only wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seeded():
