@@ -50,6 +50,7 @@ class Group:
             "exact" where gradients come from layer rules in any other way; "generic" without.
         treatment: its block under hessian_structure="kron".
         covered: whether layer rules cover all its uses.
+        diagonal: whether its input factor A is diagonal, as that of a table is.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Group:
     role: Role
     treatment: Treatment
     covered: bool = True
+    diagonal: bool = False
 
     @property
     def factored(self) -> bool:
@@ -190,6 +192,7 @@ class Way:
         matrix: (b, o, i) of the whole parameter.
         parts: number of parts in which it is used.
         chain: how a part becomes matrices.
+        diagonal: whether the input factor is diagonal.
     """
 
     role: Role
@@ -212,7 +215,7 @@ def _factored(shapes: Mapping[str, torch.Size], ways: Sequence[Way]) -> Group:
         tuple(way.chain for way in ways) if any(way.chain for way in ways) else (),
     )
     role: Role = "joint" if len(ways) == 2 else ways[0].role
-    return Group(layout.params[0], layout, role, "kron")
+    return Group(layout.params[0], layout, role, "kron", diagonal=ways[0].diagonal)
 
 
 def _ways(recording: Recording) -> dict[str, Way]:

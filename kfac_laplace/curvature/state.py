@@ -120,6 +120,7 @@ def groups_to_plain(groups: Iterable[Group]) -> list[dict[str, Any]]:
             ],
             "treatment": group.treatment,
             "covered": group.covered,
+            "diagonal": group.diagonal,
         }
         for group in groups
     ]
@@ -149,6 +150,7 @@ def groups_from_plain(
             entry["role"],
             entry["treatment"],
             entry["covered"],
+            entry["diagonal"],
         )
         for entry in plain
     )
