@@ -39,8 +39,16 @@ class BatchBlocks:
         with without_autocast(self._passed.network.device):
             made = self._batch_sums()
         cut = find_cut(self._passed, self._curvature.groups) if self._may_cut else None
-        if cut is not None:
-            return self._cut_blocks(cut, made, self._curvature.likelihood.importance(y))
+        if cut is None:
+            self._add_vectors(made, y)
+        else:
+            made = self._add_cut(cut, made, self._curvature.likelihood.importance(y))
+        if not self._passed.network.watched:
+            self._warn_of_cancellation(made)
+        return {name: batch_sum.block() for name, batch_sum in made.items()}
+
+    def _add_vectors(self, made: dict[str, sums.BatchSum], y: Tensor) -> None:
+        """Add the estimator's vectors, from the outputs."""
         f = self._passed.outputs.detach()
         vectors = self._curvature.fisher.vectors(
             self._curvature.likelihood, f, y, self._curvature.generator
@@ -53,9 +61,6 @@ class BatchBlocks:
                 with without_autocast(self._passed.network.device):
                     for batch_sum in made.values():
                         batch_sum.add(rows, one)
-        if not self._passed.network.watched:
-            self._warn_of_cancellation(made)
-        return {name: batch_sum.block() for name, batch_sum in made.items()}
 
     @property
     def _may_cut(self) -> bool:
@@ -65,10 +70,10 @@ class BatchBlocks:
             and type(self._curvature.fisher) is fishers.Exact
         )
 
-    def _cut_blocks(
+    def _add_cut(
         self, cut: Cut, made: dict[str, sums.BatchSum], importance: Tensor | None
-    ) -> dict[str, Block]:
-        """The blocks of one batch, by vectors from the head's input."""
+    ) -> dict[str, sums.BatchSum]:
+        """Add vectors from the head's input; the sums, with the head's own among them."""
         with without_autocast(self._passed.network.device):
             made = cut.with_head(made, self._curvature.likelihood, importance)
         for root in cut.roots(self._curvature.likelihood, importance):
@@ -76,9 +81,7 @@ class BatchBlocks:
             with without_autocast(self._passed.network.device):
                 for batch_sum in made.values():
                     batch_sum.add(rows, {})
-        if not self._passed.network.watched:
-            self._warn_of_cancellation(made)
-        return {name: batch_sum.block() for name, batch_sum in made.items()}
+        return made
 
     def _warn_of_cancellation(self, made: dict[str, sums.BatchSum]) -> None:
         """Say where reduce sees no curvature although there is some."""

@@ -236,16 +236,11 @@ class Pass:
         """Parameters of the generic groups that this pass used."""
         used = {name for use in self.recording.uses for name in use.params}
         used |= self.recording.loose
-        names = [
-            g.name
-            for g in groups
-            if g.name in self.without_rules and used.intersection(g.layout.params)
-        ]
         return {
             name: self.params[name].detach()
-            for g in groups
-            if g.name in names
-            for name in g.layout.params
+            for group in groups
+            if group.name in self.without_rules and used.intersection(group.layout.params)
+            for name in group.layout.params
         }
 
     def grouping(self, u: int) -> Grouping:

@@ -38,6 +38,7 @@ class Source:
         params: names of the parameters it is made of.
         part: where it lies in its one parameter, or None for any other function of parameters.
         version: version of the tensor when it was made.
+        edge: its gradient edge when it was made.
     """
 
     tensor: Tensor
@@ -102,9 +103,7 @@ class Sources:
         names = tuple(dict.fromkeys(name for source in made_of for name in source.params))
         only = made_of[0] if len(made_of) == 1 else None
         for tensor in tensors_in(output):
-            known = self.get(tensor)
-            unchanged = known is not None and known.tensor._version == known.version
-            if tensor.requires_grad and not unchanged:
+            if tensor.requires_grad and self.get(tensor) is None:
                 part = self._part(func, tensor, only)
                 self._known[id(tensor)] = Source(
                     tensor, names, part, tensor._version, get_gradient_edge(tensor)

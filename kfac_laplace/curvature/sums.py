@@ -103,17 +103,19 @@ class KroneckerSum(BatchSum):
         for term in self._terms:
             starts.setdefault(term.start, []).append(term)
         b, _, i = self._group.layout.matrix
-        diagonal = any(term.inputs.diagonal for term in self._terms)
-        shape = (b, i) if diagonal else (b, i, i)
         outputs = self._outputs.total()
-        total, count = outputs.new_zeros(shape), outputs.new_zeros(b)
+        count, total = outputs.new_zeros(b), None
         for start, terms in starts.items():
             rows, number = self._rows(terms) if self._setting == "expand" else self._means(terms)
-            if len(rows) == b:
-                total = rows.to(total.dtype)
-            else:
-                total[start : start + len(rows)] = rows
             count[start : start + len(rows)] = number
+            if len(rows) == b:
+                total = rows.to(outputs.dtype)
+                continue
+            if total is None:
+                total = outputs.new_zeros(b, *rows.shape[1:])
+            total[start : start + len(rows)] = rows
+        if total is None:  # this batch does not use the group
+            total = outputs.new_zeros((b, i) if self._group.diagonal else (b, i, i))
         return KroneckerBlock(self._group.layout, total, count, outputs)
 
     def _inputs(self, term: Term) -> tuple[Inputs, Tensor | None]:
@@ -131,7 +133,7 @@ class KroneckerSum(BatchSum):
             inputs, live = self._inputs(term)
             grams.append(inputs.gram())
             count = count + (inputs.count if live is None else live.sum())
-        return torch.stack(grams).sum(0), count
+        return sum(grams[1:], grams[0]), count
 
     def _means(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
         """Σ ā āᵀ over the means by example, and how many examples there are."""

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -204,6 +204,8 @@ class Layer:
     fold: Fold | None = None
 
 
+Registered = TypeVar("Registered", bound=Callable[..., Any])
+
 Rule = Callable[..., Layer | None]
 RULES: dict[Callable[..., Any], Rule] = {}
 
@@ -216,6 +218,18 @@ Form = Callable[..., Any]
 FORMS: dict[Callable[..., Any], Form] = {}
 
 
+def _registering(
+    table: dict[Callable[..., Any], Registered], functions: tuple[Callable[..., Any], ...]
+) -> Callable[[Registered], Registered]:
+    """A decorator that enters what it decorates for some functions."""
+
+    def register(entry: Registered) -> Registered:
+        table.update(dict.fromkeys(functions, entry))
+        return entry
+
+    return register
+
+
 def layer_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     """Register a rule for functional calls.
 
@@ -226,12 +240,7 @@ def layer_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     Args:
         functions: the functions, as `torch.overrides` sees them (`F.linear`, `F.conv2d`, …).
     """
-
-    def register(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(functions, rule))
-        return rule
-
-    return register
+    return _registering(RULES, functions)
 
 
 def operator_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
@@ -243,12 +252,7 @@ def operator_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     Args:
         functions: the functions, as `torch.overrides` sees them.
     """
-
-    def register(rule: Rule) -> Rule:
-        OPERATORS.update(dict.fromkeys(functions, rule))
-        return rule
-
-    return register
+    return _registering(OPERATORS, functions)
 
 
 def equivalent_form(*functions: Callable[..., Any]) -> Callable[[Form], Form]:
@@ -260,12 +264,7 @@ def equivalent_form(*functions: Callable[..., Any]) -> Callable[[Form], Form]:
     Args:
         functions: the functions, as `torch.overrides` sees them.
     """
-
-    def register(form: Form) -> Form:
-        FORMS.update(dict.fromkeys(functions, form))
-        return form
-
-    return register
+    return _registering(FORMS, functions)
 
 
 def guard(*functions: Callable[..., Any]) -> Callable[[Guard], Guard]:
@@ -277,9 +276,4 @@ def guard(*functions: Callable[..., Any]) -> Callable[[Guard], Guard]:
     Args:
         functions: the functions, as `torch.overrides` sees them.
     """
-
-    def register(check: Guard) -> Guard:
-        GUARDS.update(dict.fromkeys(functions, check))
-        return check
-
-    return register
+    return _registering(GUARDS, functions)
