@@ -1,7 +1,7 @@
 """The blocks of one batch: sums over backward vectors, group by group."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature import fisher as fishers
 from kfac_laplace.curvature import sums
+from kfac_laplace.curvature.backward import Backward
 from kfac_laplace.curvature.bottleneck import Cut, find_cut
 from kfac_laplace.curvature.factors import Block
 from kfac_laplace.curvature.groups import Group
@@ -53,14 +54,32 @@ class BatchBlocks:
         vectors = self._curvature.fisher.vectors(
             self._curvature.likelihood, f, y, self._curvature.generator
         )
+        wanted = frozenset[int]().union(*(batch_sum.uses for batch_sum in made.values()))
+        backward = Backward(self._passed.recording, self._passed.outputs, sorted(wanted))
         for piece in _pieces(vectors, self._piece_length()):
             generic = self._passed.generic_gradients(self._curvature.groups, piece)
             for k, vector in enumerate(piece):
-                rows = self._passed.rows([vector], self._curvature.groups)
                 one = {name: gradients[k : k + 1] for name, gradients in generic.items()}
-                with without_autocast(self._passed.network.device):
-                    for batch_sum in made.values():
-                        batch_sum.add(rows, one)
+                self._add_vector(backward, vector, made, one)
+
+    def _add_vector(
+        self,
+        backward: Backward,
+        vector: Tensor,
+        made: Mapping[str, sums.BatchSum],
+        generic: Mapping[str, Tensor],
+    ) -> None:
+        """Backpropagate a vector and add what it contributes to each sum."""
+
+        def receive(u: int, rows: Tensor) -> None:
+            for batch_sum in made.values():
+                if u in batch_sum.uses:
+                    batch_sum.receive(u, rows)
+
+        backward(vector, receive)
+        with without_autocast(self._passed.network.device):
+            for batch_sum in made.values():
+                batch_sum.finish_vector(generic)
 
     @property
     def _may_cut(self) -> bool:
@@ -76,11 +95,10 @@ class BatchBlocks:
         """Add vectors from the head's input; the sums, with the head's own among them."""
         with without_autocast(self._passed.network.device):
             made = cut.with_head(made, self._curvature.likelihood, importance)
-        for root in cut.roots(self._curvature.likelihood, importance):
-            rows = cut.rows(root)
-            with without_autocast(self._passed.network.device):
-                for batch_sum in made.values():
-                    batch_sum.add(rows, {})
+        if cut.h is not None:
+            backward = Backward(self._passed.recording, cut.h, cut.below)
+            for root in cut.roots(self._curvature.likelihood, importance):
+                self._add_vector(backward, root, made, {})
         return made
 
     def _warn_of_cancellation(self, made: dict[str, sums.BatchSum]) -> None:

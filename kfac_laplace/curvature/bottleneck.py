@@ -62,18 +62,6 @@ class Cut:
         for k in used.nonzero()[:, 0].flip(0):
             yield scaled[..., k].to(self.weight.dtype)
 
-    def rows(self, root: Tensor) -> dict[int, Tensor]:
-        """Gradient rows (1, b, *lead, o) of the uses below the head, for a vector (n, d)."""
-        assert self.h is not None
-        uses = [self.passed.recording.uses[u] for u in self.below]
-        edges = [use.edge for use in uses]
-        found = torch.autograd.grad(self.h, edges, root, retain_graph=True, allow_unused=True)
-        return {
-            u: accumulable(use.layer.output_rows(rows[None]).detach())
-            for u, use, rows in zip(self.below, uses, found, strict=True)
-            if rows is not None
-        }
-
     def with_head(
         self, made: Mapping[str, BatchSum], likelihood: Likelihood, importance: Tensor | None
     ) -> dict[str, BatchSum]:
@@ -95,7 +83,10 @@ class HeadSum(BatchSum):
     def __init__(self, inner: KroneckerSum, output_sum: Tensor):
         self._inner, self._output_sum = inner, output_sum
 
-    def add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
+    def receive(self, use: int, rows: Tensor) -> None:
+        """No rows are wanted."""
+
+    def finish_vector(self, generic: Mapping[str, Tensor]) -> None:
         """Nothing to add."""
 
     def block(self) -> Block:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,11 +80,12 @@ class Forward:
             return self._run(x)
 
     def _run(self, x: Any) -> Tensor:
-        if self.function is not None:
-            return as_output(self.function(self.model, x))
-        if isinstance(x, dict):
-            return as_output(self.model(**x))
-        return as_output(self.model(*(x if isinstance(x, tuple | list) else (x,))))
+        with _OrderedGradients():
+            if self.function is not None:
+                return as_output(self.function(self.model, x))
+            if isinstance(x, dict):
+                return as_output(self.model(**x))
+            return as_output(self.model(*(x if isinstance(x, tuple | list) else (x,))))
 
 
 @contextmanager
@@ -145,7 +147,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.random.fork_rng(devices=devices),
             torch.inference_mode(False),
             torch.enable_grad(),
-            _ContiguousGradients(),
         ):
             yield
     finally:
@@ -169,7 +170,7 @@ def _restore_modes(model: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
         module.training = training
 
 
-class _ContiguousGradients(TorchFunctionMode):
+class _OrderedGradients(TorchFunctionMode):
     """Has batch norms receive their gradients in the memory order of their outputs.
 
     For a batch of one, torch's backward pass on the CPU mistakes channels-last gradients.
@@ -184,8 +185,14 @@ class _ContiguousGradients(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func in (F.batch_norm, torch.batch_norm) and output.requires_grad:
-            output.register_hook(Tensor.contiguous)
+            channels_last = output.is_contiguous(memory_format=torch.channels_last)
+            order = torch.channels_last if channels_last and output.ndim == 4 else None
+            output.register_hook(partial(_in_order, order or torch.contiguous_format))
         return output
+
+
+def _in_order(order: torch.memory_format, gradient: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=order)
 
 
 def outside_inference(tensor: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from kfac_laplace.curvature.batches import AnyBatch, as_batch
+from kfac_laplace.curvature.channels_last import ChannelsLast
 from kfac_laplace.curvature.forward import Forward, ForwardFn, device_of, unwrap
 from kfac_laplace.curvature.groups import Group, Subset, find_groups, last_layer, select_parameters
 from kfac_laplace.curvature.passes import Pass, UseKey
 from kfac_laplace.curvature.precision import accumulable
 from kfac_laplace.curvature.sharing import Grouping
-from kfac_laplace.curvature.tape import Tape
+from kfac_laplace.curvature.tape import Recording, Tape
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
 
@@ -42,6 +43,7 @@ class Network:
     settled: set[UseKey] = field(default_factory=set)
     listed: bool = False  # what has no Kronecker factors, in the log
     watched: bool = False  # for gradients that cancel under reduce
+    reorders: bool = True  # images to channels last
     row_entries: int = 1  # gradient rows of one example and vector, all recorded calls together
 
     def __post_init__(self) -> None:
@@ -80,9 +82,26 @@ class Network:
             used = self.live_parameters()
         else:
             used = {name: p.detach().requires_grad_() for name, p in params.items()}
-        with Tape(used, batch.data, batch.n) as tape:
-            output = self.forward(batch.x, None if params is None else used)
-        return Pass(self, tape.recording(output), batch, used)
+        substitutes = None if params is None else used
+        recording = self._recording(batch, used, substitutes) if self.reorders else None
+        if recording is None:
+            with Tape(used, batch.data, batch.n) as tape:
+                recording = tape.recording(self.forward(batch.x, substitutes))
+        return Pass(self, recording, batch, used)
+
+    def _recording(
+        self, batch: AnyBatch, used: Mapping[str, Tensor], substitutes: Mapping[str, Tensor] | None
+    ) -> Recording | None:
+        """A recording with channels last, or None if the model means its tensors' own order."""
+        order = ChannelsLast()
+        try:
+            with Tape(used, batch.data, batch.n) as tape, order:
+                output = self.forward(batch.x, substitutes)
+        except RuntimeError:
+            if order.harmless:
+                raise
+        self.reorders = order.harmless
+        return tape.recording(output) if order.harmless else None
 
     def check_examples(self, passed: Pass) -> None:
         """An example alone must give what it gives in the batch.
@@ -115,6 +134,7 @@ class Network:
         self.settled |= other.settled
         self.watched |= other.watched
         self.listed |= other.listed
+        self.reorders &= other.reorders
 
     def learn(self, first: Pass) -> None:
         """Find groups (and with "last_layer" the tracked parameters) from the first pass."""

@@ -1,10 +1,11 @@
 """In which precision curvature is summed, and the sums of symmetric products."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from scipy.linalg import blas
 from torch import Tensor
 
 
@@ -26,23 +27,26 @@ def sums_in(dtype: torch.dtype) -> Iterator[None]:
         _SUMS.reset(token)
 
 
-def summable(tensor: Tensor) -> Tensor:
-    """The tensor in the precision in which products are summed, where the device has it.
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision in which products of the tensor are summed, where the device has it.
 
     Products in float32 leave eigenvalue errors of about 1e-7 λ_max. A Kronecker product multiplies
     them by the other factor's largest eigenvalue, which easily exceeds a small prior precision:
     on rank-deficient inputs the evidence is then wrong by tens of nats and more.
     """
-    tensor = accumulable(tensor)
-    return tensor.double() if _in_double(tensor) else tensor
+    in_double = tensor.device.type != "mps" and _SUMS.get() == torch.float64
+    return torch.float64 if in_double else accumulable(tensor.new_empty(0)).dtype
 
 
-def _in_double(tensor: Tensor) -> bool:
-    return tensor.device.type != "mps" and _SUMS.get() == torch.float64
+def summable(tensor: Tensor) -> Tensor:
+    """The tensor in the precision in which its products are summed."""
+    return tensor.to(sum_dtype(tensor))
 
 
-#: Symmetric products are halved down to so many columns: there is no BLAS call for half of one.
+#: Symmetric products are halved down to so many columns where BLAS has no call for half of one.
 WHOLE_COLUMNS = 256
+#: So many entries are converted at a time: they stay in the cache until they are multiplied.
+CACHED_ENTRIES = 2**18
 
 
 class GramSum:
@@ -65,31 +69,20 @@ class GramSum:
     def add(self, rows: Tensor, start: int = 0) -> None:
         """Add rows (b', *lead, i) to the stacks from `start` on."""
         stacks = range(start, start + len(rows))
-        beta = 1 if all(self._filled[k] for k in stacks) else 0
-        if not beta:  # the first product of each stack overwrites it
-            for k in stacks:
-                if self._filled[k]:
-                    beta = self._fill(stacks)
-                    break
-        total = self._lower[start : start + len(rows)]
-        if len(rows) > 1:
-            flat = summable(rows).flatten(1, -2)
-            total.baddbmm_(flat.mT, flat, beta=beta)
-        else:
-            # One product for each entry of the first axes: rows need not lie one after another.
-            parts = rows[0].reshape(-1, *rows.shape[-2:]) if rows.ndim > 2 else rows
-            if parts.stride(-1) == 1:
-                parts = parts.reshape(1, -1, rows.shape[-1])
-            _add_stacks(total[0], summable(parts), beta)
+        filled = all(self._filled[k] for k in stacks)
+        if not filled and (any(self._filled[k] for k in stacks) or not rows.numel()):
+            self._fill(stacks)
+            filled = True
+        # The first product of each stack overwrites it.
+        _add_products(self._lower[start : start + len(rows)], rows, beta=1 if filled else 0)
         for k in stacks:
             self._filled[k] = True
 
-    def _fill(self, stacks: range) -> int:
-        """Make empty stacks zero where others among them are not empty."""
+    def _fill(self, stacks: range) -> None:
+        """Make empty stacks zero."""
         for k in stacks:
             if not self._filled[k]:
                 self._lower[k].zero_()
-        return 1
 
     def total(self) -> Tensor:
         """The sums (b, i, i), symmetric; they go on growing with what is added later."""
@@ -99,8 +92,43 @@ class GramSum:
         return self._lower
 
 
+def _add_products(total: Tensor, rows: Tensor, beta: int) -> None:
+    """Make the lower triangles of `total` (b, i, i) beta · total + Σ row rowᵀ."""
+    if len(rows) > 1:
+        flat = rows.to(total.dtype).flatten(1, -2)
+        total.baddbmm_(flat.mT, flat, beta=beta)
+        return
+    # Rows need not lie one after another: one piece or product for each entry of the first axis.
+    parts = rows[0].reshape(-1, *rows.shape[-2:]) if rows.ndim > 2 else rows
+    if parts.stride(-1) == 1:
+        parts = parts.reshape(1, -1, rows.shape[-1])
+    if total.device.type != "cpu" or total.dtype not in RANK_K:
+        _add_stacks(total[0], parts.to(total.dtype), beta)
+        return
+    if parts.dtype == total.dtype and parts.is_contiguous():
+        pieces: Iterable[Tensor] = [parts]
+    elif len(parts) == 1:
+        pieces = parts[0].split(max(1, CACHED_ENTRIES // parts.shape[-1]))
+    else:
+        pieces = parts.split(max(1, CACHED_ENTRIES // parts[0].numel()))
+    for piece in pieces:
+        _add_rank_k(total[0], piece.to(total.dtype).reshape(-1, parts.shape[-1]), beta)
+        beta = 1
+
+
+#: BLAS calls that add a product with its own transpose, half of it: torch has none.
+RANK_K = {torch.float32: blas.ssyrk, torch.float64: blas.dsyrk}
+
+
+def _add_rank_k(total: Tensor, rows: Tensor, beta: int) -> None:
+    """Make the lower triangle of `total` (i, i) beta · total + Σ row rowᵀ, on the CPU."""
+    columns = rows.contiguous().numpy().T
+    # In the memory order of Fortran our lower triangle is the upper one.
+    RANK_K[total.dtype](1, columns, beta, total.numpy().T, lower=0, overwrite_c=1)
+
+
 def _add_stacks(total: Tensor, stacks: Tensor, beta: int) -> None:
-    """Add Σ stackᵀ stack over stacks (m, r, i) to the lower triangle of `total` (i, i)."""
+    """Make the lower triangle of `total` (i, i) beta · total + Σ stackᵀ stack, stacks (m, r, i)."""
     i = stacks.shape[-1]
     if i <= WHOLE_COLUMNS:
         total.addbmm_(stacks.mT, stacks, beta=beta)
@@ -113,13 +141,15 @@ def _add_stacks(total: Tensor, stacks: Tensor, beta: int) -> None:
 
 
 def _mirror(lower: Tensor) -> None:
-    """Copy the blocks of `_add_stacks` below the diagonal to above it."""
+    """Copy what is below the diagonal to above it."""
     i = lower.shape[-1]
     if i > WHOLE_COLUMNS:
         half = i // 2
         lower[..., :half, half:] = lower[..., half:, :half].mT
         _mirror(lower[..., :half, :half])
         _mirror(lower[..., half:, half:])
+    else:
+        lower.copy_(lower.tril() + lower.tril(-1).mT)
 
 
 def gram(rows: Tensor) -> Tensor:

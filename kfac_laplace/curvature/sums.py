@@ -16,23 +16,57 @@ from kfac_laplace.curvature.sharing import Setting
 
 #: Of the squared gradient rows, so much is left by rounding where they cancel.
 CANCELLED = 1e-9
+#: Most rows that are not zero show it in their first entries.
+SOME_COLUMNS = 16
 
 
 class BatchSum(ABC):
-    """The block of one batch in the making."""
+    """The block of one batch in the making.
+
+    For each backward vector it receives the gradient rows of its uses, in any order, and is then
+    told that there are no more.
+    """
+
+    #: Indices of the uses whose gradient rows it wants.
+    uses: frozenset[int] = frozenset()
 
     @abstractmethod
-    def add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
-        """Add the contribution of some backward vectors.
+    def receive(self, use: int, rows: Tensor) -> None:
+        """Take the gradient rows (1, b, *lead, o) of a use for the vector at hand."""
+
+    @abstractmethod
+    def finish_vector(self, generic: Mapping[str, Tensor]) -> None:
+        """Add what the vector at hand contributes.
 
         Args:
-            rows: gradient rows (v, b, *lead, o) of the recorded uses.
-            generic: per-example gradients (v, n, b, o, i) of the groups without a layer rule.
+            generic: per-example gradients (1, n, b, o, i) of the groups without a layer rule.
         """
 
     @abstractmethod
     def block(self) -> Block:
         """The finished block."""
+
+
+class WholeGradients(BatchSum):
+    """A sum that needs the rows of all its uses together."""
+
+    def __init__(self, groups: Sequence[Group], passed: Pass):
+        self._passed = passed
+        self.uses = frozenset(u for group in groups for u in passed.uses[group.name])
+        self._rows: dict[int, Tensor] = {}
+
+    def receive(self, use: int, rows: Tensor) -> None:
+        """Keep the rows until the last have come."""
+        self._rows[use] = rows
+
+    def finish_vector(self, generic: Mapping[str, Tensor]) -> None:
+        """Add the contribution of all rows, and let them go."""
+        self._add(self._rows, generic)
+        self._rows = {}
+
+    @abstractmethod
+    def _add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
+        """Add what gradient rows and generic gradients contribute."""
 
 
 class KroneckerSum(BatchSum):
@@ -44,6 +78,8 @@ class KroneckerSum(BatchSum):
     def __init__(self, group: Group, passed: Pass, setting: Setting):
         self._group, self._passed, self._setting = group, passed, setting
         self._terms = passed.terms[group.name]
+        self.uses = frozenset(term.use for term in self._terms)
+        self._of_example: dict[int, Tensor] = {}  # of the vector at hand, by first block
         b, o, _ = group.layout.matrix
         device = passed.network.device
         self._device = device
@@ -56,31 +92,35 @@ class KroneckerSum(BatchSum):
         for term in self._terms:
             passed.grouping(term.use)  # rows that sum over examples are no rows
 
-    def add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
-        """Add Σ b bᵀ over rows (expand) or over their sums by example (reduce)."""
-        sums: dict[int, Tensor] = {}
+    def receive(self, use: int, rows: Tensor) -> None:
+        """Add Σ b bᵀ over rows (expand), or sum them by example (reduce)."""
+        own = self._group.own_rows(rows)
         for term in self._terms:
-            if term.use not in rows:
+            if term.use != use:
                 continue
-            own = self._group.own_rows(rows[term.use])
             self._see(term, own)
             if self._setting == "expand":
-                self._outputs.add(_merged_vectors(own), term.start)
+                self._outputs.add(own[0], term.start)
                 continue
-            grouping, n = self._passed.grouping(term.use), self._passed.n
-            part = grouping.by_example(own, n, block_axis=1).sum(3)  # (v, b, n, o)
-            sums[term.start] = sums[term.start] + part if term.start in sums else part
+            grouping, n = self._passed.grouping(use), self._passed.n
+            part = grouping.by_example(own, n, block_axis=1).sum(3)[0]  # (b, n, o)
+            known = self._of_example.get(term.start)
+            self._of_example[term.start] = part if known is None else known + part
             if self._watching:
                 squares = own.square().sum((0, *range(2, own.ndim)))  # (b,)
                 self._before_summing[term.start : term.start + len(squares)] += squares
-        for start, part in sums.items():
-            self._outputs.add(_merged_vectors(part), start)
+
+    def finish_vector(self, generic: Mapping[str, Tensor]) -> None:
+        """Add Σ b̂ b̂ᵀ over the sums by example, in which uses are more shared positions."""
+        for start, part in self._of_example.items():
+            self._outputs.add(part, start)
+        self._of_example = {}
 
     def _see(self, term: Term, rows: Tensor) -> None:
         """Remember which rows have received a gradient, until all of them have."""
         if term.use in self._complete:
             return
-        seen = (rows != 0).any(-1).flatten(0, 1).any(0)  # (*lead)
+        seen = _nonzero_rows(rows)
         known = self._live.get(term.use)
         self._live[term.use] = seen if known is None else known | seen
         if bool(self._live[term.use].all()):
@@ -153,11 +193,14 @@ class KroneckerSum(BatchSum):
         return gram(means), (number > 0).sum()
 
 
-def _merged_vectors(rows: Tensor) -> Tensor:
-    """Gradient rows (v, b, ..., o) as rows (b, ..., o) of all vectors."""
-    if len(rows) == 1:
-        return rows[0]
-    return rows.movedim(0, 1).flatten(1, 2)
+def _nonzero_rows(rows: Tensor) -> Tensor:
+    """Which rows (1, b, *lead, o) have an entry that is not zero in any block, shape (*lead)."""
+    first = (rows[..., :SOME_COLUMNS] != 0).any(-1).flatten(0, 1).any(0)
+    if rows.shape[-1] <= SOME_COLUMNS or bool(first.all()):
+        return first
+    others = rows[..., SOME_COLUMNS:].movedim((0, 1), (-3, -2))[~first]  # (m, 1, b, o)
+    first[~first] = (others != 0).flatten(1).any(1)
+    return first
 
 
 def _may_drop(term: Term, n: int) -> bool:
@@ -165,15 +208,16 @@ def _may_drop(term: Term, n: int) -> bool:
     return term.inputs.droppable and (term.inputs.diagonal or term.inputs.count > n)
 
 
-class DiagonalSum(BatchSum):
+class DiagonalSum(WholeGradients):
     """Σ_v Σ_n (per-example gradient)², exact."""
 
     def __init__(self, group: Group, passed: Pass):
-        self._group, self._passed = group, passed
+        super().__init__([group], passed)
+        self._group = group
         like = accumulable(passed.params[group.layout.params[0]].detach())
         self._values = like.new_zeros(group.layout.matrix)
 
-    def add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
+    def _add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
         """Square the per-example gradients, in factored form where there is one."""
         if self._group.factored:
             factored = self._passed.gradient(self._group, rows)
@@ -188,24 +232,24 @@ class DiagonalSum(BatchSum):
         return DiagonalBlock(self._group.layout, self._values)
 
 
-class DenseSum(BatchSum):
+class DenseSum(WholeGradients):
     """Σ_v Σ_n g gᵀ over some groups together, exact."""
 
     def __init__(self, groups: Sequence[Group], layout: Layout, passed: Pass):
-        self._groups, self._layout, self._passed = groups, layout, passed
-        like = accumulable(passed.params[layout.params[0]].detach())
-        self._matrix = like.new_zeros(layout.size, layout.size)
+        super().__init__(groups, passed)
+        self._groups, self._layout = groups, layout
+        self._sum = GramSum(1, layout.size, passed.params[layout.params[0]].detach())
 
-    def add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
+    def _add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
         """Add the outer products of whole gradients."""
         gradients = self._passed.gradients(self._groups, rows, generic)
         if gradients:
             flat = flat_gradients(gradients, self._layout).flatten(0, 1)  # (v n, p)
-            self._matrix = self._matrix + gram(flat[None])[0]
+            self._sum.add(flat[None])
 
     def block(self) -> DenseBlock:
         """The matrix."""
-        return DenseBlock(self._layout, self._matrix)
+        return DenseBlock(self._layout, self._sum.total()[0])
 
 
 def flat_gradients(gradients: Mapping[str, Tensor], layout: Layout) -> Tensor:

@@ -11,7 +11,7 @@ from laws import relative_error
 from torch import Tensor
 
 from kfac_laplace.curvature.layers.conv import Patches
-from kfac_laplace.curvature.layers.lags import lag_gram, lags_apply
+from kfac_laplace.curvature.layers.lags import lag_products, lags_apply
 from kfac_laplace.curvature.sharing import Axis
 
 # Sums of at most some thousand products, in another order.
@@ -35,11 +35,12 @@ SHAPES = {
 
 
 def patches_of(name: str, channels: int = 4, n: int = 3) -> tuple[Patches, Tensor]:
-    """Patches with and without the knowledge that the margin is zero, and their rows one by one."""
+    """Patches, and their rows one by one."""
     space, kernel, stride, dilation, padding, groups = SHAPES[name]
     x = torch.randn(n, channels, *space, dtype=torch.float64)
     padded = F.pad(x, [p for side in reversed(padding) for p in (side, side)])
-    patches = Patches(padded, groups, kernel, stride, dilation, padding)
+    margins = tuple((width, width) for width in padding)
+    patches = Patches(x, groups, kernel, stride, dilation, margins)
     rows = []
     sizes = [
         (s - d * (k - 1) - 1) // r + 1
@@ -65,12 +66,18 @@ def test_gram_and_sums_equal_those_of_the_rows(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "strided"])
-def test_lags_need_not_know_of_zero_margins(name):
+def test_products_by_lag_cover_all_pairs_of_kernel_entries(name):
     patches, rows = patches_of(name)
-    columns = patches.padded.unflatten(1, (patches.groups, -1)).movedim(0, -1)
+    c = patches.data.shape[1] // patches.groups
+    places = patches.data.unflatten(1, (-1, c)).movedim(0, -1).movedim(1, -1).contiguous()
     want = torch.einsum("bnti,bntj->bij", rows, rows)
-    none = (0,) * len(patches.kernel)
-    assert relative_error(lag_gram(columns, patches.kernel, patches.dilation, none), want) < EXACT
+    want = want.unflatten(2, (c, -1)).unflatten(1, (c, -1))
+    found = set()
+    for one, other, got in lag_products(places, patches.kernel, patches.dilation, patches.margins):
+        assert relative_error(got, want[:, :, one, :, other]) < EXACT
+        found |= {(one, other), (other, one)}
+    entries = range(want.shape[2])
+    assert found == set(product(entries, entries))
 
 
 def test_where_lags_apply():

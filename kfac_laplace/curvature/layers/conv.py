@@ -1,6 +1,6 @@
 """Convolutions: a linear layer whose rows are patches, shared over the output positions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_laplace.curvature.layers.lags import lag_gram, lags_apply
+from kfac_laplace.curvature.layers.lags import lag_products, lags_apply
 from kfac_laplace.curvature.layers.registry import Inputs, Layer, layer_rule
-from kfac_laplace.curvature.precision import accumulable, gram, summable
+from kfac_laplace.curvature.precision import CACHED_ENTRIES, GramSum, accumulable, sum_dtype, summable
 from kfac_laplace.curvature.sharing import Axis, Grouping
 
 #: Patches of so many bytes at most exist at a time while a Gram matrix is summed.
@@ -19,41 +19,44 @@ PATCH_BUDGET = 64 * 2**20
 LAG_CHANNELS = 8
 
 
+Margins = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Patches(Inputs):
-    """Rows cut out of a padded input, made in pieces and only where nothing else will do.
+    """Rows cut out of an input with margins of zeros, made in pieces and only where needed.
 
     Args:
-        padded: input with its padding, shape (n, c, *space).
+        data: input, shape (n, c, *space).
         groups: number of channel groups b.
         kernel: kernel size.
         stride: stride.
         dilation: dilation.
-        zeros: width of the margin of zeros at both ends of each spatial axis; () for none.
+        margins: width of the margins of zeros before and after each spatial axis.
     """
 
-    padded: Tensor
+    data: Tensor
     groups: int
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
-    zeros: tuple[int, ...] = ()
+    margins: Margins
 
     @property
     def lead(self) -> tuple[int, ...]:
         """(n, output positions)."""
-        return self.padded.shape[0], prod(self._positions)
+        return self.data.shape[0], prod(self._positions)
 
     @property
     def _positions(self) -> tuple[int, ...]:
         """Output size along each spatial axis."""
-        space = self.padded.shape[2:]
+        space = [s + sum(m) for s, m in zip(self.data.shape[2:], self.margins, strict=True)]
         spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
         return tuple((s - w) // r + 1 for s, w, r in zip(space, spans, self.stride, strict=True))
 
-    def _view(self, padded: Tensor) -> Tensor:
+    def _view(self, data: Tensor) -> Tensor:
         """Patches as an overlapping view, shape (n, c, *kernel, *positions)."""
-        padded = padded.contiguous()
+        padded = F.pad(data, [width for pair in reversed(self.margins) for width in pair])
         steps = padded.stride()[2:]
         return padded.as_strided(
             (*padded.shape[:2], *self.kernel, *self._positions),
@@ -62,43 +65,71 @@ class Patches(Inputs):
                 *(s * d for s, d in zip(steps, self.dilation, strict=True)),
                 *(s * r for s, r in zip(steps, self.stride, strict=True)),
             ),
+            padded.storage_offset(),
         )
-
-    def _rows(self, padded: Tensor) -> Tensor:
-        """Patches of some examples as rows (b, n, t, i)."""
-        n, b, t = padded.shape[0], self.groups, prod(self._positions)
-        return self._view(padded).reshape(n, b, -1, t).permute(1, 0, 3, 2)
 
     def rows(self) -> Tensor:
         """All patches, shape (b, n, t, i)."""
-        return self._rows(self.padded)
+        n, b, t = self.data.shape[0], self.groups, prod(self._positions)
+        return self._view(self.data).reshape(n, b, -1, t).permute(1, 0, 3, 2)
 
     def gram(self) -> Tensor:
+        """Σ a aᵀ, shape (b, i, i)."""
+        i = self.data.shape[1] // self.groups * prod(self.kernel)
+        out = self.data.new_empty(self.groups, i, i, dtype=sum_dtype(self.data))
+        self.gram_into(out)
+        return out
+
+    def gram_into(self, out: Tensor) -> None:
         """Σ a aᵀ, lag by lag where that is faster, in chunks of examples under the byte budget."""
-        c = self.padded.shape[1]
-        by_lags = c // self.groups >= LAG_CHANNELS and prod(self.kernel) > 1
+        c, entries = self.data.shape[1] // self.groups, prod(self.kernel)
+        table = out.unflatten(2, (c, entries)).unflatten(1, (c, entries))
+        by_lags = c >= LAG_CHANNELS and entries > 1
         by_lags &= lags_apply(self._positions, self.kernel, self.stride, self.dilation)
-        copies = 3 if by_lags else 2 * prod(self.kernel)
-        example = copies * prod(self.padded.shape[1:]) * 8
-        pieces = self.padded.split(max(1, PATCH_BUDGET // max(1, example)))
-        grams = (self._lag_gram(p) if by_lags else self._patch_gram(p) for p in pieces)
-        return torch.stack(list(grams)).sum(0) if len(pieces) > 1 else next(grams)
+        if not by_lags:
+            table.copy_(self._patch_gram().permute(0, 2, 1, 4, 3))
+            return
+        step = PATCH_BUDGET // (8 * max(1, self.data[:1].numel()))
+        products: dict[tuple[int, int], Tensor] = {}
+        for piece in self.data.split(max(1, step)):
+            found = lag_products(self._places(piece), self.kernel, self.dilation, self.margins)
+            for one, other, total in found:
+                known = products.get((one, other))
+                products[one, other] = total if known is None else known + total
+        for one in range(entries):
+            row = [
+                products[one, k] if (one, k) in products else products[k, one].mT
+                for k in range(entries)
+            ]
+            table[:, :, one] = torch.stack(row, -1)  # (b, c, c, k)
 
-    def _lag_gram(self, padded: Tensor) -> Tensor:
-        """Σ a aᵀ of some examples without patches."""
-        columns = summable(padded).unflatten(1, (self.groups, -1)).movedim(0, -1).contiguous()
-        zeros = self.zeros or (0,) * len(self.kernel)
-        return lag_gram(columns, self.kernel, self.dilation, zeros)
+    def _places(self, data: Tensor) -> Tensor:
+        """Inputs of some examples as (b, *space, n, c)."""
+        places = data.unflatten(1, (self.groups, -1)).movedim(0, -1).movedim(1, -1)
+        return summable(places).contiguous()
 
-    def _patch_gram(self, padded: Tensor) -> Tensor:
-        """Σ a aᵀ of some examples by one product over all their positions."""
-        patches = self._view(summable(padded)).movedim(0, 1 + len(self.kernel))
-        i = padded.shape[1] // self.groups * prod(self.kernel)
-        return gram(patches.reshape(self.groups, i, -1).mT)
+    def _patch_gram(self) -> Tensor:
+        """Σ a aᵀ by products of patches, the kernel's entries first: (b, k, c, k, c)."""
+        c, entries = self.data.shape[1] // self.groups, prod(self.kernel)
+        total = GramSum(self.groups, c * entries, self.data)
+        # Where one product is added to in place, patches may stay in the cache.
+        budget = PATCH_BUDGET // 8 if self.groups > 1 else CACHED_ENTRIES
+        example = self.lead[1] * self.data.shape[1] * entries
+        for piece in self.data.split(max(1, budget // max(1, example))):
+            total.add(self._patches(piece))
+        return total.total().unflatten(2, (entries, c)).unflatten(1, (entries, c))
+
+    def _patches(self, data: Tensor) -> Tensor:
+        """Patches of some examples as rows (b, n t, i), the kernel's entries first."""
+        patches = self._view(data).unflatten(1, (self.groups, -1))  # (n, b, c, *kernel, *positions)
+        dims = len(self.kernel)
+        rows = patches.permute(1, 0, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims), 2)
+        return summable(rows).reshape(self.groups, -1, prod(self.kernel) * patches.shape[2])
 
     def row_sum(self) -> Tensor:
         """Σ a, shape (b, i), without patches."""
-        return self._window_sums().double().sum(1)
+        total = summable(self.data).sum(0, keepdim=True)
+        return replace(self, data=total)._window_sums()[:, 0]
 
     def example_sums(self, grouping: Grouping, n: int) -> Tensor:
         """Σ_t a for each example, shape (b, n, i), without patches."""
@@ -109,21 +140,34 @@ class Patches(Inputs):
 
     def _window_sums(self) -> Tensor:
         """Sum of each kernel entry's inputs over the positions, shape (b, n, i)."""
-        sums = self.padded
-        for axis, (kernel, stride, dilation, size) in enumerate(
-            zip(self.kernel, self.stride, self.dilation, self._positions, strict=True)
+        last = self.data.is_contiguous(memory_format=torch.channels_last) and len(self.kernel) == 2
+        sums = self.data.movedim(1, -1) if last else self.data.flatten(0, 1)
+        lead, channels = sums.shape[0], self.data.shape[1]
+        for kernel, stride, dilation, size, margins, length in zip(
+            self.kernel,
+            self.stride,
+            self.dilation,
+            self._positions,
+            self.margins,
+            self.data.shape[2:],
+            strict=True,
         ):
-            windows = _windows(sums.shape[2 + axis], kernel, stride, dilation, size).to(sums)
-            sums = torch.tensordot(sums, windows, dims=([2 + axis], [1])).movedim(-1, 2 + axis)
-        return sums.reshape(sums.shape[0], self.groups, -1).movedim(1, 0)
+            windows = _windows(length, margins[0], kernel, stride, dilation, size).to(sums)
+            sums = windows @ sums.reshape(lead, length, -1)  # (lead, kernel, rest)
+            lead *= kernel
+        sums = sums.reshape(len(self.data), -1, channels).mT if last else sums
+        return sums.reshape(len(self.data), self.groups, -1).movedim(1, 0)
 
 
 @lru_cache(maxsize=64)
-def _windows(length: int, kernel: int, stride: int, dilation: int, size: int) -> Tensor:
+def _windows(
+    length: int, before: int, kernel: int, stride: int, dilation: int, size: int
+) -> Tensor:
     """For each kernel entry a row (length,) with ones at the places that it visits."""
     windows = torch.zeros(kernel, length)
     for k in range(kernel):
-        windows[k, k * dilation : k * dilation + (size - 1) * stride + 1 : stride] = 1
+        visited = torch.arange(size) * stride + k * dilation - before
+        windows[k, visited[(visited >= 0) & (visited < length)]] = 1
     return windows
 
 
@@ -151,9 +195,7 @@ def conv(
     data = accumulable(input.detach())
     batch = data if data.ndim == dims + 2 else data[None]
     margins = _margins(padding, kernel, dilation)
-    zeros = tuple(map(min, zip(margins[::2], margins[1::2], strict=True)))[::-1]
-    padded = F.pad(batch, margins)
-    patches = Patches(padded, groups, kernel, per_axis(stride, dims), dilation, zeros)
+    patches = Patches(batch, groups, kernel, per_axis(stride, dims), dilation, margins)
     positions = patches.lead[1]
     return Layer(
         weight=weight,
@@ -173,12 +215,10 @@ def per_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
 
 def _margins(
     padding: int | str | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> list[int]:
-    """Margins (left, right) of each axis, last axis first as `F.pad` wants them."""
+) -> Margins:
+    """Margins before and after each axis."""
     if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        pairs = [(total // 2, total - total // 2) for total in totals]
-    else:
-        sizes = (0,) * len(kernel) if padding == "valid" else per_axis(padding, len(kernel))  # type: ignore[arg-type]
-        pairs = [(size, size) for size in sizes]
-    return [margin for pair in reversed(pairs) for margin in pair]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    sizes = (0,) * len(kernel) if padding == "valid" else per_axis(padding, len(kernel))  # type: ignore[arg-type]
+    return tuple((size, size) for size in sizes)

@@ -43,7 +43,8 @@ def conv_transpose(
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     margins = _margins(reach, per_axis(padding, dims), per_axis(output_padding, dims))
     padded = F.pad(_spread_out(batch, per_axis(stride, dims)), margins)
-    patches = Patches(padded.flip(space), groups, kernel, (1,) * dims, dilation)
+    none = ((0, 0),) * dims
+    patches = Patches(padded.flip(space), groups, kernel, (1,) * dims, dilation, none)
 
     def output_rows(grad: Tensor) -> Tensor:
         rows = grad.flip(space).reshape(grad.shape[0], -1, groups, out_channels, patches.lead[1])

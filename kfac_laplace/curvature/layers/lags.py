@@ -23,38 +23,35 @@ def lags_apply(positions: Shape, kernel: Shape, stride: Shape, dilation: Shape) 
     )
 
 
-def lag_gram(columns: Tensor, kernel: Shape, dilation: Shape, zeros: Shape) -> Tensor:
-    """Σ over examples and places of patch patchᵀ, shape (b, i, i) with i = c·∏kernel.
+def lag_products(
+    places: Tensor, kernel: Shape, dilation: Shape, margins: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Σ over examples and windows of x_c(q) x_c'(q + δ), for all pairs of kernel entries.
 
     Args:
-        columns: padded input, examples last: (b, c, *space, n).
+        places: the input, (b, *space, n, c), in this memory order.
         kernel: kernel size.
         dilation: dilation.
-        zeros: width of the margin of zeros on each side of each spatial axis: no products there.
+        margins: width of the margins of zeros before and after each spatial axis.
+
+    Yields:
+        Both kernel entries and their product (b, c, c); of a pair and its transpose only one.
     """
-    b, c = columns.shape[:2]
-    space = columns.shape[2:-1]
-    sizes = [s - d * (k - 1) for s, d, k in zip(space, dilation, kernel, strict=True)]
-    entries = prod(kernel)
-    out = columns.new_zeros(b, c, entries, c, entries)
-    axes = [_Axis(*given) for given in zip(kernel, dilation, sizes, space, zeros, strict=True)]
+    lengths = places.shape[1:-2]
+    axes = [_Axis(*given) for given in zip(kernel, dilation, lengths, margins, strict=True)]
     for lag in product(*(range(1 - k, k) for k in kernel)):
         if lag < (0,) * len(lag):  # the transposes of the others
             continue
-        cells = _cells(columns, axes, lag)
+        cells = _cells(places, axes, lag)
         counts = [axis.windows(step) for axis, step in zip(axes, lag, strict=True)]
         for window in product(*(range(m) for m in counts)):
             spans = [range(a, a + m) for a, m in zip(window, counts, strict=True)]
             inside = [cells[cell] for cell in product(*spans) if cell in cells]
-            if not inside:
-                continue
-            total = sum(inside[1:], inside[0])  # (b, c, c)
             first = [max(0, -step) + a for step, a in zip(lag, window, strict=True)]
             second = [k + step for k, step in zip(first, lag, strict=True)]
-            one, other = _flat(first, kernel), _flat(second, kernel)
-            out[:, :, one, :, other] = total
-            out[:, :, other, :, one] = total.mT
-    return out.reshape(b, c * entries, c * entries)
+            c = places.shape[-1]
+            total = sum(inside[1:], inside[0]) if inside else places.new_zeros(len(places), c, c)
+            yield _flat(first, kernel), _flat(second, kernel), total
 
 
 def _flat(entry: list[int], kernel: Shape) -> int:
@@ -71,45 +68,52 @@ class _Axis:
     Args:
         kernel: number of kernel entries.
         dilation: their distance.
-        size: number of output places.
-        length: length of the padded input.
-        zeros: width of its margins of zeros.
+        length: length of the input.
+        margins: width of the margins of zeros before and after it.
     """
 
-    def __init__(self, kernel: int, dilation: int, size: int, length: int, zeros: int):
-        self._kernel, self._dilation, self._size = kernel, dilation, size
-        self._inside = (zeros, length - zeros)
+    def __init__(self, kernel: int, dilation: int, length: int, margins: tuple[int, int]):
+        self._kernel, self._dilation, self._length = kernel, dilation, length
+        self._before = margins[0]
+        self._size = length + sum(margins) - dilation * (kernel - 1)  # number of output places
 
     def windows(self, lag: int) -> int:
         """Number m of kernel entries k for which k + lag is one as well."""
         return self._kernel - abs(lag)
 
-    def segments(self, lag: int) -> Iterator[tuple[int, slice, slice]]:
-        """Index of each of the 2m − 1 segments, and its places at the first and second factor.
+    def segments(self, lag: int) -> Iterator[tuple[int, int, int, int]]:
+        """Index of each of the 2m − 1 segments, its start at both factors, and its length.
 
         Places where either factor lies in the margin are left out.
         """
         m, shift = self.windows(lag), lag * self._dilation
-        start = max(0, -lag) * self._dilation
+        start = max(0, -lag) * self._dilation - self._before
         bounds = [start + k * self._dilation for k in range(m)]
         bounds += [start + self._size + k * self._dilation for k in range(m)]
-        low = max(self._inside[0], self._inside[0] - shift)
-        high = min(self._inside[1], self._inside[1] - shift)
+        low, high = max(0, -shift), min(self._length, self._length - shift)
         for index, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             begin, end = max(begin, low), min(end, high)
             if begin < end:
-                yield index, slice(begin, end), slice(begin + shift, end + shift)
+                yield index, begin, begin + shift, end - begin
 
 
-def _cells(columns: Tensor, axes: list[_Axis], lag: Shape) -> dict[Shape, Tensor]:
+def _cells(places: Tensor, axes: list[_Axis], lag: Shape) -> dict[Shape, Tensor]:
     """Σ x(q) x(q + δ)ᵀ over each cell of segments, shape (b, c, c)."""
     segments = [list(axis.segments(step)) for axis, step in zip(axes, lag, strict=True)]
     found = {}
     for cell in product(*segments):
-        here, there = columns, columns
-        for axis, (_, places, shifted) in enumerate(cell):
-            here = here.narrow(2 + axis, places.start, places.stop - places.start)
-            there = there.narrow(2 + axis, shifted.start, shifted.stop - shifted.start)
-        here, there = here.flatten(2), there.flatten(2)
-        found[tuple(index for index, _, _ in cell)] = here @ there.mT
+        here, there = places, places
+        for axis, (_, at, shifted, length) in enumerate(cell, start=1):
+            here, there = here.narrow(axis, at, length), there.narrow(axis, shifted, length)
+        found[tuple(index for index, *_ in cell)] = _product(here, there)
     return found
+
+
+def _product(here: Tensor, there: Tensor) -> Tensor:
+    """Σ x yᵀ over all but the first and last axes, shape (b, c, c)."""
+    if len(here) > 1 or here.ndim < 5 or here.shape[-3] == 1:
+        return here.flatten(1, -2).mT @ there.flatten(1, -2)
+    # Along the last spatial axis places lie one after another: a product for each line, no copies.
+    lines = [x[0].flatten(-3, -2).flatten(0, -3) for x in (here, there)]  # (lines, places n, c)
+    out = here.new_empty(here.shape[-1], here.shape[-1])
+    return out.addbmm_(lines[0].mT, lines[1], beta=0)[None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.outer import Factored, Outer
-from kfac_laplace.curvature.precision import accumulable, gram
+from kfac_laplace.curvature.precision import accumulable, gram, sum_dtype
 from kfac_laplace.curvature.sharing import Grouping
 
 
@@ -38,9 +38,14 @@ class Inputs(ABC):
         """Σ_{n,t} a aᵀ, shape (b, i, i)."""
         return gram(self.rows().flatten(1, -2))
 
+    def gram_into(self, out: Tensor) -> None:
+        """Write `gram` into `out` (b, i, i), which may be part of a larger matrix."""
+        out.copy_(self.gram())
+
     def row_sum(self) -> Tensor:
         """Σ_{n,t} a, shape (b, i)."""
-        return self.rows().flatten(1, -2).double().sum(1)
+        rows = self.rows().flatten(1, -2)
+        return rows.sum(1, dtype=sum_dtype(rows))
 
     def example_sums(self, grouping: Grouping, n: int) -> Tensor:
         """Σ_t a_{n,t}, shape (b, n, i)."""
@@ -143,7 +148,15 @@ class WithOne(Inputs):
 
     def gram(self) -> Tensor:
         """[[G, s], [sᵀ, count]] from the inner Gram matrix and row sum."""
-        return _bordered(self.inner.gram(), self.inner.row_sum(), self.count)
+        if isinstance(self.inner, Rows):
+            return super().gram()
+        border = self.inner.row_sum()  # (b, i)
+        b, i = border.shape
+        out = border.new_empty(b, i + 1, i + 1)
+        self.inner.gram_into(out[:, :i, :i])
+        out[:, :i, i] = out[:, i, :i] = border
+        out[:, i, i] = self.count
+        return out
 
     def example_sums(self, grouping: Grouping, n: int) -> Tensor:
         """Inner sums with each example's number of rows appended."""
@@ -151,16 +164,6 @@ class WithOne(Inputs):
         ones = sums.new_ones(()).expand(1, *self.lead, 1)
         counts = grouping.by_example(ones, n, block_axis=0).sum(2)  # (1, n, 1)
         return torch.cat([sums, counts.expand(len(sums), -1, -1)], -1)
-
-
-def _bordered(gram: Tensor, border: Tensor, corner: float) -> Tensor:
-    """[[gram, border], [borderᵀ, corner]] for each block, shape (b, i + 1, i + 1)."""
-    b, i = border.shape
-    out = gram.new_empty(b, i + 1, i + 1)
-    out[:, :i, :i] = gram
-    out[:, :i, i] = out[:, i, :i] = border
-    out[:, i, i] = corner
-    return out
 
 
 @dataclass(frozen=True)
