@@ -25,7 +25,7 @@ from kfac_laplace.curvature.groups import Group, Subset
 from kfac_laplace.curvature.layout import Layout, flat_layout
 from kfac_laplace.curvature.network import Network
 from kfac_laplace.curvature.passes import Pass
-from kfac_laplace.curvature.precision import sums_in
+from kfac_laplace.curvature.precision import FACTOR_DTYPES, FactorDtype, sums_in
 from kfac_laplace.curvature.probing import learn_groupings
 from kfac_laplace.curvature.sharing import KfacApprox, Setting, check_kfac_approx, resolve_settings
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, UnsupportedUse
@@ -55,9 +55,11 @@ class Curvature:
         uncovered: what happens to trainable parameters without a layer rule under "kron":
             an exact diagonal block ("diag"), an error ("error"), or they stay out ("freeze").
         seed: seed of labels and signs.
-        factor_dtype: precision in which products of rows are summed, float64 or float32. The
-            second is faster, above all on devices that are slow in float64, and loses small
-            eigenvalues: trust the evidence then only where prior precisions are not small.
+        factor_dtype: precision in which products of rows are summed. "auto": in float64, except
+            that rows of layers that share their weights are multiplied in their own precision
+            before. torch.float64: all of it. torch.float32: nothing, which is fastest on devices
+            that are slow in float64, and loses small eigenvalues: trust the evidence then only
+            where prior precisions are not small.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
 
@@ -78,7 +80,7 @@ class Curvature:
         joint_bias: bool = True,
         uncovered: Uncovered = "diag",
         seed: int = 0,
-        factor_dtype: torch.dtype = torch.float64,
+        factor_dtype: FactorDtype = "auto",
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
     ):
@@ -86,12 +88,12 @@ class Curvature:
         check_choice("uncovered", uncovered, UNCOVERED)
         check_kfac_approx(kfac_approx)
         check_whole("seed", seed)
-        if factor_dtype not in (torch.float32, torch.float64):
+        if factor_dtype not in FACTOR_DTYPES:
             raise InvalidValue(
                 "unknown option",
                 where="factor_dtype",
                 got=factor_dtype,
-                remedy="Choose torch.float64 or torch.float32",
+                remedy=f"Choose one of {FACTOR_DTYPES}",
             )
         self.likelihood = likelihoods.resolve(likelihood)
         self.network = Network(model, self.likelihood, subset_of_weights, joint_bias, forward_fn)

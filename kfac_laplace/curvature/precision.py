@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Literal
 
 import torch
 from scipy.linalg import blas
@@ -14,17 +15,32 @@ def accumulable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-_SUMS = ContextVar("sums", default=torch.float64)
+#: "auto" or a dtype.
+FactorDtype = torch.dtype | Literal["auto"]
+FACTOR_DTYPES = ("auto", torch.float64, torch.float32)
+
+_CHOSEN: ContextVar[FactorDtype] = ContextVar("factor dtype", default="auto")
+_SHARED = ContextVar("shared rows", default=False)
 
 
 @contextmanager
-def sums_in(dtype: torch.dtype) -> Iterator[None]:
+def sums_in(dtype: FactorDtype) -> Iterator[None]:
     """Sum products of rows in this precision, or in that of the rows if that is higher."""
-    token = _SUMS.set(dtype)
+    token = _CHOSEN.set(dtype)
     try:
         yield
     finally:
-        _SUMS.reset(token)
+        _CHOSEN.reset(token)
+
+
+@contextmanager
+def rows_of(shared: bool) -> Iterator[None]:
+    """Say whether examples have many rows each, at shared positions."""
+    token = _SHARED.set(shared)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
@@ -34,8 +50,19 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
     them by the other factor's largest eigenvalue, which easily exceeds a small prior precision:
     on rank-deficient inputs the evidence is then wrong by tens of nats and more.
     """
-    in_double = tensor.device.type != "mps" and _SUMS.get() == torch.float64
+    in_double = tensor.device.type != "mps" and _CHOSEN.get() != torch.float32
     return torch.float64 if in_double else accumulable(tensor.new_empty(0)).dtype
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision of products before they are summed: by "auto" the rows' own if they are many.
+
+    Where every example has many rows, their errors average out and factors are rarely
+    rank-deficient.
+    """
+    if _CHOSEN.get() == "auto" and _SHARED.get():
+        return accumulable(tensor.new_empty(0)).dtype
+    return sum_dtype(tensor)
 
 
 def summable(tensor: Tensor) -> Tensor:
@@ -47,6 +74,8 @@ def summable(tensor: Tensor) -> Tensor:
 WHOLE_COLUMNS = 256
 #: So many entries are converted at a time: they stay in the cache until they are multiplied.
 CACHED_ENTRIES = 2**18
+#: Products in lower precision than that of the sums are of so many rows, or of one call's.
+MANY_ROWS = 2**14
 
 
 class GramSum:
@@ -59,8 +88,12 @@ class GramSum:
     """
 
     def __init__(self, b: int, i: int, like: Tensor):
-        self._lower = summable(like.new_empty(0)).new_empty(b, i, i)
+        self._lower = like.new_empty(b, i, i, dtype=sum_dtype(like))
         self._filled = [False] * b
+        self._products: Tensor | None = None  # in their own precision, not yet in the sums
+        self._multiplied = 0  # rows in these products
+        if product_dtype(like) != self._lower.dtype:
+            self._products = torch.zeros_like(self._lower, dtype=product_dtype(like))
 
     def __len__(self) -> int:
         """Number of stacks."""
@@ -68,12 +101,36 @@ class GramSum:
 
     def add(self, rows: Tensor, start: int = 0) -> None:
         """Add rows (b', *lead, i) to the stacks from `start` on."""
+        if self._products is None:
+            self._add(rows, start)
+            return
+        if not rows.numel():
+            return
+        self._multiplied += rows[0, ..., 0].numel()
+        _add_products(self._products[start : start + len(rows)], rows, beta=1)
+        if self._multiplied >= MANY_ROWS:
+            self._sum_products()
+
+    def _sum_products(self) -> None:
+        """Add the products to the sums: of more rows than `MANY_ROWS` their errors would grow."""
+        if self._products is None or not self._multiplied:
+            return
+        if any(self._filled):
+            self._fill(range(len(self)))
+            self._lower += self._products
+        else:
+            self._lower.copy_(self._products)
+        self._filled = [True] * len(self)
+        self._products.zero_()
+        self._multiplied = 0
+
+    def _add(self, rows: Tensor, start: int) -> None:
+        """Add products in the precision of the sums; the first of each stack overwrites it."""
         stacks = range(start, start + len(rows))
         filled = all(self._filled[k] for k in stacks)
         if not filled and (any(self._filled[k] for k in stacks) or not rows.numel()):
             self._fill(stacks)
             filled = True
-        # The first product of each stack overwrites it.
         _add_products(self._lower[start : start + len(rows)], rows, beta=1 if filled else 0)
         for k in stacks:
             self._filled[k] = True
@@ -86,6 +143,7 @@ class GramSum:
 
     def total(self) -> Tensor:
         """The sums (b, i, i), symmetric; they go on growing with what is added later."""
+        self._sum_products()
         self._fill(range(len(self._lower)))
         self._filled = [True] * len(self._lower)
         _mirror(self._lower)

@@ -103,9 +103,10 @@ def _symmetric(matrices: Tensor, where: str) -> Tensor:
 def _non_negative(values: Tensor, matrices: Tensor, where: str) -> Tensor:
     """Zero for negative rounding errors; an error for anything larger.
 
-    A Gram matrix summed in precision ε has eigenvalue errors up to about d ε λ_max.
+    A Gram matrix of products in float32 has eigenvalue errors up to about d ε λ_max, also where
+    the products were summed in float64.
     """
-    eps = torch.finfo(matrices.dtype).eps
+    eps = torch.finfo(torch.float32).eps
     tolerance = 10 * matrices.shape[-1] * eps * values.abs().amax(-1, keepdim=True)
     if bool((values < -tolerance).any()):
         raise InvalidValue(

@@ -11,7 +11,7 @@ from kfac_laplace.curvature.groups import Group, Term
 from kfac_laplace.curvature.layers.registry import Inputs
 from kfac_laplace.curvature.layout import Layout
 from kfac_laplace.curvature.passes import Pass
-from kfac_laplace.curvature.precision import GramSum, accumulable, gram
+from kfac_laplace.curvature.precision import GramSum, accumulable, gram, rows_of
 from kfac_laplace.curvature.sharing import Setting
 
 #: Of the squared gradient rows, so much is left by rounding where they cancel.
@@ -83,7 +83,8 @@ class KroneckerSum(BatchSum):
         b, o, _ = group.layout.matrix
         device = passed.network.device
         self._device = device
-        self._outputs = GramSum(b, o, passed.outputs.detach())
+        with rows_of(shared=setting == "expand" and any(map(self._shared, self._terms))):
+            self._outputs = GramSum(b, o, passed.outputs.detach())
         # Gradients that cancel are looked for in a network's first batch.
         self._watching = not passed.network.watched
         self._before_summing = torch.zeros(b, device=device)
@@ -91,6 +92,10 @@ class KroneckerSum(BatchSum):
         self._complete = {t.use for t in self._terms if not _may_drop(t, passed.n)}
         for term in self._terms:
             passed.grouping(term.use)  # rows that sum over examples are no rows
+
+    def _shared(self, term: Term) -> bool:
+        """Whether examples have several rows at a use."""
+        return term.inputs.count > self._passed.n
 
     def receive(self, use: int, rows: Tensor) -> None:
         """Add Σ b bᵀ over rows (expand), or sum them by example (reduce)."""
@@ -171,7 +176,8 @@ class KroneckerSum(BatchSum):
         grams, count = [], torch.zeros((), dtype=torch.float64, device=self._device)
         for term in terms:
             inputs, live = self._inputs(term)
-            grams.append(inputs.gram())
+            with rows_of(shared=self._shared(term)):
+                grams.append(inputs.gram())
             count = count + (inputs.count if live is None else live.sum())
         return sum(grams[1:], grams[0]), count
 

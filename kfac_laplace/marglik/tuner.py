@@ -20,7 +20,7 @@ from kfac_laplace.curvature.fisher import Fisher
 from kfac_laplace.curvature.forward import Forward, ForwardFn
 from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
 from kfac_laplace.curvature.groups import Subset
-from kfac_laplace.curvature.precision import accumulable
+from kfac_laplace.curvature.precision import FactorDtype, accumulable
 from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.curvature.state import groups_from_plain, groups_to_plain
 from kfac_laplace.errors import InvalidValue
@@ -108,7 +108,7 @@ class MarglikTuner:
         joint_bias: bool = True,
         uncovered: Uncovered = "diag",
         seed: int = 0,
-        factor_dtype: torch.dtype = torch.float64,
+        factor_dtype: FactorDtype = "auto",
         dict_key_y: str = "labels",
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,

@@ -16,6 +16,7 @@ from kfac_laplace.curvature.fisher import Fisher
 from kfac_laplace.curvature.forward import ForwardFn
 from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
 from kfac_laplace.curvature.groups import Subset
+from kfac_laplace.curvature.precision import FactorDtype
 from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.curvature.state import curvature_state, restore_curvature
 from kfac_laplace.errors import InvalidValue, NotFitted
@@ -50,7 +51,8 @@ class Laplace:
         joint_bias: whether a weight and its bias share a block.
         uncovered: "diag", "error" or "freeze" for parameters that no layer rule covers.
         seed: seed of all draws inside `fit`, and of predictions without a generator.
-        factor_dtype: precision in which curvature is summed, torch.float64 or torch.float32.
+        factor_dtype: precision in which curvature is summed, "auto", torch.float64 or
+            torch.float32; see `Curvature`.
         dict_key_y: name of the targets where batches are mappings.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of a loader to (x, y), where it is no pair and no mapping.
@@ -77,7 +79,7 @@ class Laplace:
         joint_bias: bool = True,
         uncovered: Uncovered = "diag",
         seed: int = 0,
-        factor_dtype: torch.dtype = torch.float64,
+        factor_dtype: FactorDtype = "auto",
         dict_key_y: str = "labels",
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,

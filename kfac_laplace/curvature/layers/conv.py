@@ -10,7 +10,14 @@ from torch import Tensor
 
 from kfac_laplace.curvature.layers.lags import lag_products, lags_apply
 from kfac_laplace.curvature.layers.registry import Inputs, Layer, layer_rule
-from kfac_laplace.curvature.precision import CACHED_ENTRIES, GramSum, accumulable, sum_dtype, summable
+from kfac_laplace.curvature.precision import (
+    CACHED_ENTRIES,
+    GramSum,
+    accumulable,
+    product_dtype,
+    sum_dtype,
+    summable,
+)
 from kfac_laplace.curvature.sharing import Axis, Grouping
 
 #: Patches of so many bytes at most exist at a time while a Gram matrix is summed.
@@ -95,7 +102,7 @@ class Patches(Inputs):
             found = lag_products(self._places(piece), self.kernel, self.dilation, self.margins)
             for one, other, total in found:
                 known = products.get((one, other))
-                products[one, other] = total if known is None else known + total
+                products[one, other] = total if known is None else known.to(out.dtype) + total
         for one in range(entries):
             row = [
                 products[one, k] if (one, k) in products else products[k, one].mT
@@ -106,7 +113,7 @@ class Patches(Inputs):
     def _places(self, data: Tensor) -> Tensor:
         """Inputs of some examples as (b, *space, n, c)."""
         places = data.unflatten(1, (self.groups, -1)).movedim(0, -1).movedim(1, -1)
-        return summable(places).contiguous()
+        return places.to(product_dtype(data)).contiguous()
 
     def _patch_gram(self) -> Tensor:
         """Σ a aᵀ by products of patches, the kernel's entries first: (b, k, c, k, c)."""
@@ -128,8 +135,8 @@ class Patches(Inputs):
 
     def row_sum(self) -> Tensor:
         """Σ a, shape (b, i), without patches."""
-        total = summable(self.data).sum(0, keepdim=True)
-        return replace(self, data=total)._window_sums()[:, 0]
+        total = self.data.to(product_dtype(self.data)).sum(0, keepdim=True)
+        return replace(self, data=summable(total))._window_sums()[:, 0]
 
     def example_sums(self, grouping: Grouping, n: int) -> Tensor:
         """Σ_t a for each example, shape (b, n, i), without patches."""
