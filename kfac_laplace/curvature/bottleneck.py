@@ -16,6 +16,7 @@ from kfac_laplace.curvature.groups import Group
 from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.precision import accumulable, summable
 from kfac_laplace.curvature.sums import BatchSum, KroneckerSum
+from kfac_laplace.curvature.symmetric import pack
 from kfac_laplace.likelihoods import Categorical, Likelihood
 
 #: Matrix products by autograd node, and which of their operands is h (n, d).
@@ -91,7 +92,7 @@ class HeadSum(BatchSum):
 
     def block(self) -> Block:
         """A from the inputs as always, and B."""
-        return replace(self._inner.block(), output_sum=self._output_sum.clone()[None])
+        return replace(self._inner.block(), output_sum=pack(self._output_sum[None]))
 
 
 def find_cut(passed: Pass, groups: Sequence[Group]) -> Cut | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from kfac_laplace.curvature.layout import Layout
+from kfac_laplace.curvature.symmetric import unpack
 from kfac_laplace.curvature.spectral import Spectrum, eigenbasis, eigenvalues
 
 
@@ -102,10 +103,10 @@ class KroneckerBlock(Block):
     """B ⊗ A for each of b blocks [KFAC23, eqs. for K-FAC-expand and K-FAC-reduce].
 
     Args:
-        input_sum: Σ a aᵀ over the input rows (expand) or their means by example (reduce), or the
-            diagonal (b, i) of it.
+        input_sum: Σ a aᵀ over the input rows (expand) or their means by example (reduce), packed
+            as by `symmetric.pack`, or the diagonal (b, i) of it.
         input_count: number of such rows in each of the b blocks.
-        output_sum: B = Σ b Λ bᵀ, over rows (expand) or their sums by example (reduce).
+        output_sum: B = Σ b Λ bᵀ, over rows (expand) or their sums by example (reduce), packed.
     """
 
     input_sum: Tensor
@@ -117,7 +118,10 @@ class KroneckerBlock(Block):
     def factors(self) -> KroneckerFactors:
         """A = input_sum / input_count and B."""
         count = self.input_count.clamp_min(1).reshape(-1, *[1] * (self.input_sum.ndim - 1))
-        return KroneckerFactors(self.input_sum / count, self.output_sum)
+        normalised = self.input_sum / count
+        return KroneckerFactors(
+            normalised if self._has_diagonal_input else unpack(normalised), unpack(self.output_sum)
+        )
 
     @property
     def _has_diagonal_input(self) -> bool:

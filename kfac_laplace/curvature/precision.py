@@ -9,6 +9,8 @@ import torch
 from scipy.linalg import blas
 from torch import Tensor
 
+from kfac_laplace.curvature.symmetric import mirror_
+
 
 def accumulable(tensor: Tensor) -> Tensor:
     """The tensor in at least float32: gradients and rows in half precision lose the curvature."""
@@ -88,66 +90,70 @@ class GramSum:
     """
 
     def __init__(self, b: int, i: int, like: Tensor):
-        self._lower = like.new_empty(b, i, i, dtype=sum_dtype(like))
+        self._shape = (b, i, i)
+        self._device, self._dtype = like.device, sum_dtype(like)
+        self._product_dtype = product_dtype(like)
+        self._sums: Tensor | None = None  # lower triangles
         self._filled = [False] * b
         self._products: Tensor | None = None  # in their own precision, not yet in the sums
         self._multiplied = 0  # rows in these products
-        if product_dtype(like) != self._lower.dtype:
-            self._products = torch.zeros_like(self._lower, dtype=product_dtype(like))
 
     def __len__(self) -> int:
         """Number of stacks."""
-        return len(self._lower)
+        return self._shape[0]
 
     def add(self, rows: Tensor, start: int = 0) -> None:
         """Add rows (b', *lead, i) to the stacks from `start` on."""
-        if self._products is None:
-            self._add(rows, start)
-            return
         if not rows.numel():
             return
-        self._multiplied += rows[0, ..., 0].numel()
+        if self._product_dtype == self._dtype:
+            self._add_to_sums(rows, start)
+            return
+        if self._products is None:
+            self._products = torch.zeros(
+                self._shape, dtype=self._product_dtype, device=self._device
+            )
         _add_products(self._products[start : start + len(rows)], rows, beta=1)
+        self._multiplied += rows[0, ..., 0].numel()
         if self._multiplied >= MANY_ROWS:
             self._sum_products()
 
-    def _sum_products(self) -> None:
-        """Add the products to the sums: of more rows than `MANY_ROWS` their errors would grow."""
-        if self._products is None or not self._multiplied:
-            return
-        if any(self._filled):
-            self._fill(range(len(self)))
-            self._lower += self._products
-        else:
-            self._lower.copy_(self._products)
-        self._filled = [True] * len(self)
-        self._products.zero_()
-        self._multiplied = 0
-
-    def _add(self, rows: Tensor, start: int) -> None:
+    def _add_to_sums(self, rows: Tensor, start: int) -> None:
         """Add products in the precision of the sums; the first of each stack overwrites it."""
+        if self._sums is None:
+            self._sums = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         stacks = range(start, start + len(rows))
-        filled = all(self._filled[k] for k in stacks)
-        if not filled and (any(self._filled[k] for k in stacks) or not rows.numel()):
+        filled = [self._filled[k] for k in stacks]
+        if any(filled) and not all(filled):
             self._fill(stacks)
-            filled = True
-        _add_products(self._lower[start : start + len(rows)], rows, beta=1 if filled else 0)
+        _add_products(self._sums[start : start + len(rows)], rows, beta=1 if any(filled) else 0)
         for k in stacks:
             self._filled[k] = True
 
     def _fill(self, stacks: range) -> None:
         """Make empty stacks zero."""
+        assert self._sums is not None
         for k in stacks:
             if not self._filled[k]:
-                self._lower[k].zero_()
+                self._sums[k].zero_()
+                self._filled[k] = True
+
+    def _sum_products(self) -> None:
+        """Add the products to the sums: of many more rows their errors would grow."""
+        if self._products is not None:
+            products = self._products.to(self._dtype)
+            self._sums = products if self._sums is None else self._sums.add_(products)
+            self._filled = [True] * len(self)
+            self._products, self._multiplied = None, 0
 
     def total(self) -> Tensor:
         """The sums (b, i, i), symmetric; they go on growing with what is added later."""
         self._sum_products()
-        self._fill(range(len(self._lower)))
-        self._filled = [True] * len(self._lower)
-        _mirror(self._lower)
-        return self._lower
+        if self._sums is None:
+            self._sums = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        self._fill(range(len(self)))
+        mirror_(self._sums)
+        return self._sums
 
 
 def _add_products(total: Tensor, rows: Tensor, beta: int) -> None:
@@ -196,18 +202,6 @@ def _add_stacks(total: Tensor, stacks: Tensor, beta: int) -> None:
     total[half:, :half].addbmm_(right.mT, left, beta=beta)
     _add_stacks(total[:half, :half], left, beta)
     _add_stacks(total[half:, half:], right, beta)
-
-
-def _mirror(lower: Tensor) -> None:
-    """Copy what is below the diagonal to above it."""
-    i = lower.shape[-1]
-    if i > WHOLE_COLUMNS:
-        half = i // 2
-        lower[..., :half, half:] = lower[..., half:, :half].mT
-        _mirror(lower[..., :half, :half])
-        _mirror(lower[..., half:, half:])
-    else:
-        lower.copy_(lower.tril() + lower.tril(-1).mT)
 
 
 def gram(rows: Tensor) -> Tensor:

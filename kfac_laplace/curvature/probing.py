@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.backward import Backward
 from kfac_laplace.curvature.passes import Pass, UseKey
 from kfac_laplace.curvature.sharing import Axis, Grouping, Segments, consistent_groupings
 from kfac_laplace.errors import UnsupportedUse
@@ -24,18 +25,18 @@ def learn_groupings(passed: Pass) -> None:
     }
     if passed.n < 2 or not open_uses:
         return
-    touched: list[list[Tensor]] = [[] for _ in open_uses]
+    touched: dict[int, list[Tensor]] = {u: [] for u in open_uses}
     halves = _halves(passed.n)
+    backward = Backward(passed.recording, passed.outputs, [*open_uses])
+
+    def receive(u: int, rows: Tensor) -> None:
+        touched[u].append((rows[0] != 0).any(-1).any(0))  # (*lead)
+
     for half in halves:
-        found = passed.recording.output_rows(
-            passed.outputs, [_probe(passed.outputs, half)], [*open_uses]
-        )
-        for masks, rows in zip(touched, found, strict=True):
-            if rows is not None:
-                masks.append((rows[0] != 0).any(-1).any(0))  # (*lead)
-    for (u, key), masks in zip(open_uses.items(), touched, strict=True):
-        if len(masks) == len(halves):
-            candidates = consistent_groupings(masks, halves, passed.batch.segments)
+        backward(_probe(passed.outputs, half), receive)
+    for u, key in open_uses.items():
+        if len(touched[u]) == len(halves):
+            candidates = consistent_groupings(touched[u], halves, passed.batch.segments)
             _settle(passed, u, key, candidates)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from kfac_laplace.curvature.backward import Backward
 from kfac_laplace.curvature.tape import Recording
 
 Gradients = Sequence[Tensor | None]
@@ -91,14 +92,17 @@ def reachable_rows(recording: Recording, outputs: Tensor, counted: Tensor | None
     vector = (weights % 97 + 1).sqrt().reshape(outputs.shape)
     if counted is not None:
         vector = vector * (counted != 0)
-    with _open_gates(outputs):
-        found = recording.output_rows(outputs, [vector])
-    return [
+    reached = [
         torch.zeros(use.layer.inputs.lead, dtype=torch.bool, device=outputs.device)
-        if rows is None
-        else (rows[0] != 0).any(-1).any(0)
-        for use, rows in zip(recording.uses, found, strict=True)
+        for use in recording.uses
     ]
+
+    def receive(u: int, rows: Tensor) -> None:
+        reached[u] = (rows[0] != 0).any(-1).any(0)
+
+    with _open_gates(outputs):
+        Backward(recording, outputs, range(len(recording.uses)))(vector, receive)
+    return reached
 
 
 @contextmanager

@@ -83,21 +83,20 @@ def _cast_bases(spectrum: Spectrum, dtype: torch.dtype) -> tuple[Tensor, Tensor 
 
 
 def eigenvalues(matrices: Tensor, where: str) -> Tensor:
-    """Eigenvalues of positive semi-definite matrices (b, d, d) in float64, ascending."""
-    return _non_negative(torch.linalg.eigvalsh(_symmetric(matrices, where)), matrices, where)
+    """Eigenvalues of symmetric positive semi-definite matrices (b, d, d), ascending, float64."""
+    return _non_negative(torch.linalg.eigvalsh(_finite(matrices, where)), matrices, where)
 
 
 def eigenbasis(matrices: Tensor, where: str) -> Tensor:
     """Eigenvectors as columns, ascending eigenvalues, float64."""
-    return torch.linalg.eigh(_symmetric(matrices, where)).eigenvectors
+    return torch.linalg.eigh(_finite(matrices, where)).eigenvectors
 
 
-def _symmetric(matrices: Tensor, where: str) -> Tensor:
-    """Symmetrise in float64; refuse non-finite input, of which LAPACK makes nonsense."""
-    if not bool(torch.isfinite(matrices).all()):
+def _finite(matrices: Tensor, where: str) -> Tensor:
+    """In float64; refuse non-finite input, of which LAPACK makes nonsense."""
+    if not bool(torch.isfinite(matrices.sum())):
         raise InvalidValue("non-finite curvature", where=where, remedy="Check inputs and weights")
-    matrices = matrices.double()
-    return (matrices + matrices.mT) / 2
+    return matrices.double()
 
 
 def _non_negative(values: Tensor, matrices: Tensor, where: str) -> Tensor:

@@ -13,6 +13,7 @@ from kfac_laplace.curvature.layout import Layout
 from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.precision import GramSum, accumulable, gram, rows_of
 from kfac_laplace.curvature.sharing import Setting
+from kfac_laplace.curvature.symmetric import pack
 
 #: Of the squared gradient rows, so much is left by rounding where they cancel.
 CANCELLED = 1e-9
@@ -148,19 +149,22 @@ class KroneckerSum(BatchSum):
         for term in self._terms:
             starts.setdefault(term.start, []).append(term)
         b, _, i = self._group.layout.matrix
-        outputs = self._outputs.total()
+        outputs = pack(self._outputs.total())
         count, total = outputs.new_zeros(b), None
         for start, terms in starts.items():
             rows, number = self._rows(terms) if self._setting == "expand" else self._means(terms)
+            rows = rows.to(outputs.dtype)
+            rows = rows if self._group.diagonal else pack(rows)
             count[start : start + len(rows)] = number
             if len(rows) == b:
-                total = rows.to(outputs.dtype)
+                total = rows
                 continue
             if total is None:
                 total = outputs.new_zeros(b, *rows.shape[1:])
             total[start : start + len(rows)] = rows
         if total is None:  # this batch does not use the group
-            total = outputs.new_zeros((b, i) if self._group.diagonal else (b, i, i))
+            none = outputs.new_zeros((b, i) if self._group.diagonal else (b, i, i))
+            total = none if self._group.diagonal else pack(none)
         return KroneckerBlock(self._group.layout, total, count, outputs)
 
     def _inputs(self, term: Term) -> tuple[Inputs, Tensor | None]:

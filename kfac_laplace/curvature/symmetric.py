@@ -1,0 +1,59 @@
+"""Symmetric matrices in half the memory, as rectangles of their lower triangle.
+
+The lower triangle of [[A, Cᵀ], [C, B]] is the column [A; C] with A's upper triangle free, and B. Bᵀ
+fits into what is free: the rectangular full packed format of LAPACK.
+"""
+
+import torch
+from torch import Tensor
+
+#: Mirrored by blocks down to this size.
+LEAF = 128
+
+
+def pack(matrices: Tensor) -> Tensor:
+    """The lower triangles of (b, i, i): (b, i + 1, i / 2) for even i, (b, i, (i + 1) / 2) for odd.
+
+    What is above the diagonals does not matter.
+    """
+    i = matrices.shape[-1]
+    width = (i + 1) // 2  # of A
+    packed = matrices.new_empty(*matrices.shape[:-2], i + 1 - i % 2, width)
+    packed[..., 1 - i % 2 :, :] = matrices[..., :width]
+    free = packed[..., : i - width, 2 * width - i :]
+    free.copy_(torch.where(_upper(free), matrices[..., width:, width:].mT, free))
+    return packed
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The symmetric matrices (b, i, i) whose lower triangles were packed."""
+    width = packed.shape[-1]
+    i = size(packed)
+    matrices = packed.new_empty(*packed.shape[:-2], i, i)
+    matrices[..., :width] = packed[..., 1 - i % 2 :, :]
+    matrices[..., width:, width:] = packed[..., : i - width, 2 * width - i :].mT
+    mirror_(matrices)
+    return matrices
+
+
+def size(packed: Tensor) -> int:
+    """Number of rows i of the matrices that were packed."""
+    rows, width = packed.shape[-2:]
+    return rows if rows == 2 * width - 1 else rows - 1
+
+
+def mirror_(matrices: Tensor) -> None:
+    """Copy what is below the diagonals of (..., i, i) to above them."""
+    i = matrices.shape[-1]
+    if i > LEAF:
+        half = i // 2
+        matrices[..., :half, half:] = matrices[..., half:, :half].mT
+        mirror_(matrices[..., :half, :half])
+        mirror_(matrices[..., half:, half:])
+    else:
+        matrices.copy_(matrices.tril() + matrices.tril(-1).mT)
+
+
+def _upper(matrices: Tensor) -> Tensor:
+    """A mask of the entries on and above the diagonal."""
+    return torch.ones(matrices.shape[-2:], dtype=torch.bool, device=matrices.device).triu()
