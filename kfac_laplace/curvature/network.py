@@ -87,7 +87,7 @@ class Network:
         if recording is None:
             with Tape(used, batch.data, batch.n) as tape:
                 recording = tape.recording(self.forward(batch.x, substitutes))
-        return Pass(self, recording, batch, used)
+        return Pass(self, recording, batch, used, substituted=params is not None)
 
     def _recording(
         self, batch: AnyBatch, used: Mapping[str, Tensor], substitutes: Mapping[str, Tensor] | None
