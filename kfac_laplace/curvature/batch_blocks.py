@@ -46,7 +46,8 @@ class BatchBlocks:
             made = self._add_cut(cut, made, self._curvature.likelihood.importance(y))
         if not self._passed.network.watched:
             self._warn_of_cancellation(made)
-        return {name: batch_sum.block() for name, batch_sum in made.items()}
+        # One by one, so that the sums of a finished block need no memory beside the next.
+        return {name: made.pop(name).block() for name in list(made)}
 
     def _add_vectors(self, made: dict[str, sums.BatchSum], y: Tensor) -> None:
         """Add the estimator's vectors, from the outputs."""

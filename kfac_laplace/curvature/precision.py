@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import blas
 from torch import Tensor
 
-from kfac_laplace.curvature.symmetric import mirror_
+from kfac_laplace.curvature.symmetric import mirror_, pack, unpack
 
 
 def accumulable(tensor: Tensor) -> Tensor:
@@ -94,6 +94,7 @@ class GramSum:
         self._device, self._dtype = like.device, sum_dtype(like)
         self._product_dtype = product_dtype(like)
         self._sums: Tensor | None = None  # lower triangles
+        self._packed: Tensor | None = None  # sums of products in lower precision
         self._filled = [False] * b
         self._products: Tensor | None = None  # in their own precision, not yet in the sums
         self._multiplied = 0  # rows in these products
@@ -141,18 +142,31 @@ class GramSum:
     def _sum_products(self) -> None:
         """Add the products to the sums: of many more rows their errors would grow."""
         if self._products is not None:
-            products = self._products.to(self._dtype)
-            self._sums = products if self._sums is None else self._sums.add_(products)
-            self._filled = [True] * len(self)
+            packed = pack(self._products).to(self._dtype)
+            self._packed = packed if self._packed is None else self._packed.add_(packed)
             self._products, self._multiplied = None, 0
 
-    def total(self) -> Tensor:
-        """The sums (b, i, i), symmetric; they go on growing with what is added later."""
+    def packed(self) -> Tensor:
+        """The sums as by `symmetric.pack`; they go on growing with what is added later."""
         self._sum_products()
+        if self._packed is not None:
+            return self._packed
+        return pack(self._lower())
+
+    def total(self) -> Tensor:
+        """The sums (b, i, i), symmetric."""
+        self._sum_products()
+        if self._packed is not None:
+            return unpack(self._packed)
+        total = self._lower()
+        mirror_(total)
+        return total
+
+    def _lower(self) -> Tensor:
+        """Sums with valid lower triangles, made if there are none."""
         if self._sums is None:
             self._sums = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         self._fill(range(len(self)))
-        mirror_(self._sums)
         return self._sums
 
 

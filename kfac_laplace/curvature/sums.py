@@ -149,7 +149,7 @@ class KroneckerSum(BatchSum):
         for term in self._terms:
             starts.setdefault(term.start, []).append(term)
         b, _, i = self._group.layout.matrix
-        outputs = pack(self._outputs.total())
+        outputs = self._outputs.packed()
         count, total = outputs.new_zeros(b), None
         for start, terms in starts.items():
             rows, number = self._rows(terms) if self._setting == "expand" else self._means(terms)
