@@ -11,6 +11,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.quadrature import LogSpectrum, log_spectrum
 from kfac_laplace.errors import InvalidValue
 
 
@@ -31,6 +32,12 @@ class Spectrum:
     def bases(self) -> tuple[Tensor, Tensor | None] | None:
         """Left and right eigenvectors, or None for identity bases."""
         return self.make_bases() if self.make_bases is not None else None
+
+    @cached_property
+    def logs(self) -> LogSpectrum:
+        """The eigenvalues' logarithms, few where they are many, for a δ that all of them share."""
+        with torch.inference_mode(False):
+            return log_spectrum(self.values)
 
     def log_det_ratio(self, scale: Tensor, delta: Tensor) -> Tensor:
         """log det(scale · H + delta · I) − log det(delta · I), differentiable in both.

@@ -173,8 +173,8 @@ class FixedPoint:
         self.posterior = posterior.at(replace(hyper, prior_precision=delta))
         self.noise = noise
         self.evidence = float(self.posterior.log_marginal_likelihood)
-        self._gamma = _shared(posterior, self.posterior.effective_dimensions())
-        self._squares = _shared(posterior, posterior.squared_deviations)
+        self._gamma = self.posterior.effective_dimensions()
+        self._squares = posterior.shared_squares
 
     @property
     def _free_outputs(self) -> Tensor:
@@ -218,15 +218,6 @@ class FixedPoint:
             if there.evidence >= self.evidence or length < 1e-6:
                 return there if there.evidence >= self.evidence else self
             length /= 2
-
-
-def _shared(posterior: Posterior, matrices: dict[str, Tensor]) -> Tensor:
-    """Sum entries by the prior's sharing: shape (length,)."""
-    sharing = posterior.prior.sharing
-    if sharing == "diag":
-        return posterior.prior.flatten(matrices)
-    sums = torch.stack([matrix.sum() for matrix in matrices.values()])
-    return sums.sum().reshape(1) if sharing == "scalar" else sums
 
 
 def _report(optimum: Optimum, residual: float) -> Optimum:

@@ -4,14 +4,18 @@ log q(D) = log p(D | θ*)/T − ½ [log det P − log det P₀ + (θ* − μ)ᵀ
 P = H/(σ²T) + P₀ and P₀ = diag δ [ML21, eq. 6].
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import softplus
 
+from kfac_laplace.curvature.factors import Block
 from kfac_laplace.curvature.ggn import Curvature
+from kfac_laplace.curvature.spectral import Spectrum
 from kfac_laplace.posterior.normal import BlockNormal, DenseNormal, SpectralNormal
 from kfac_laplace.priors import PriorStructure
 
@@ -37,6 +41,35 @@ class Hyperparameters:
         )
 
 
+#: Above it log(1 + eˣ) is x in float64.
+EXACT = 40
+
+
+@dataclass(frozen=True)
+class LogTable:
+    """The eigenvalues of all blocks in one table, so that a step of the evidence is one sum.
+
+    Args:
+        logs: logarithms, shape (k,).
+        weights: how often each counts, shape (k,).
+        group: which group each belongs to, shape (k,).
+    """
+
+    logs: Tensor
+    weights: Tensor
+    group: Tensor
+
+    @classmethod
+    def of(cls, spectra: Sequence[Spectrum]) -> "LogTable":
+        """The table of some blocks, in their order."""
+        logs = [spectrum.logs for spectrum in spectra]
+        with torch.inference_mode(False):
+            sizes = torch.tensor([len(part.logs) for part in logs])
+            group = torch.arange(len(logs)).repeat_interleave(sizes)
+            joined = torch.cat([part.logs for part in logs])
+            return cls(joined, torch.cat([part.weights for part in logs]), group.to(joined.device))
+
+
 @dataclass(frozen=True)
 class Posterior:
     """N(θ*, P⁻¹) with the evidence of its hyperparameters.
@@ -54,13 +87,11 @@ class Posterior:
     prior: PriorStructure
     prior_mean: Tensor
     hyperparameters: Hyperparameters
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def at(self, hyperparameters: Hyperparameters) -> "Posterior":
-        """The same posterior at other hyperparameters; eigenvalues are shared."""
-        moved = replace(self, hyperparameters=hyperparameters)
-        # The deviations from μ depend on no hyperparameter: hand the cache on.
-        moved.__dict__["squared_deviations"] = self.squared_deviations
-        return moved
+        """The same posterior at other hyperparameters, with all that does not depend on them."""
+        return replace(self, hyperparameters=hyperparameters)
 
     @property
     def scale(self) -> Tensor:
@@ -106,7 +137,34 @@ class Posterior:
     @property
     def log_det_ratio(self) -> Tensor:
         """log det P − log det P₀."""
-        return torch.stack([normal.log_det_ratio() for normal in self.blocks.values()]).sum()
+        if self._by_logs is None:
+            return torch.stack([normal.log_det_ratio() for normal in self.blocks.values()]).sum()
+        return (self._by_logs.weights * softplus(self._log_signals(), threshold=EXACT)).sum()
+
+    @property
+    def _by_logs(self) -> "LogTable | None":
+        """The eigenvalues of all blocks together, where each block has one prior precision."""
+        if self.curvature.hessian_structure == "full" or self.prior.sharing == "diag":
+            return None
+        if "by_logs" not in self._kept:
+            self._kept["by_logs"] = LogTable.of([b.spectrum for b in self._blocks_in_order()])
+        return self._kept["by_logs"]
+
+    def _blocks_in_order(self) -> list[Block]:
+        """Blocks in the order of the precisions."""
+        return [self.curvature.blocks[name] for name in self.prior.layouts]
+
+    def _log_signals(self) -> Tensor:
+        """log(scale · v/δ) for each value v in the table of logarithms."""
+        assert self._by_logs is not None
+        shift = self.scale.log() - self._precisions.log()  # (groups,)
+        return self._by_logs.logs + shift[self._by_logs.group]
+
+    @property
+    def _precisions(self) -> Tensor:
+        """δ of each group, shape (groups,), where it has one."""
+        precision = self.prior.full(self.hyperparameters.prior_precision)
+        return precision.expand(len(self.prior.layouts))
 
     @property
     def log_det_posterior_precision(self) -> Tensor:
@@ -123,20 +181,37 @@ class Posterior:
         ]
         return torch.stack(terms).sum()
 
-    @cached_property
+    @property
     def squared_deviations(self) -> dict[str, Tensor]:
         """(θ* − μ)² of each group as matrices (b, o, i)."""
-        with torch.inference_mode(False):  # kept, so of use outside inference mode as well
-            flat = torch.cat([value.flatten() for value in self.mode.values()])
-            return self.prior.pack((flat - self.prior_mean).square())
+        if "squares" not in self._kept:
+            with torch.inference_mode(False):  # kept, so of use outside inference mode as well
+                flat = torch.cat([value.flatten() for value in self.mode.values()])
+                self._kept["squares"] = self.prior.pack((flat - self.prior_mean).square())
+        found: dict[str, Tensor] = self._kept["squares"]
+        return found
+
+    @property
+    def shared_squares(self) -> Tensor:
+        """Σ (θ* − μ)² over the entries that share a precision, shape (length of the prior,)."""
+        if "shared squares" not in self._kept:
+            with torch.inference_mode(False):
+                self._kept["shared squares"] = self._shared(self.squared_deviations)
+        found: Tensor = self._kept["shared squares"]
+        return found
+
+    def _shared(self, matrices: Mapping[str, Tensor]) -> Tensor:
+        """Sum matrices (b, o, i) by the prior's sharing: shape (length of the prior,)."""
+        if self.prior.sharing == "diag":
+            return self.prior.flatten(matrices)
+        sums = torch.stack([matrices[name].sum() for name in self.prior.layouts])
+        return sums.sum().reshape(1) if self.prior.sharing == "scalar" else sums
 
     @property
     def scatter(self) -> Tensor:
         """(θ* − μ)ᵀ P₀ (θ* − μ)."""
-        deltas = self.prior.by_group(self.hyperparameters.prior_precision)
-        return torch.stack(
-            [(deltas[name] * square).sum() for name, square in self.squared_deviations.items()]
-        ).sum()
+        precision = self.prior.full(self.hyperparameters.prior_precision)
+        return (precision * self.shared_squares).sum()
 
     @property
     def log_marginal_likelihood(self) -> Tensor:
@@ -144,10 +219,15 @@ class Posterior:
         fit = self.log_likelihood / self.hyperparameters.temperature
         return fit - 0.5 * (self.log_det_ratio + self.scatter)
 
-    def effective_dimensions(self) -> dict[str, Tensor]:
-        """Directions that the data determine, by group: matrices (b, o, i) that sum to γ."""
+    def effective_dimensions(self) -> Tensor:
+        """γ: directions that the data determine, by shared precision, (length of the prior,)."""
+        if self._by_logs is not None:
+            share = self._by_logs.weights * self._log_signals().sigmoid()
+            by_group = share.new_zeros(len(self.prior.layouts))
+            by_group = by_group.index_add(0, self._by_logs.group, share)
+            return by_group.sum().reshape(1) if self.prior.sharing == "scalar" else by_group
         found = {name: normal.effective_dimensions() for name, normal in self.blocks.items()}
-        return self.prior.pack(found["full"][0, 0]) if "full" in found else found
+        return self._shared(self.prior.pack(found["full"][0, 0]) if "full" in found else found)
 
     def without_data(self) -> "Posterior":
         """The prior as a posterior of no data: T = ∞ leaves nothing of the curvature."""
@@ -156,7 +236,8 @@ class Posterior:
 
     def with_curvature(self, curvature: Curvature) -> "Posterior":
         """The same mode and hyperparameters with the curvature of other data."""
-        return replace(self, curvature=curvature, hyperparameters=self.hyperparameters.detached())
+        hyper = self.hyperparameters.detached()
+        return replace(self, curvature=curvature, hyperparameters=hyper, _kept={})
 
     @property
     def parameters(self) -> dict[str, Tensor]:
