@@ -76,6 +76,8 @@ def summable(tensor: Tensor) -> Tensor:
 WHOLE_COLUMNS = 256
 #: So many entries are converted at a time: they stay in the cache until they are multiplied.
 CACHED_ENTRIES = 2**18
+#: From so many columns on few rows are searched for columns of zeros.
+WIDE = 1024
 #: Products in lower precision than that of the sums are of so many rows, or of one call's.
 MANY_ROWS = 2**14
 
@@ -99,6 +101,13 @@ class GramSum:
         self._products: Tensor | None = None  # in their own precision, not yet in the sums
         self._multiplied = 0  # rows in these products
 
+    @classmethod
+    def of(cls, matrices: Tensor) -> "GramSum":
+        """A sum that begins with symmetric matrices (b, i, i), which become its own."""
+        total = cls(*matrices.shape[:2], matrices)
+        total._sums, total._filled = matrices, [True] * len(matrices)
+        return total
+
     def __len__(self) -> int:
         """Number of stacks."""
         return self._shape[0]
@@ -121,10 +130,19 @@ class GramSum:
 
     def _add_to_sums(self, rows: Tensor, start: int) -> None:
         """Add products in the precision of the sums; the first of each stack overwrites it."""
-        if self._sums is None:
-            self._sums = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         stacks = range(start, start + len(rows))
+        alive = _few_columns(rows) if len(self) == 1 else None
+        if self._sums is None:
+            make = torch.empty if alive is None else torch.zeros
+            self._sums = make(self._shape, dtype=self._dtype, device=self._device)
+            self._filled = [alive is not None] * len(self)
         filled = [self._filled[k] for k in stacks]
+        if alive is not None:
+            self._fill(stacks)
+            part = GramSum(1, len(alive), self._sums)
+            part.add(rows[..., alive])
+            self._sums[0, alive[:, None], alive] += part.total()[0]
+            return
         if any(filled) and not all(filled):
             self._fill(stacks)
         _add_products(self._sums[start : start + len(rows)], rows, beta=1 if any(filled) else 0)
@@ -149,9 +167,7 @@ class GramSum:
     def packed(self) -> Tensor:
         """The sums as by `symmetric.pack`; they go on growing with what is added later."""
         self._sum_products()
-        if self._packed is not None:
-            return self._packed
-        return pack(self._lower())
+        return pack(self._lower()) if self._packed is None else self._packed
 
     def total(self) -> Tensor:
         """The sums (b, i, i), symmetric."""
@@ -168,6 +184,15 @@ class GramSum:
             self._sums = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         self._fill(range(len(self)))
         return self._sums
+
+
+def _few_columns(rows: Tensor) -> Tensor | None:
+    """Indices of the columns (i,) that are not zero, where a search for them pays and finds few."""
+    i = rows.shape[-1]
+    if i < WIDE or rows[..., 0].numel() > i // 4:
+        return None
+    alive = rows.flatten(0, -2).any(0).nonzero()[:, 0]
+    return alive if 3 * len(alive) < 2 * i else None
 
 
 def _add_products(total: Tensor, rows: Tensor, beta: int) -> None:

@@ -91,12 +91,32 @@ def _cast_bases(spectrum: Spectrum, dtype: torch.dtype) -> tuple[Tensor, Tensor 
 
 def eigenvalues(matrices: Tensor, where: str) -> Tensor:
     """Eigenvalues of symmetric positive semi-definite matrices (b, d, d), ascending, float64."""
-    return _non_negative(torch.linalg.eigvalsh(_finite(matrices, where)), matrices, where)
+    alive = _alive(matrices)
+    inner = _finite(matrices, where)[:, alive][..., alive]
+    found = _non_negative(torch.linalg.eigvalsh(inner), inner, where)
+    zeros = found.new_zeros(len(matrices), matrices.shape[-1] - found.shape[-1])
+    return torch.cat([zeros, found], -1)
 
 
 def eigenbasis(matrices: Tensor, where: str) -> Tensor:
-    """Eigenvectors as columns, ascending eigenvalues, float64."""
-    return torch.linalg.eigh(_finite(matrices, where)).eigenvectors
+    """Eigenvectors as columns in the order of `eigenvalues`, float64."""
+    alive = _alive(matrices)
+    matrices = _finite(matrices, where)
+    if bool(alive.all()):
+        return torch.linalg.eigh(matrices).eigenvectors
+    dead, basis = int((~alive).sum()), torch.zeros_like(matrices)
+    basis[:, ~alive, :dead] = torch.eye(dead).to(basis)
+    inner = torch.linalg.eigh(matrices[:, alive][..., alive]).eigenvectors
+    basis[:, alive, dead:] = inner
+    return basis
+
+
+def _alive(matrices: Tensor) -> Tensor:
+    """Mask (d,) of the rows that are not zero in all matrices: of units that are always off.
+
+    A zero on the diagonal of a positive semi-definite matrix stands in a row of zeros.
+    """
+    return (matrices.diagonal(dim1=-2, dim2=-1) != 0).any(0)
 
 
 def _finite(matrices: Tensor, where: str) -> Tensor:
@@ -113,7 +133,8 @@ def _non_negative(values: Tensor, matrices: Tensor, where: str) -> Tensor:
     the products were summed in float64.
     """
     eps = torch.finfo(torch.float32).eps
-    tolerance = 10 * matrices.shape[-1] * eps * values.abs().amax(-1, keepdim=True)
+    largest = values.abs().amax(-1, keepdim=True) if values.shape[-1] else 0.0
+    tolerance = 10 * matrices.shape[-1] * eps * largest
     if bool((values < -tolerance).any()):
         raise InvalidValue(
             "curvature is not positive semi-definite",

@@ -11,7 +11,7 @@ from kfac_laplace.curvature.groups import Group, Term
 from kfac_laplace.curvature.layers.registry import Inputs
 from kfac_laplace.curvature.layout import Layout
 from kfac_laplace.curvature.passes import Pass
-from kfac_laplace.curvature.precision import GramSum, accumulable, gram, rows_of
+from kfac_laplace.curvature.precision import GramSum, accumulable, rows_of
 from kfac_laplace.curvature.sharing import Setting
 from kfac_laplace.curvature.symmetric import pack
 
@@ -154,7 +154,6 @@ class KroneckerSum(BatchSum):
         for start, terms in starts.items():
             rows, number = self._rows(terms) if self._setting == "expand" else self._means(terms)
             rows = rows.to(outputs.dtype)
-            rows = rows if self._group.diagonal else pack(rows)
             count[start : start + len(rows)] = number
             if len(rows) == b:
                 total = rows
@@ -176,17 +175,17 @@ class KroneckerSum(BatchSum):
         return (term.inputs, None) if bool(live.all()) else (term.inputs.keep(live), live)
 
     def _rows(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
-        """Σ a aᵀ over the rows, and how many there are."""
+        """Σ a aᵀ over the rows, packed or diagonal, and how many there are."""
         grams, count = [], torch.zeros((), dtype=torch.float64, device=self._device)
         for term in terms:
             inputs, live = self._inputs(term)
             with rows_of(shared=self._shared(term)):
-                grams.append(inputs.gram())
+                grams.append(inputs.gram() if inputs.diagonal else inputs.gram_sum().packed())
             count = count + (inputs.count if live is None else live.sum())
         return sum(grams[1:], grams[0]), count
 
     def _means(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
-        """Σ ā āᵀ over the means by example, and how many examples there are."""
+        """Σ ā āᵀ over the means by example, likewise, and how many examples there are."""
         n, sums, counts = self._passed.n, [], []
         for term in terms:
             inputs, live = self._inputs(term)
@@ -196,11 +195,13 @@ class KroneckerSum(BatchSum):
                 live = torch.ones((), device=self._device).expand(inputs.lead)
             counts.append(grouping.by_example(live[None, ..., None].double(), n, 0)[0].sum((1, 2)))
         number = torch.stack(counts).sum(0)  # (n,)
-        total = torch.stack(sums).sum(0)
-        means = total / number.to(total.dtype).clamp_min(1)[:, None]
+        means = torch.stack(sums).sum(0)
+        means = means / number.to(means.dtype).clamp_min(1)[:, None]
         if terms[0].inputs.diagonal:
             return means.double().square().sum(1), (number > 0).sum()
-        return gram(means), (number > 0).sum()
+        total = GramSum(len(means), means.shape[-1], means)
+        total.add(means)
+        return total.packed(), (number > 0).sum()
 
 
 def _nonzero_rows(rows: Tensor) -> Tensor:

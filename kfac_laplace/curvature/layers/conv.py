@@ -1,5 +1,6 @@
 """Convolutions: a linear layer whose rows are patches, shared over the output positions."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -80,22 +81,37 @@ class Patches(Inputs):
         n, b, t = self.data.shape[0], self.groups, prod(self._positions)
         return self._view(self.data).reshape(n, b, -1, t).permute(1, 0, 3, 2)
 
-    def gram(self) -> Tensor:
-        """Σ a aᵀ, shape (b, i, i)."""
+    @property
+    def _by_lags(self) -> bool:
+        """Whether products lag by lag are possible and faster."""
+        if self.data.shape[1] // self.groups < LAG_CHANNELS or prod(self.kernel) == 1:
+            return False
+        return lags_apply(self._positions, self.kernel, self.stride, self.dilation)
+
+    def gram_sum(self) -> GramSum:
+        """Σ a aᵀ, lag by lag where that is faster."""
+        if not self._by_lags:
+            return super().gram_sum()
         i = self.data.shape[1] // self.groups * prod(self.kernel)
         out = self.data.new_empty(self.groups, i, i, dtype=sum_dtype(self.data))
-        self.gram_into(out)
-        return out
+        self._fill(out)
+        return GramSum.of(out)
 
-    def gram_into(self, out: Tensor) -> None:
-        """Σ a aᵀ, lag by lag where that is faster, in chunks of examples under the byte budget."""
+    def bordered_gram_sum(self) -> GramSum | None:
+        """[[Σ a aᵀ, Σ a], [Σ aᵀ, count]] where products go lag by lag."""
+        if not self._by_lags:
+            return None
+        border = self.row_sum()
+        b, i = border.shape
+        out = self.data.new_empty(b, i + 1, i + 1, dtype=sum_dtype(self.data))
+        self._fill(out[:, :i, :i])
+        out[:, :i, i] = out[:, i, :i] = border
+        out[:, i, i] = self.count
+        return GramSum.of(out)
+
+    def _fill(self, out: Tensor) -> None:
+        """Write Σ a aᵀ into `out` (b, i, i), some examples at a time under the byte budget."""
         c, entries = self.data.shape[1] // self.groups, prod(self.kernel)
-        table = out.unflatten(2, (c, entries)).unflatten(1, (c, entries))
-        by_lags = c >= LAG_CHANNELS and entries > 1
-        by_lags &= lags_apply(self._positions, self.kernel, self.stride, self.dilation)
-        if not by_lags:
-            table.copy_(self._patch_gram().permute(0, 2, 1, 4, 3))
-            return
         step = PATCH_BUDGET // (8 * max(1, self.data[:1].numel()))
         products: dict[tuple[int, int], Tensor] = {}
         for piece in self.data.split(max(1, step)):
@@ -103,6 +119,7 @@ class Patches(Inputs):
             for one, other, total in found:
                 known = products.get((one, other))
                 products[one, other] = total if known is None else known.to(out.dtype) + total
+        table = out.unflatten(2, (c, entries)).unflatten(1, (c, entries))
         for one in range(entries):
             row = [
                 products[one, k] if (one, k) in products else products[k, one].mT
@@ -115,23 +132,17 @@ class Patches(Inputs):
         places = data.unflatten(1, (self.groups, -1)).movedim(0, -1).movedim(1, -1)
         return places.to(product_dtype(data)).contiguous()
 
-    def _patch_gram(self) -> Tensor:
-        """Σ a aᵀ by products of patches, the kernel's entries first: (b, k, c, k, c)."""
-        c, entries = self.data.shape[1] // self.groups, prod(self.kernel)
-        total = GramSum(self.groups, c * entries, self.data)
+    def pieces(self) -> Iterator[Tensor]:
+        """Patches of some examples at a time, (b, n, t, i), in the precision of their products."""
         # Where one product is added to in place, patches may stay in the cache.
         budget = PATCH_BUDGET // 8 if self.groups > 1 else CACHED_ENTRIES
-        example = self.lead[1] * self.data.shape[1] * entries
-        for piece in self.data.split(max(1, budget // max(1, example))):
-            total.add(self._patches(piece))
-        return total.total().unflatten(2, (entries, c)).unflatten(1, (entries, c))
-
-    def _patches(self, data: Tensor) -> Tensor:
-        """Patches of some examples as rows (b, n t, i), the kernel's entries first."""
-        patches = self._view(data).unflatten(1, (self.groups, -1))  # (n, b, c, *kernel, *positions)
-        dims = len(self.kernel)
-        rows = patches.permute(1, 0, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims), 2)
-        return summable(rows).reshape(self.groups, -1, prod(self.kernel) * patches.shape[2])
+        example = self.lead[1] * self.data.shape[1] * prod(self.kernel)
+        for data in self.data.split(max(1, budget // max(1, example))):
+            patches = self._view(data).unflatten(1, (self.groups, -1))
+            dims = len(self.kernel)  # of (n, b, c, *kernel, *positions)
+            rows = patches.permute(1, 0, *range(3 + dims, 3 + 2 * dims), *range(2, 3 + dims))
+            width = self.data.shape[1] // self.groups * prod(self.kernel)
+            yield rows.to(product_dtype(data)).reshape(self.groups, len(data), -1, width)
 
     def row_sum(self) -> Tensor:
         """Σ a, shape (b, i), without patches."""

@@ -1,7 +1,7 @@
 """Layer rules: what a functional call does with its weight, and where to register one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.outer import Factored, Outer
-from kfac_laplace.curvature.precision import accumulable, gram, sum_dtype
+from kfac_laplace.curvature.precision import GramSum, accumulable, sum_dtype
 from kfac_laplace.curvature.sharing import Grouping
 
 
 class Inputs(ABC):
     """The rows a_{n,t} that meet a weight: one for each example and shared position.
 
-    A rule that can do better than build all rows overrides `gram` and `example_sums`.
+    A rule that can do better than build all rows overrides `pieces` or `gram_sum`, and
+    `example_sums`.
     """
 
     #: Whether `gram` gives a diagonal (b, i) instead of a matrix: rows with one entry each.
@@ -35,12 +36,25 @@ class Inputs(ABC):
         """All rows in at least float32, shape (b, *lead, i)."""
 
     def gram(self) -> Tensor:
-        """Σ_{n,t} a aᵀ, shape (b, i, i)."""
-        return gram(self.rows().flatten(1, -2))
+        """Σ_{n,t} a aᵀ, shape (b, i, i), or its diagonal (b, i) if that is all there is."""
+        return self.gram_sum().total()
 
-    def gram_into(self, out: Tensor) -> None:
-        """Write `gram` into `out` (b, i, i), which may be part of a larger matrix."""
-        out.copy_(self.gram())
+    def gram_sum(self) -> GramSum:
+        """Σ_{n,t} a aᵀ as a sum."""
+        total: GramSum | None = None
+        for piece in self.pieces():
+            total = total or GramSum(len(piece), piece.shape[-1], piece)
+            total.add(piece)
+        assert total is not None
+        return total
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All rows, some at a time: shape (b, ..., i)."""
+        yield self.rows()
+
+    def bordered_gram_sum(self) -> GramSum | None:
+        """The Gram matrix of rows with a 1 appended, where there is a better way than pieces."""
+        return None
 
     def row_sum(self) -> Tensor:
         """Σ_{n,t} a, shape (b, i)."""
@@ -146,17 +160,14 @@ class WithOne(Inputs):
         rows = self.inner.rows()
         return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1)
 
-    def gram(self) -> Tensor:
-        """[[G, s], [sᵀ, count]] from the inner Gram matrix and row sum."""
-        if isinstance(self.inner, Rows):
-            return super().gram()
-        border = self.inner.row_sum()  # (b, i)
-        b, i = border.shape
-        out = border.new_empty(b, i + 1, i + 1)
-        self.inner.gram_into(out[:, :i, :i])
-        out[:, :i, i] = out[:, i, :i] = border
-        out[:, i, i] = self.count
-        return out
+    def gram_sum(self) -> GramSum:
+        """That of rows with their ones, or the inner one with a border."""
+        return self.inner.bordered_gram_sum() or super().gram_sum()
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Inner pieces with a 1 appended."""
+        for piece in self.inner.pieces():
+            yield torch.cat([piece, piece.new_ones(*piece.shape[:-1], 1)], -1)
 
     def example_sums(self, grouping: Grouping, n: int) -> Tensor:
         """Inner sums with each example's number of rows appended."""
