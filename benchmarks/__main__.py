@@ -55,14 +55,18 @@ def run_suite(
         repeats=options.repeats or (3 if options.sizes == "full" else 1),
         timeout=options.timeout,
         memory_gib=options.memory,
-        seconds={"tiny": 0.2, "small": 2.0, "full": 10.0}[options.sizes],
+        seconds=options.seconds or {"tiny": 0.2, "small": 2.0, "full": 10.0}[options.sizes],
     )
+    path = options.out / f"{suite}.json"
+    before = report.read_rows(path, conditions) if options.keep and path.exists() else []
     rows: list[Row] = []
+    every = cases(suite, options.sizes)
     for case in cases(suite, options.sizes, options.models):
         if mine := partakers(case, contenders):
             rows += run_case(case, mine, conditions, lambda text: progress(console, text))
-            report.write_json(options.out / f"{suite}.json", rows, options.sizes, conditions)
-            pictures.draw(suite, rows, options.out / f"{suite}.png")
+            together = report.joined(before, rows, [case.title for case in every])
+            report.write_json(path, together, options.sizes, conditions)
+            pictures.draw(suite, together, options.out / f"{suite}.png")
     return rows
 
 
@@ -99,6 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=at_least_one, default=1, metavar="N", help="of torch (default: 1)")
     add("--timeout", type=float, default=600, metavar="S", help="a process (default: 600 s)")
     add("--memory", type=float, default=8, metavar="GIB", help="of a task (default: 8 GiB)")
+    add("--seconds", type=float, metavar="S",
+        help="for the later runs of a process (default: 10 in full, 2 in small)")  # fmt: skip
+    add("--keep", action="store_true",
+        help="keep the rows of an earlier run under the same conditions")  # fmt: skip
     add("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR",
         help="folder of JSON and pictures (default: benchmarks/results)")  # fmt: skip
     return parser

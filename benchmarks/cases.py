@@ -118,10 +118,11 @@ def fit(sizes: str) -> Iterator[Case]:
                 continue  # nothing is shared: both settings are the same
             yield Case("fit", network, 32, 10, approx, fisher)
     if sizes == "full":
+        for network in ("mlp", "wrn", "vit"):
+            yield Case("fit", network, 32, 10, "expand", "hybrid")
         for classes in (100, 1000):
             for network in ("mlp", "vit"):
                 yield Case("fit", network, 32, classes, "expand", "exact")
-        yield Case("fit", "vit", 32, 1000, "reduce", "exact")
 
 
 def evidence(sizes: str) -> Iterator[Case]:
@@ -152,7 +153,7 @@ def online(sizes: str) -> Iterator[Case]:
     networks = ("mlp", "wrn", "vit", "gnn") if sizes == "full" else ("mlp", "gnn")
     for network in networks:
         for fisher in ("exact", "mc"):
-            yield Case("online", network, 32, 10, "reduce", fisher, batches=8)
+            yield Case("online", network, 32, 10, "reduce", fisher, batches=24)
 
 
 def scaling(sizes: str) -> Iterator[Case]:

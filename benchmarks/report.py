@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks.cases import FACTORS_ONLY, SUITES
+from benchmarks.cases import CONTENDERS, FACTORS_ONLY, SUITES
 from benchmarks.rounds import ROOT, Conditions, Row
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -33,6 +33,9 @@ def against_ours(field: str) -> Column:
         format(row[field] / ours[field], ".3g") if ours.get(field, 0) > 0 else "–"
     )
 
+
+#: Results of scripts of their own.
+LISTS = ("profiles", "precision")
 
 COMMON: dict[str, Column] = {
     "ms": number("seconds", ".4g", 1000),
@@ -113,6 +116,28 @@ def write_json(path: Path, rows: Sequence[Row], sizes: str, conditions: Conditio
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def read_rows(path: Path, conditions: Conditions) -> list[Row]:
+    """The rows of an earlier run, or `SystemExit` if it was made under other conditions."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    now = [conditions.device, conditions.threads, versions(), device_name(conditions.device)]
+    made = content["conditions"]
+    others = {name: v for name, v in content["versions"].items() if name != "python"}
+    if [made["device"], made["threads"], others, content["machine"]] != now:
+        raise SystemExit(f"{path}: made under other conditions, which --keep would mix")
+    return list(content["rows"])
+
+
+def joined(before: Sequence[Row], rows: Sequence[Row], titles: Sequence[str]) -> list[Row]:
+    """Rows of two runs, the later ones where both have them, in the order of cases."""
+    found = {(row["title"], row["contender"]): row for row in (*before, *rows)}
+    order = {title: place for place, title in enumerate(titles)}
+    contenders = list(CONTENDERS)
+    return sorted(
+        found.values(),
+        key=lambda row: (order.get(row["title"], len(order)), contenders.index(row["contender"])),
+    )
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that are installed."""
     found = {}
@@ -142,13 +167,35 @@ def write_page(results: Path, page: Path = PAGE) -> list[str]:
         if not path.exists():
             continue
         content = json.loads(path.read_text(encoding="utf-8"))
-        begin, end = f"<!-- table: {suite} -->\n", "<!-- end of table -->"
-        start = text.index(begin) + len(begin)
-        table = f"{under(content)}\n\n{markdown(suite, content['rows'])}\n"
-        text = text[:start] + table + text[text.index(end, start) :]
+        text = put(text, suite, f"{under(content)}\n\n{markdown(suite, content['rows'])}")
         written.append(suite)
+    for name in LISTS:
+        path = results / f"{name}.json"
+        if path.exists():
+            text = put(text, name, list_table(json.loads(path.read_text(encoding="utf-8"))))
+            written.append(name)
     page.write_text(text, encoding="utf-8")
     return written
+
+
+def put(text: str, name: str, table: str) -> str:
+    """A page with a table between its marks."""
+    begin, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
+    start = text.index(begin) + len(begin)
+    return text[:start] + table + "\n" + text[text.index(end, start) :]
+
+
+def list_table(rows: Sequence[Row]) -> str:
+    """Rows of the scripts that write plain lists, each of its fields a column."""
+    titles = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    lines += [[plain(row.get(name, "–")) for name in titles] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plain(value: Any) -> str:
+    """A cell."""
+    return format(value, ".3g") if isinstance(value, float) else str(value)
 
 
 def under(content: dict[str, Any]) -> str:

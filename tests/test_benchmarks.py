@@ -50,6 +50,22 @@ def test_fit_agrees_with_a_peer(tmp_path):
     assert page.read_text(encoding="utf-8") == text
 
 
+def test_rows_of_an_earlier_run_are_kept(tmp_path):
+    """Each contender's row stays until it is measured again; other conditions do not mix."""
+    options = ["--suite", "fit", "--sizes", "tiny", "--out", str(tmp_path), "--keep"]
+    run(tmp_path, "fit", "ours")
+    path = tmp_path / "fit.json"
+    content = json.loads(path.read_text())
+    content["rows"].append({**content["rows"][0], "contender": "asdl", "seconds": 123.0})
+    path.write_text(json.dumps(content))
+    assert main([*options, "--peers", "ours"]) == 0
+    ours, theirs = json.loads(path.read_text())["rows"]
+    assert (ours["contender"], theirs["contender"], theirs["seconds"]) == ("ours", "asdl", 123.0)
+    assert ours["seconds"] != content["rows"][0]["seconds"]
+    with pytest.raises(SystemExit, match="other conditions"):
+        main([*options, "--peers", "ours", "--threads", "2"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", ["evidence", "predict", "online"])
 def test_suites_run(tmp_path, suite):

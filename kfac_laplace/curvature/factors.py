@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from kfac_laplace.curvature.layout import Layout
-from kfac_laplace.curvature.symmetric import unpack
 from kfac_laplace.curvature.spectral import Spectrum, eigenbasis, eigenvalues
+from kfac_laplace.curvature.symmetric import unpack
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ class GramSum:
     @classmethod
     def of(cls, matrices: Tensor) -> "GramSum":
         """A sum that begins with symmetric matrices (b, i, i), which become its own."""
-        total = cls(*matrices.shape[:2], matrices)
+        b, i = matrices.shape[:2]
+        total = cls(b, i, matrices)
         total._sums, total._filled = matrices, [True] * len(matrices)
         return total
 

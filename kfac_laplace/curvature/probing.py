@@ -12,7 +12,6 @@ from kfac_laplace.curvature.passes import Pass, UseKey
 from kfac_laplace.curvature.sharing import Axis, Grouping, Segments, consistent_groupings
 from kfac_laplace.errors import UnsupportedUse
 
-
 #: Of so many examples layouts are learned where a batch can be cut down to them.
 FEW = 3
 

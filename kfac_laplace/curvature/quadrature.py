@@ -1,8 +1,9 @@
 """Few numbers in place of many eigenvalues: sums of smooth functions of their logarithms.
 
-The evidence and its gradients are Σ_k f(log v_k) with f(u) = log(1 + e^(u − log δ)), whose poles are
-at a distance of π from the real axis. Interpolation of f on a grid of logarithms turns the sum over
-eigenvalues into one over grid points, Σ_j w_j f(x_j), with weights that do not depend on δ.
+The evidence and its gradients are Σ_k f(log v_k) with f(u) = log(1 + e^(u − log δ)), whose
+singularities are at a distance of π from the real axis. Interpolation of f on a grid of logarithms
+turns the sum over eigenvalues into one over grid points, Σ_j w_j f(x_j), with weights that do not
+depend on δ.
 """
 
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ def log_spectrum(values: Tensor) -> LogSpectrum:
         for k in range(POINTS):
             moments[k] += torch.bincount(index, power, minlength=cells)
             power *= inside
-    basis = torch.linalg.inv(_powers().to(moments))  # (k, j): coefficients of Lagrange's polynomials
+    # Coefficients (k, j) of Lagrange's polynomials.
+    basis = torch.linalg.inv(_powers().to(moments))
     weights = flat.new_zeros(cells + POINTS - 1)
     for j, weight in enumerate(basis.mT @ moments):
         weights[j : j + cells] += weight

@@ -8,7 +8,6 @@ along each axis a window of m is m consecutive segments of 2m − 1.
 
 from collections.abc import Iterator
 from itertools import product
-from math import prod
 
 from torch import Tensor
 
