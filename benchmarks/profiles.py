@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases import SETTINGS, Case
 from benchmarks.tasks import Setting, Task, make, rehearsal
 from kfac_laplace import Curvature
-from kfac_laplace.curvature import backward, factors, ggn, network, precision, sums
+from kfac_laplace.curvature import backward, factors, ggn, grams, network, sums
 from kfac_laplace.posterior import gaussian, glm
 
 #: label → where the function is that does this part. Parts may lie inside others.
@@ -145,7 +145,7 @@ def with_label(label: str, inner: Callable[..., Any]) -> Callable[..., Any]:
 def operations(run: Callable[[], Any]) -> float:
     """Floating-point operations, those in float64 twice; elementwise ones are left out."""
     more = 0.0
-    rank_k = precision._add_rank_k
+    rank_k = grams._add_rank_k
 
     def counted(total: torch.Tensor, rows: torch.Tensor, beta: int) -> None:
         nonlocal more
@@ -156,7 +156,7 @@ def operations(run: Callable[[], Any]) -> float:
         return 2 * one[0] * one[1] * one[2] * other[2]
 
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addbmm_: of_addbmm})
-    with patch.object(precision, "_add_rank_k", counted), counter:
+    with patch.object(grams, "_add_rank_k", counted), counter:
         run()
     return counter.get_total_flops() + more
 

@@ -47,7 +47,8 @@ class BatchBlocks:
         if not self._passed.network.watched:
             self._warn_of_cancellation(made)
         # One by one, so that the sums of a finished block need no memory beside the next.
-        return {name: made.pop(name).block() for name in list(made)}
+        with without_autocast(self._passed.network.device):
+            return {name: made.pop(name).block() for name in list(made)}
 
     def _add_vectors(self, made: dict[str, sums.BatchSum], y: Tensor) -> None:
         """Add the estimator's vectors, from the outputs."""

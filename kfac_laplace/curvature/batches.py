@@ -61,6 +61,14 @@ class Batch:
         leaves = [next(replacements) if self._is_by_example(v) else v for v in self._leaves]
         return tree_unflatten(leaves, self._tree)
 
+    def copied(self) -> "Batch":
+        """The same inputs in tensors of their own: models may write into them."""
+        return Batch(
+            self.with_examples([tensor.clone() for tensor in self.by_example]),
+            self._device,
+            self.n,
+        )
+
     def select(self, examples: Tensor) -> "Batch":
         """The examples of the given indices."""
         return Batch(

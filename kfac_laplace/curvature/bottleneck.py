@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from kfac_laplace.curvature.factors import Block
+from kfac_laplace.curvature.grams import Gram
 from kfac_laplace.curvature.groups import Group
 from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.precision import accumulable, summable
 from kfac_laplace.curvature.sums import BatchSum, KroneckerSum
-from kfac_laplace.curvature.symmetric import pack
 from kfac_laplace.likelihoods import Categorical, Likelihood
 
 #: Matrix products by autograd node, and which of their operands is h (n, d).
@@ -92,7 +92,9 @@ class HeadSum(BatchSum):
 
     def block(self) -> Block:
         """A from the inputs as always, and B."""
-        return replace(self._inner.block(), output_sum=pack(self._output_sum[None]))
+        outputs = Gram.of(self._output_sum[None])
+        inner = self._inner.block()
+        return replace(inner, output_sum=outputs.packed, output_rows=outputs.rows)
 
 
 def find_cut(passed: Pass, groups: Sequence[Group]) -> Cut | None:

@@ -12,9 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from kfac_laplace.curvature.sources import tensors_in
+
 CONVOLUTIONS = {F.conv2d, torch.conv2d}
-#: Calls that mean the order in memory. `view` says itself when it cannot do without.
-BY_MEMORY = {Tensor.as_strided, torch.as_strided, Tensor.stride, Tensor.data_ptr}
+#: Calls that mean the order in memory, and would not fail at another.
+BY_MEMORY = {
+    Tensor.as_strided,
+    torch.as_strided,
+    Tensor.stride,
+    Tensor.data_ptr,
+    Tensor.is_contiguous,
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -22,11 +30,12 @@ class ChannelsLast(TorchFunctionMode):
     """While active, hands convolutions on the CPU their images with channels last.
 
     The values do not change. A model that means the order of its tensors in memory may fail or
-    go wrong: `harmless` says afterwards whether that could be.
+    go wrong: so its run counts only if it ended well and `harmless` is true afterwards.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.used = False
         self.harmless = True
 
     def __torch_function__(
@@ -40,14 +49,9 @@ class ChannelsLast(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CONVOLUTIONS and args and _is_images(args[0]):
             args = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
-        elif func in BY_MEMORY and _is_reordered(args[0]):
-            self.harmless = False
-        elif func is Tensor.view:
-            try:
-                return func(*args, **kwargs)
-            except RuntimeError:
-                self.harmless &= not _is_reordered(args[0])
-                raise
+            self.used = True
+        elif func in BY_MEMORY and self.used:
+            self.harmless &= all(_is_plain(x) for x in tensors_in((args, kwargs)))
         return func(*args, **kwargs)
 
 
@@ -56,6 +60,7 @@ def _is_images(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in DTYPES and x.ndim == 4 and len(x) > 1
 
 
-def _is_reordered(x: Tensor) -> bool:
-    """Whether x may lie in memory as it does because of us."""
-    return not x.is_contiguous()
+def _is_plain(x: Tensor) -> bool:
+    """Whether x lies in memory as it would without us, as far as one can tell."""
+    with torch._C.DisableTorchFunction():
+        return x.is_contiguous()

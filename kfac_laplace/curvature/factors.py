@@ -3,16 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from kfac_laplace.curvature.grams import Gram
 from kfac_laplace.curvature.layout import Layout
 from kfac_laplace.curvature.spectral import Spectrum, eigenbasis, eigenvalues
-from kfac_laplace.curvature.symmetric import unpack
 
 
 @dataclass(frozen=True)
@@ -102,26 +102,58 @@ class KroneckerFactors(NamedTuple):
 class KroneckerBlock(Block):
     """B ⊗ A for each of b blocks [KFAC23, eqs. for K-FAC-expand and K-FAC-reduce].
 
+    Sums and rows together are what `Gram` describes.
+
     Args:
-        input_sum: Σ a aᵀ over the input rows (expand) or their means by example (reduce), packed
-            as by `symmetric.pack`, or the diagonal (b, i) of it.
-        input_count: number of such rows in each of the b blocks.
-        output_sum: B = Σ b Λ bᵀ, over rows (expand) or their sums by example (reduce), packed.
+        input_sum: Σ a aᵀ over the input rows (expand) or their means by example (reduce), or the
+            diagonal (b, i) of it.
+        input_rows: rows that are not yet in that sum.
+        input_count: number of all such rows in each of the b blocks.
+        output_sum: B = Σ b Λ bᵀ, over rows (expand) or their sums by example (reduce).
+        output_rows: rows that are not yet in that sum.
     """
 
     input_sum: Tensor
+    input_rows: Tensor
     input_count: Tensor
     output_sum: Tensor
+    output_rows: Tensor
     kind: ClassVar[str] = "kron"
+
+    @classmethod
+    def of(cls, layout: Layout, inputs: Gram | Tensor, count: Tensor, outputs: Gram) -> Self:
+        """The block of two Gram matrices, or of a diagonal (b, i) and one."""
+        if isinstance(inputs, Tensor):
+            inputs = Gram(inputs, inputs[:, None, :][:, :0])
+        return cls(layout, inputs.packed, inputs.rows, count, outputs.packed, outputs.rows)
+
+    @property
+    def inputs(self) -> Gram:
+        """Σ a aᵀ, where it is no diagonal."""
+        return Gram(self.input_sum, self.input_rows)
+
+    @property
+    def outputs(self) -> Gram:
+        """B."""
+        return Gram(self.output_sum, self.output_rows)
+
+    def __add__(self, other: Self) -> Self:
+        """The block of the two data sets together."""
+        diagonal = self._has_diagonal_input
+        inputs = self.input_sum + other.input_sum if diagonal else self.inputs + other.inputs
+        count = self.input_count + other.input_count
+        return type(self).of(self.layout, inputs, count, self.outputs + other.outputs)
+
+    def absorb(self, other: Self) -> Self:
+        """The sum."""
+        return self + other
 
     @property
     def factors(self) -> KroneckerFactors:
-        """A = input_sum / input_count and B."""
-        count = self.input_count.clamp_min(1).reshape(-1, *[1] * (self.input_sum.ndim - 1))
-        normalised = self.input_sum / count
-        return KroneckerFactors(
-            normalised if self._has_diagonal_input else unpack(normalised), unpack(self.output_sum)
-        )
+        """A = Σ a aᵀ / count and B."""
+        inputs = self.input_sum if self._has_diagonal_input else self.inputs.matrices()
+        count = self.input_count.clamp_min(1).reshape(-1, *[1] * (inputs.ndim - 1))
+        return KroneckerFactors(inputs / count, self.outputs.matrices())
 
     @property
     def _has_diagonal_input(self) -> bool:
@@ -139,13 +171,20 @@ class KroneckerBlock(Block):
     def spectrum(self) -> Spectrum:
         """Bases of B and A; values μ_i λ_j."""
         with torch.inference_mode(False):  # kept, so of use outside inference mode as well
-            a, b = self.factors
-            mu = eigenvalues(b, self.name)
-            lam = a.double() if self._has_diagonal_input else eigenvalues(a, self.name)
-            right = None if self._has_diagonal_input else a
-            return Spectrum(
-                mu[..., :, None] * lam[..., None, :], partial(_bases, b, right, self.name)
-            )
+            count = self.input_count.clamp_min(1).double()[:, None]
+            mu = self.outputs.eigenvalues(self.name)
+            if self._has_diagonal_input:
+                lam = self.input_sum.double() / count
+            else:
+                lam = self.inputs.eigenvalues(self.name) / count
+            return Spectrum(mu[..., :, None] * lam[..., None, :], self._bases)
+
+    def _bases(self) -> tuple[Tensor, Tensor | None]:
+        """Eigenvectors of B and A; None for a diagonal A."""
+        left = eigenbasis(self.outputs.matrices(), self.name)
+        if self._has_diagonal_input:
+            return left, None
+        return left, eigenbasis(self.inputs.matrices(), self.name)
 
 
 @dataclass(frozen=True)
@@ -203,13 +242,9 @@ class DenseBlock(Block):
         values = eigenvalues(matrix, self.name)
 
         return Spectrum(
-            values[:, None], partial(_bases, torch.ones_like(matrix[:, :1, :1]), matrix, self.name)
+            values[:, None],
+            lambda: (torch.ones_like(matrix[:, :1, :1]), eigenbasis(matrix, self.name)),
         )
-
-
-def _bases(left: Tensor, right: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
-    """Eigenvectors of both sides of a block; None for a side that is diagonal."""
-    return eigenbasis(left, name), None if right is None else eigenbasis(right, name)
 
 
 KINDS: dict[str, type[Block]] = {

@@ -170,11 +170,12 @@ def _restore_modes(model: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
         module.training = training
 
 
-class _OrderedGradients(TorchFunctionMode):
-    """Has batch norms receive their gradients in the memory order of their outputs.
+#: Norms whose backward pass on the CPU mistakes gradients in another order, for a batch of one.
+NORMS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
 
-    For a batch of one, torch's backward pass on the CPU mistakes channels-last gradients.
-    """
+
+class _OrderedGradients(TorchFunctionMode):
+    """Has norms receive their gradients in the memory order of their outputs."""
 
     def __torch_function__(
         self,
@@ -184,10 +185,11 @@ class _OrderedGradients(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in (F.batch_norm, torch.batch_norm) and output.requires_grad:
-            channels_last = output.is_contiguous(memory_format=torch.channels_last)
-            order = torch.channels_last if channels_last and output.ndim == 4 else None
-            output.register_hook(partial(_in_order, order or torch.contiguous_format))
+        if func in NORMS and output.requires_grad:
+            with torch._C.DisableTorchFunction():  # modes need not see this
+                last = output.is_contiguous(memory_format=torch.channels_last)
+            order = torch.channels_last if last and output.ndim == 4 else torch.contiguous_format
+            output.register_hook(partial(_in_order, order))
         return output
 
 

@@ -28,7 +28,13 @@ from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.precision import FACTOR_DTYPES, FactorDtype, sums_in
 from kfac_laplace.curvature.probing import learn_groupings
 from kfac_laplace.curvature.sharing import KfacApprox, Setting, check_kfac_approx, resolve_settings
-from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, UnsupportedUse
+from kfac_laplace.errors import (
+    InvalidType,
+    InvalidValue,
+    KfacLaplaceError,
+    NotFitted,
+    UnsupportedUse,
+)
 from kfac_laplace.likelihoods import Likelihood, check_finite
 from kfac_laplace.options import check_choice, check_whole
 
@@ -185,12 +191,24 @@ class Curvature:
             InvalidType: targets of a wrong dtype.
             UnsupportedUse: a use of a parameter that cannot be treated correctly.
         """
-        draws = self.generator.get_state()
+        draws, known = self.generator.get_state(), self.network.knowledge()
+        settings = self.settings
         try:
             with undisturbed(self.network.model), sums_in(self.factor_dtype):
-                self._accumulate(self.network.batch(x, len(y) if y.ndim else None), y, parameters)
+                batch = self.network.batch(x, len(y) if y.ndim else None)
+                try:
+                    self._accumulate(batch, y, parameters)
+                except RuntimeError as error:
+                    # A backward pass of the model's own may mean the order in memory as well.
+                    if isinstance(error, KfacLaplaceError) or not self.network.reorders:
+                        raise
+                    self.network.reorders = False
+                    self.generator.set_state(draws)
+                    self._accumulate(batch, y, parameters)
         except BaseException:
             self.generator.set_state(draws)
+            self.network.forget_since(known)
+            self.settings = settings
             raise
         return self
 

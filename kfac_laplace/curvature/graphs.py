@@ -66,6 +66,13 @@ class GraphBatch:
         values = self.x.values() if isinstance(self.x, Mapping) else self.x.to_dict().values()
         return [value for value in values if isinstance(value, Tensor)]
 
+    def copied(self) -> "GraphBatch":
+        """The same graphs in tensors of their own, as far as their type can be copied."""
+        if isinstance(self.x, Mapping):
+            own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.x.items()}
+            return GraphBatch(own, self._device)
+        return GraphBatch(self.x.clone(), self._device) if hasattr(self.x, "clone") else self
+
     def select(self, examples: Tensor) -> "GraphBatch":
         """The graphs of the given indices."""
         if self.n == 1 and examples.tolist() == [0]:

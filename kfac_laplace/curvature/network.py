@@ -1,5 +1,6 @@
 """A model as the backend sees it: its tracked parameters, its groups, one recorded pass a batch."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -83,25 +84,44 @@ class Network:
         else:
             used = {name: p.detach().requires_grad_() for name, p in params.items()}
         substitutes = None if params is None else used
-        recording = self._recording(batch, used, substitutes) if self.reorders else None
+        recording = self._reordered(batch, used, substitutes) if self.reorders else None
         if recording is None:
+            batch = batch.copied()
             with Tape(used, batch.data, batch.n) as tape:
                 recording = tape.recording(self.forward(batch.x, substitutes))
-        return Pass(self, recording, batch, used, substituted=params is not None)
+        return Pass(self, recording, batch, used)
 
-    def _recording(
+    def _reordered(
         self, batch: AnyBatch, used: Mapping[str, Tensor], substitutes: Mapping[str, Tensor] | None
     ) -> Recording | None:
-        """A recording with channels last, or None if the model means its tensors' own order."""
-        order = ChannelsLast()
+        """A recording with channels last, or None if the model means another order.
+
+        A model that fails so is asked again without: an error of its own comes then.
+        """
+        order, batch = ChannelsLast(), batch.copied()
         try:
             with Tape(used, batch.data, batch.n) as tape, order:
                 output = self.forward(batch.x, substitutes)
-        except RuntimeError:
-            if order.harmless:
+        except Exception:  # models raise what they like at tensors in another order
+            if not order.used:
                 raise
+            order.harmless = False
         self.reorders = order.harmless
         return tape.recording(output) if order.harmless else None
+
+    def knowledge(self) -> "Network":
+        """What was learned so far, to be put back by `forget_since`."""
+        known = copy.copy(self)
+        known.groupings, known.settled = dict(self.groupings), set(self.settled)
+        known.tracked = list(self.tracked)
+        return known
+
+    def forget_since(self, known: "Network") -> None:
+        """Forget what was learned from a batch that was refused."""
+        for name in ("groupings", "settled", "tracked", "groups", "class_axis"):
+            setattr(self, name, getattr(known, name))
+        self.row_entries, self.watched = known.row_entries, known.watched
+        self.reorders = known.reorders
 
     def check_examples(self, passed: Pass) -> None:
         """An example alone must give what it gives in the batch.

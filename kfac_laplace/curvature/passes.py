@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.batches import AnyBatch, Batch
+from kfac_laplace.curvature.batches import AnyBatch
 from kfac_laplace.curvature.generic import ExampleGraph
 from kfac_laplace.curvature.groups import Group, Term
 from kfac_laplace.curvature.outer import Factored, joined, step_for
@@ -34,7 +34,6 @@ class Pass:
         recording: what the tape recorded.
         batch: the inputs.
         params: the tracked parameters that were used.
-        substituted: whether they took the places of the model's own.
     """
 
     def __init__(
@@ -43,10 +42,8 @@ class Pass:
         recording: Recording,
         batch: AnyBatch,
         params: Mapping[str, Tensor],
-        substituted: bool = False,
     ):
         self.network = network
-        self._substituted = substituted
         self.recording = recording
         self.batch = batch
         self.params = params
@@ -62,12 +59,6 @@ class Pass:
     def n(self) -> int:
         """Number of examples."""
         return self.batch.n
-
-    def of_examples(self, examples: Sequence[int]) -> "Pass":
-        """The same pass over some of the examples alone."""
-        assert isinstance(self.batch, Batch)
-        batch = self.batch.select(torch.tensor(examples))
-        return self.network.run(batch, self.params if self._substituted else None)
 
     @cached_property
     def output_segments(self) -> Segments | None:

@@ -1,19 +1,12 @@
 """Finds out which rows of a layer belong to which example, by a few backward passes."""
 
-from collections.abc import Mapping
-from contextlib import suppress
-
 import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.backward import Backward
-from kfac_laplace.curvature.batches import Batch
 from kfac_laplace.curvature.passes import Pass, UseKey
 from kfac_laplace.curvature.sharing import Axis, Grouping, Segments, consistent_groupings
 from kfac_laplace.errors import UnsupportedUse
-
-#: Of so many examples layouts are learned where a batch can be cut down to them.
-FEW = 3
 
 
 def learn_groupings(passed: Pass) -> None:
@@ -25,44 +18,23 @@ def learn_groupings(passed: Pass) -> None:
     Raises:
         UnsupportedUse: the rows contradict what earlier batches suggested.
     """
-    if passed.n < 2 or not _open_uses(passed):
+    open_uses = {
+        u: key
+        for u in range(len(passed.recording.uses))
+        if (key := passed.key(u)) not in passed.network.settled
+    }
+    if passed.n < 2 or not open_uses:
         return
-    if passed.n > 2 * FEW and isinstance(passed.batch, Batch) and not passed.recording.picks_rows:
-        _ask_few(passed)
-    rest = _open_uses(passed)
-    if rest:
-        _probe_uses(passed, rest)
-
-
-def _ask_few(passed: Pass) -> None:
-    """Settle what three of the examples can settle: cheaper than the whole batch."""
-    known = passed.network.groupings
-    before = set(known)
-    with suppress(RuntimeError, ValueError, IndexError, TypeError):  # no model of any batch
-        few = passed.of_examples([0, passed.n // 2, passed.n - 1])
-        _probe_uses(few, _open_uses(few))
-    for key in set(known) - before - passed.network.settled:
-        del known[key]  # a guess; more examples may know better
-
-
-def _open_uses(passed: Pass) -> dict[int, UseKey]:
-    """Uses that are not settled, by index."""
-    keys = {u: passed.key(u) for u in range(len(passed.recording.uses))}
-    return {u: key for u, key in keys.items() if key not in passed.network.settled}
-
-
-def _probe_uses(passed: Pass, uses: Mapping[int, UseKey]) -> None:
-    """Learn the layouts of some uses from a few backward passes."""
-    touched: dict[int, list[Tensor]] = {u: [] for u in uses}
+    touched: dict[int, list[Tensor]] = {u: [] for u in open_uses}
     halves = _halves(passed.n)
-    backward = Backward(passed.recording, passed.outputs, [*uses])
+    backward = Backward(passed.recording, passed.outputs, [*open_uses])
 
     def receive(u: int, rows: Tensor) -> None:
         touched[u].append((rows[0] != 0).any(-1).any(0))  # (*lead)
 
     for half in halves:
         backward(_probe(passed.outputs, half), receive)
-    for u, key in uses.items():
+    for u, key in open_uses.items():
         if len(touched[u]) == len(halves):
             candidates = consistent_groupings(touched[u], halves, passed.batch.segments)
             _settle(passed, u, key, candidates)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.factors import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from kfac_laplace.curvature.grams import Gram, GramSum
 from kfac_laplace.curvature.groups import Group, Term
 from kfac_laplace.curvature.layers.registry import Inputs
 from kfac_laplace.curvature.layout import Layout
 from kfac_laplace.curvature.passes import Pass
-from kfac_laplace.curvature.precision import GramSum, accumulable, rows_of
+from kfac_laplace.curvature.precision import accumulable, rows_of
 from kfac_laplace.curvature.sharing import Setting
-from kfac_laplace.curvature.symmetric import pack
 
 #: Of the squared gradient rows, so much is left by rounding where they cancel.
 CANCELLED = 1e-9
@@ -140,8 +140,7 @@ class KroneckerSum(BatchSum):
         """
         if self._group.role == "bias":
             return False
-        left = self._outputs.total().diagonal(dim1=-2, dim2=-1).sum(-1)
-        return bool((left < CANCELLED * self._before_summing).any())
+        return bool((self._outputs.trace() < CANCELLED * self._before_summing).any())
 
     def block(self) -> KroneckerBlock:
         """Sums and counts."""
@@ -149,22 +148,24 @@ class KroneckerSum(BatchSum):
         for term in self._terms:
             starts.setdefault(term.start, []).append(term)
         b, _, i = self._group.layout.matrix
-        outputs = self._outputs.packed()
-        count, total = outputs.new_zeros(b), None
+        outputs = self._outputs.gram()
+        found: dict[int, Gram | Tensor] = {}
+        count = outputs.packed.new_zeros(b)
         for start, terms in starts.items():
-            rows, number = self._rows(terms) if self._setting == "expand" else self._means(terms)
-            rows = rows.to(outputs.dtype)
-            count[start : start + len(rows)] = number
-            if len(rows) == b:
-                total = rows
-                continue
-            if total is None:
-                total = outputs.new_zeros(b, *rows.shape[1:])
-            total[start : start + len(rows)] = rows
-        if total is None:  # this batch does not use the group
-            none = outputs.new_zeros((b, i) if self._group.diagonal else (b, i, i))
-            total = none if self._group.diagonal else pack(none)
-        return KroneckerBlock(self._group.layout, total, count, outputs)
+            found[start], number = (
+                self._rows(terms) if self._setting == "expand" else self._means(terms)
+            )
+            blocks = b // self._group.layout.parts
+            count[start : start + blocks] = number
+        if len(found) == 1 and self._group.layout.parts == 1:
+            return KroneckerBlock.of(self._group.layout, found[0], count, outputs)
+        # Parts that this batch does not use stay zero.
+        none = outputs.packed.new_zeros((b, i) if self._group.diagonal else (b, i, i))
+        for start, part in found.items():
+            matrices = part.matrices() if isinstance(part, Gram) else part
+            none[start : start + len(matrices)] = matrices
+        inputs = none if self._group.diagonal else Gram.of(none)
+        return KroneckerBlock.of(self._group.layout, inputs, count, outputs)
 
     def _inputs(self, term: Term) -> tuple[Inputs, Tensor | None]:
         """The rows that count, and their mask; None where all do."""
@@ -174,17 +175,17 @@ class KroneckerSum(BatchSum):
         live = self._live[term.use] | reachable if term.use in self._live else reachable
         return (term.inputs, None) if bool(live.all()) else (term.inputs.keep(live), live)
 
-    def _rows(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
-        """Σ a aᵀ over the rows, packed or diagonal, and how many there are."""
+    def _rows(self, terms: Sequence[Term]) -> tuple[Gram | Tensor, Tensor]:
+        """Σ a aᵀ over the rows, or its diagonal, and how many there are."""
         grams, count = [], torch.zeros((), dtype=torch.float64, device=self._device)
         for term in terms:
             inputs, live = self._inputs(term)
             with rows_of(shared=self._shared(term)):
-                grams.append(inputs.gram() if inputs.diagonal else inputs.gram_sum().packed())
+                grams.append(inputs.gram() if inputs.diagonal else inputs.gram_sum().gram())
             count = count + (inputs.count if live is None else live.sum())
         return sum(grams[1:], grams[0]), count
 
-    def _means(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    def _means(self, terms: Sequence[Term]) -> tuple[Gram | Tensor, Tensor]:
         """Σ ā āᵀ over the means by example, likewise, and how many examples there are."""
         n, sums, counts = self._passed.n, [], []
         for term in terms:
@@ -201,7 +202,7 @@ class KroneckerSum(BatchSum):
             return means.double().square().sum(1), (number > 0).sum()
         total = GramSum(len(means), means.shape[-1], means)
         total.add(means)
-        return total.packed(), (number > 0).sum()
+        return total.gram(), (number > 0).sum()
 
 
 def _nonzero_rows(rows: Tensor) -> Tensor:

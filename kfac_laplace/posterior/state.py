@@ -13,7 +13,7 @@ from kfac_laplace.curvature import fisher as fishers
 from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError
 
-FORMAT = 2
+FORMAT = 3
 
 
 #: Options that are functions, of which files only say whether they were given.

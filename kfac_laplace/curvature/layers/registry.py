@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.grams import GramSum
 from kfac_laplace.curvature.outer import Factored, Outer
-from kfac_laplace.curvature.precision import GramSum, accumulable, sum_dtype
+from kfac_laplace.curvature.precision import accumulable, sum_dtype
 from kfac_laplace.curvature.sharing import Grouping
 
 

@@ -1,0 +1,257 @@
+"""Gram matrices Σ row rowᵀ: sums of products, and rows that are too few to be worth multiplying."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from scipy.linalg import blas
+from torch import Tensor
+
+from kfac_laplace.curvature.precision import product_dtype, sum_dtype
+from kfac_laplace.curvature.spectral import eigenvalues
+from kfac_laplace.curvature.symmetric import mirror_, pack, unpack
+
+#: Symmetric products are halved down to so many columns where BLAS has no call for half of one.
+WHOLE_COLUMNS = 256
+#: So many entries are converted at a time: they stay in the cache until they are multiplied.
+CACHED_ENTRIES = 2**18
+#: Products in lower precision than that of the sums are of so many rows, or of one call's.
+MANY_ROWS = 2**14
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Σ row rowᵀ for each of b stacks. Few rows are kept as they are: they need less memory.
+
+    Args:
+        packed: sums as by `symmetric.pack`, or (b, 0, 0) while there are none.
+        rows: rows that are not in the sums, shape (b, k, i).
+    """
+
+    packed: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, matrices: Tensor) -> "Gram":
+        """Symmetric matrices (b, i, i) as they are."""
+        b, _, i = matrices.shape
+        return cls(pack(matrices), matrices.new_empty(b, 0, i))
+
+    def __add__(self, other: "Gram") -> "Gram":
+        """The sum over the rows of both."""
+        parts = [gram.packed for gram in (self, other) if gram.packed.numel()]
+        packed = sum(parts[1:], parts[0]) if parts else self.packed
+        both = Gram(packed, torch.cat([self.rows, other.rows], 1))
+        few = not both.rows.numel() or worth_keeping(both.rows)
+        return both if few else both._multiplied()
+
+    def _multiplied(self) -> "Gram":
+        """The same without rows."""
+        b, k, i = self.rows.shape
+        sums = torch.zeros(b, i, i, dtype=self.packed.dtype, device=self.packed.device)
+        if k:
+            add_products(sums, self.rows, beta=0)
+        packed = pack(sums)
+        packed = self.packed + packed if self.packed.numel() else packed
+        return Gram(packed, self.rows.new_empty(b, 0, i))
+
+    def matrices(self) -> Tensor:
+        """The Gram matrices (b, i, i)."""
+        summed = self.packed.numel() and not self.rows.numel()
+        return unpack((self if summed else self._multiplied()).packed)
+
+    def eigenvalues(self, where: str) -> Tensor:
+        """Eigenvalues (b, i), ascending, float64; of few rows those of their inner products."""
+        k, i = self.rows.shape[1:]
+        if self.packed.numel() or k >= i:
+            return eigenvalues(self.matrices(), where)
+        rows = self.rows.to(self.packed.dtype)
+        found = eigenvalues(rows @ rows.mT, where)
+        return torch.cat([found.new_zeros(len(found), i - k), found], -1)
+
+
+def worth_keeping(rows: Tensor) -> bool:
+    """Whether rows (b, k, i) need no more memory than packed sums in float64."""
+    _, k, i = rows.shape
+    return i > 1 and k * rows.element_size() <= 4 * i
+
+
+class GramSum:
+    """Adds rows up to a `Gram`; products are added in place.
+
+    Args:
+        b: number of stacks.
+        i: width of the rows.
+        like: a tensor on the device and in the precision of the rows.
+    """
+
+    def __init__(self, b: int, i: int, like: Tensor):
+        self._shape = (b, i, i)
+        self._device, self._dtype = like.device, sum_dtype(like)
+        self._product_dtype = product_dtype(like)
+        self._rows: list[Tensor] = []  # as long as they are few
+        self._kept = 0  # how many these are
+        self._sums: Tensor | None = None  # lower triangles
+        self._filled = [False] * b
+        self._packed: Tensor | None = None  # sums of products in lower precision
+        self._products: Tensor | None = None  # in that precision, not yet in the sums
+        self._multiplied = 0  # rows in these products
+
+    @classmethod
+    def of(cls, matrices: Tensor) -> "GramSum":
+        """A sum that begins with symmetric matrices (b, i, i), which become its own."""
+        b, i = matrices.shape[:2]
+        total = cls(b, i, matrices)
+        total._sums, total._filled = matrices, [True] * b
+        return total
+
+    def __len__(self) -> int:
+        """Number of stacks."""
+        return self._shape[0]
+
+    def add(self, rows: Tensor, start: int = 0) -> None:
+        """Add rows (b', *lead, i) to the stacks from `start` on."""
+        if not rows.numel():
+            return
+        if self._keeps(rows):
+            self._rows.append(rows.flatten(1, -2))
+            self._kept += rows[0, ..., 0].numel()
+            return
+        self._multiply_kept()
+        self._multiply(rows, start)
+
+    def _keeps(self, rows: Tensor) -> bool:
+        """Whether these rows and those before are few, and no products were made so far."""
+        if len(rows) < len(self) or any(
+            part is not None for part in (self._sums, self._packed, self._products)
+        ):
+            return False
+        k = self._kept + rows[0, ..., 0].numel()
+        return worth_keeping(rows.new_empty(()).expand(1, k, rows.shape[-1]))
+
+    def _multiply_kept(self) -> None:
+        """Turn rows that were kept into products."""
+        if self._rows:
+            kept, self._rows, self._kept = torch.cat(self._rows, 1), [], 0
+            self._multiply(kept, 0)
+
+    def _multiply(self, rows: Tensor, start: int) -> None:
+        """Add the products of rows."""
+        if self._product_dtype == self._dtype:
+            self._add_to_sums(rows, start)
+            return
+        if self._products is None:
+            self._products = torch.zeros(
+                self._shape, dtype=self._product_dtype, device=self._device
+            )
+        add_products(self._products[start : start + len(rows)], rows, beta=1)
+        self._multiplied += rows[0, ..., 0].numel()
+        if self._multiplied >= MANY_ROWS:
+            self._sum_products()
+
+    def _add_to_sums(self, rows: Tensor, start: int) -> None:
+        """Add products in the precision of the sums; the first of each stack overwrites it."""
+        if self._sums is None:
+            self._sums = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        stacks = range(start, start + len(rows))
+        filled = [self._filled[k] for k in stacks]
+        if any(filled) and not all(filled):
+            self._fill(stacks)
+        add_products(self._sums[start : start + len(rows)], rows, beta=1 if any(filled) else 0)
+        for k in stacks:
+            self._filled[k] = True
+
+    def _fill(self, stacks: range) -> None:
+        """Make empty stacks zero."""
+        assert self._sums is not None
+        for k in stacks:
+            if not self._filled[k]:
+                self._sums[k].zero_()
+                self._filled[k] = True
+
+    def _sum_products(self) -> None:
+        """Add the products to the sums: of many more rows their errors would grow."""
+        if self._products is not None:
+            packed = pack(self._products).to(self._dtype)
+            self._packed = packed if self._packed is None else self._packed.add_(packed)
+            self._products, self._multiplied = None, 0
+
+    def gram(self) -> Gram:
+        """The sum so far."""
+        b, i = self._shape[:2]
+        none = torch.empty(b, 0, i, dtype=self._dtype, device=self._device)
+        if self._rows:
+            return Gram(none[..., :0], torch.cat(self._rows, 1))
+        self._sum_products()
+        return Gram(pack(self._lower()) if self._packed is None else self._packed, none)
+
+    def total(self) -> Tensor:
+        """The sum so far as symmetric matrices (b, i, i)."""
+        self._multiply_kept()
+        self._sum_products()
+        if self._packed is not None:
+            return unpack(self._packed)
+        total = self._lower()
+        mirror_(total)
+        return total
+
+    def trace(self) -> Tensor:
+        """Traces of the sum so far, shape (b,)."""
+        if self._rows:
+            return torch.stack([rows.square().sum((1, 2)) for rows in self._rows]).sum(0)
+        return self.total().diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def _lower(self) -> Tensor:
+        """Sums with valid lower triangles, made if there are none."""
+        if self._sums is None:
+            self._sums = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        self._fill(range(len(self)))
+        return self._sums
+
+
+def add_products(total: Tensor, rows: Tensor, beta: int) -> None:
+    """Make the lower triangles of `total` (b, i, i) beta · total + Σ row rowᵀ."""
+    if len(rows) > 1:
+        flat = rows.to(total.dtype).flatten(1, -2)
+        total.baddbmm_(flat.mT, flat, beta=beta)
+        return
+    # Rows need not lie one after another: one piece or product for each entry of the first axis.
+    parts = rows[0].reshape(-1, *rows.shape[-2:]) if rows.ndim > 2 else rows
+    if parts.stride(-1) == 1:
+        parts = parts.reshape(1, -1, rows.shape[-1])
+    if total.device.type != "cpu" or total.dtype not in RANK_K:
+        _add_stacks(total[0], parts.to(total.dtype), beta)
+        return
+    if parts.dtype == total.dtype and parts.is_contiguous():
+        pieces: Iterable[Tensor] = [parts]
+    elif len(parts) == 1:
+        pieces = parts[0].split(max(1, CACHED_ENTRIES // parts.shape[-1]))
+    else:
+        pieces = parts.split(max(1, CACHED_ENTRIES // parts[0].numel()))
+    for piece in pieces:
+        _add_rank_k(total[0], piece.to(total.dtype).reshape(-1, parts.shape[-1]), beta)
+        beta = 1
+
+
+#: BLAS calls that add a product with its own transpose, half of it: torch has none.
+RANK_K = {torch.float32: blas.ssyrk, torch.float64: blas.dsyrk}
+
+
+def _add_rank_k(total: Tensor, rows: Tensor, beta: int) -> None:
+    """Make the lower triangle of `total` (i, i) beta · total + Σ row rowᵀ, on the CPU."""
+    columns = rows.contiguous().numpy().T
+    # In the memory order of Fortran our lower triangle is the upper one.
+    RANK_K[total.dtype](1, columns, beta, total.numpy().T, lower=0, overwrite_c=1)
+
+
+def _add_stacks(total: Tensor, stacks: Tensor, beta: int) -> None:
+    """Make the lower triangle of `total` (i, i) beta · total + Σ stackᵀ stack, stacks (m, r, i)."""
+    i = stacks.shape[-1]
+    if i <= WHOLE_COLUMNS:
+        total.addbmm_(stacks.mT, stacks, beta=beta)
+        return
+    half = i // 2
+    left, right = stacks[..., :half], stacks[..., half:]
+    total[half:, :half].addbmm_(right.mT, left, beta=beta)
+    _add_stacks(total[:half, :half], left, beta)
+    _add_stacks(total[half:, half:], right, beta)
