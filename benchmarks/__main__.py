@@ -62,6 +62,8 @@ def run_suite(
     rows: list[Row] = []
     every = cases(suite, options.sizes)
     for case in cases(suite, options.sizes, options.models):
+        if options.classes and case.classes not in options.classes:
+            continue
         if mine := partakers(case, contenders):
             rows += run_case(case, mine, conditions, lambda text: progress(console, text))
             together = report.joined(before, rows, [case.title for case in every])
@@ -96,6 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"contenders, of: {','.join(CONTENDERS)} (default: all)")  # fmt: skip
     add("--models", type=names(NETWORKS), default=(), metavar="NAMES",
         help=f"networks, of: {','.join(NETWORKS)} (default: the suite's)")  # fmt: skip
+    add("--classes", type=at_least_one, action="append", metavar="C",
+        help="cases with so many outputs alone; repeatable (default: all)")  # fmt: skip
     add("--sizes", choices=SIZES, default="small",
         help="tiny: does all run? small: ten minutes; full: hours (default: small)")  # fmt: skip
     add("--repeats", type=at_least_one, metavar="N",
