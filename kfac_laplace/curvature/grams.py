@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from scipy.linalg import blas
@@ -42,7 +43,7 @@ class Gram:
         parts = [gram.packed for gram in (self, other) if gram.packed.numel()]
         packed = sum(parts[1:], parts[0]) if parts else self.packed
         both = Gram(packed, torch.cat([self.rows, other.rows], 1))
-        few = not both.rows.numel() or worth_keeping(both.rows)
+        few = both.rows.shape[1] <= most_rows(both.rows)
         return both if few else both._multiplied()
 
     def _multiplied(self) -> "Gram":
@@ -70,10 +71,10 @@ class Gram:
         return torch.cat([found.new_zeros(len(found), i - k), found], -1)
 
 
-def worth_keeping(rows: Tensor) -> bool:
-    """Whether rows (b, k, i) need no more memory than packed sums in float64."""
-    _, k, i = rows.shape
-    return i > 1 and k * rows.element_size() <= 4 * i
+def most_rows(rows: Tensor) -> int:
+    """Of how many such rows (b, ..., i) packed sums in float64 would need less memory."""
+    i = rows.shape[-1]
+    return 4 * i // rows.element_size() if i > 1 else 0
 
 
 class GramSum:
@@ -89,8 +90,8 @@ class GramSum:
         self._shape = (b, i, i)
         self._device, self._dtype = like.device, sum_dtype(like)
         self._product_dtype = product_dtype(like)
-        self._rows: list[Tensor] = []  # as long as they are few
-        self._kept = 0  # how many these are
+        self._rows: Tensor | None = None  # room for rows as long as they are few
+        self._kept = 0  # how many there are
         self._sums: Tensor | None = None  # lower triangles
         self._filled = [False] * b
         self._packed: Tensor | None = None  # sums of products in lower precision
@@ -114,26 +115,36 @@ class GramSum:
         if not rows.numel():
             return
         if self._keeps(rows):
-            self._rows.append(rows.flatten(1, -2))
-            self._kept += rows[0, ..., 0].numel()
             return
         self._multiply_kept()
         self._multiply(rows, start)
 
     def _keeps(self, rows: Tensor) -> bool:
-        """Whether these rows and those before are few, and no products were made so far."""
-        if len(rows) < len(self) or any(
-            part is not None for part in (self._sums, self._packed, self._products)
-        ):
+        """Keep rows if they and those before are few, and no products were made so far."""
+        b, *lead, i = rows.shape
+        k, room = prod(lead), most_rows(rows)
+        if b < len(self) or self._kept + k > room or self._has_products:
             return False
-        k = self._kept + rows[0, ..., 0].numel()
-        return worth_keeping(rows.new_empty(()).expand(1, k, rows.shape[-1]))
+        if self._rows is None:
+            # In one piece: many small ones between large temporary ones would scatter the memory.
+            self._rows = rows.new_empty(b, room, i)
+        if self._rows.dtype != rows.dtype:
+            return False
+        self._rows[:, self._kept : self._kept + k] = rows.reshape(b, k, i)
+        self._kept += k
+        return True
+
+    @property
+    def _has_products(self) -> bool:
+        return any(part is not None for part in (self._sums, self._packed, self._products))
 
     def _multiply_kept(self) -> None:
         """Turn rows that were kept into products."""
-        if self._rows:
-            kept, self._rows, self._kept = torch.cat(self._rows, 1), [], 0
-            self._multiply(kept, 0)
+        if self._rows is not None:
+            kept, self._rows = self._rows[:, : self._kept], None
+            if self._kept:
+                self._multiply(kept, 0)
+            self._kept = 0
 
     def _multiply(self, rows: Tensor, start: int) -> None:
         """Add the products of rows."""
@@ -180,8 +191,8 @@ class GramSum:
         """The sum so far."""
         b, i = self._shape[:2]
         none = torch.empty(b, 0, i, dtype=self._dtype, device=self._device)
-        if self._rows:
-            return Gram(none[..., :0], torch.cat(self._rows, 1))
+        if self._rows is not None:
+            return Gram(none[..., :0], self._rows[:, : self._kept].clone())
         self._sum_products()
         return Gram(pack(self._lower()) if self._packed is None else self._packed, none)
 
@@ -197,8 +208,8 @@ class GramSum:
 
     def trace(self) -> Tensor:
         """Traces of the sum so far, shape (b,)."""
-        if self._rows:
-            return torch.stack([rows.square().sum((1, 2)) for rows in self._rows]).sum(0)
+        if self._rows is not None:
+            return self._rows[:, : self._kept].square().sum((1, 2))
         return self.total().diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def _lower(self) -> Tensor:
