@@ -20,7 +20,6 @@ PATCH_BUDGET = 64 * 2**20
 #: From so many channels on, products lag by lag are faster than products of patches.
 LAG_CHANNELS = 8
 
-
 Margins = tuple[tuple[int, int], ...]
 
 
@@ -78,8 +77,9 @@ class Patches(Inputs):
     @property
     def _by_lags(self) -> bool:
         """Whether products lag by lag are possible and faster."""
-        if self.data.shape[1] // self.groups < LAG_CHANNELS or prod(self.kernel) == 1:
-            return False
+        c, entries = self.data.shape[1] // self.groups, prod(self.kernel)
+        if c < LAG_CHANNELS or entries == 1 or 4 * self.count <= c * entries:
+            return False  # the last: rows so few are kept
         return lags_apply(self._positions, self.kernel, self.stride, self.dilation)
 
     def gram_sum(self) -> GramSum:
