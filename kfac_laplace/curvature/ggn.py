@@ -62,10 +62,10 @@ class Curvature:
             an exact diagonal block ("diag"), an error ("error"), or they stay out ("freeze").
         seed: seed of labels and signs.
         factor_dtype: precision in which products of rows are summed. "auto": in float64, except
-            that rows of layers that share their weights are multiplied in their own precision
-            before. torch.float64: all of it. torch.float32: nothing, which is fastest on devices
-            that are slow in float64, and loses small eigenvalues: trust the evidence then only
-            where prior precisions are not small.
+            that on the CPU rows of layers that share their weights are multiplied in their own
+            precision before. torch.float64: all of it. torch.float32: nothing, which is fastest on
+            devices that are slow in float64, and loses small eigenvalues (more so under TF32):
+            trust the evidence then only where prior precisions are not small.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
 

@@ -57,9 +57,9 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     """The precision of products before they are summed: by "auto" the rows' own if they are many.
 
     Where every example has many rows, their errors average out and factors are rarely
-    rank-deficient.
+    rank-deficient. On the CPU alone: elsewhere float32 may mean TF32.
     """
-    if _CHOSEN.get() == "auto" and _SHARED.get():
+    if _CHOSEN.get() == "auto" and _SHARED.get() and tensor.device.type == "cpu":
         return accumulable(tensor.new_empty(0)).dtype
     return sum_dtype(tensor)
 
