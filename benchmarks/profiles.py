@@ -53,9 +53,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     networks = options.networks.split(",")
-    rows = [*fits(networks), *others(networks)]
-    for row in rows:
+    rows = []
+    for row in (*fits(networks), *others(networks)):
         print(row["case"], {k: round(v, 3) for k, v in row.items() if k != "case"}, flush=True)
+        rows.append(row)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(rows, indent=1) + "\n")
@@ -91,7 +92,7 @@ def others(networks: Sequence[str]) -> Iterator[dict[str, Any]]:
         for case in (
             Case("evidence", name, 8, fisher="mc"),
             Case("predict", name, 8, fisher="mc"),
-            Case("online", name, 32, 10, "reduce", "mc", batches=8),
+            Case("online", name, 32, 10, "reduce", "mc", batches=2),
         ):
             make("ours-laplace", rehearsal(case), "cpu").run()
             task: Task = make("ours-laplace", case, "cpu")
