@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from kfac_laplace.curvature.sources import tensors_in
@@ -18,10 +20,17 @@ CONVOLUTIONS = {F.conv2d, torch.conv2d}
 #: Calls that mean the order in memory, and would not fail at another.
 BY_MEMORY = {
     Tensor.as_strided,
+    Tensor.as_strided_,
     torch.as_strided,
+    torch.as_strided_copy,
+    torch.ops.aten.as_strided,
+    torch.ops.aten.as_strided.default,
     Tensor.stride,
-    Tensor.data_ptr,
     Tensor.is_contiguous,
+    Tensor.data_ptr,
+    Tensor.untyped_storage,
+    Tensor.storage,
+    Tensor.set_,
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,6 +62,23 @@ class ChannelsLast(TorchFunctionMode):
         elif func in BY_MEMORY and self.used:
             self.harmless &= all(_is_plain(x) for x in tensors_in((args, kwargs)))
         return func(*args, **kwargs)
+
+
+def has_python_functions(output: Tensor) -> bool:
+    """Whether derivatives written in Python are on the way back from an output.
+
+    No mode sees what they do with gradients in another order.
+    """
+    seen: set[Node] = set()
+    stack = [output.grad_fn] if output.grad_fn is not None else []
+    while stack:
+        node = stack.pop()
+        if isinstance(node, BackwardCFunction):
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack.extend(below for below, _ in node.next_functions if below is not None)
+    return False
 
 
 def _is_images(x: Tensor) -> bool:

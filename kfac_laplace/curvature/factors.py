@@ -153,7 +153,7 @@ class KroneckerBlock(Block):
         """A = Σ a aᵀ / count and B."""
         inputs = self.input_sum if self._has_diagonal_input else self.inputs.matrices()
         count = self.input_count.clamp_min(1).reshape(-1, *[1] * (inputs.ndim - 1))
-        return KroneckerFactors(inputs / count, self.outputs.matrices())
+        return KroneckerFactors(inputs / count.to(inputs.dtype), self.outputs.matrices())
 
     @property
     def _has_diagonal_input(self) -> bool:
@@ -238,13 +238,14 @@ class DenseBlock(Block):
     @cached_property
     def spectrum(self) -> Spectrum:
         """One row of eigenvalues (1, 1, p) with the eigenvectors as right basis."""
-        matrix = self.matrix[None]
-        values = eigenvalues(matrix, self.name)
+        with torch.inference_mode(False):
+            values = eigenvalues(self.matrix[None], self.name)
+            return Spectrum(values[:, None], self._bases)
 
-        return Spectrum(
-            values[:, None],
-            lambda: (torch.ones_like(matrix[:, :1, :1]), eigenbasis(matrix, self.name)),
-        )
+    def _bases(self) -> tuple[Tensor, Tensor]:
+        """A single one, and the eigenvectors."""
+        matrix = self.matrix[None]
+        return torch.ones_like(matrix[:, :1, :1]), eigenbasis(matrix, self.name)
 
 
 KINDS: dict[str, type[Block]] = {

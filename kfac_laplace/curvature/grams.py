@@ -41,7 +41,8 @@ class Gram:
     def __add__(self, other: "Gram") -> "Gram":
         """The sum over the rows of both."""
         parts = [gram.packed for gram in (self, other) if gram.packed.numel()]
-        packed = sum(parts[1:], parts[0]) if parts else self.packed
+        none = self.packed.to(torch.promote_types(self.packed.dtype, other.packed.dtype))
+        packed = sum(parts[1:], parts[0]) if parts else none
         both = Gram(packed, torch.cat([self.rows, other.rows], 1))
         few = both.rows.shape[1] <= most_rows(both.rows)
         return both if few else both._multiplied()

@@ -31,7 +31,8 @@ class Spectrum:
     @cached_property
     def bases(self) -> tuple[Tensor, Tensor | None] | None:
         """Left and right eigenvectors, or None for identity bases."""
-        return self.make_bases() if self.make_bases is not None else None
+        with torch.inference_mode(False):  # kept, so of use outside inference mode as well
+            return self.make_bases() if self.make_bases is not None else None
 
     @cached_property
     def logs(self) -> LogSpectrum:

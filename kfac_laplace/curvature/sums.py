@@ -150,7 +150,7 @@ class KroneckerSum(BatchSum):
         b, _, i = self._group.layout.matrix
         outputs = self._outputs.gram()
         found: dict[int, Gram | Tensor] = {}
-        count = outputs.packed.new_zeros(b)
+        count = torch.zeros(b, dtype=torch.float64, device=self._device)
         for start, terms in starts.items():
             found[start], number = (
                 self._rows(terms) if self._setting == "expand" else self._means(terms)
