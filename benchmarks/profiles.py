@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -34,7 +35,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "B": (sums.KroneckerSum, "receive"),
     "A, expand": (sums.KroneckerSum, "_rows"),
     "A, reduce": (sums.KroneckerSum, "_means"),
-    "eigenvalues": (factors, "eigenvalues"),
+    "eigenvalues": (grams, "eigenvalues"),
     "eigenvectors": (factors, "eigenbasis"),
     "table of logarithms": (gaussian.LogTable, "of"),
     "gradient rows": (glm.Pass, "rows"),
@@ -54,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(1)
     networks = options.networks.split(",")
     rows = []
-    for row in (*fits(networks), *others(networks)):
+    for row in chain(fits(networks), others(networks)):
         print(row["case"], {k: round(v, 3) for k, v in row.items() if k != "case"}, flush=True)
         rows.append(row)
     if options.output:

@@ -172,7 +172,10 @@ def write_page(results: Path, page: Path = PAGE) -> list[str]:
     for name in LISTS:
         path = results / f"{name}.json"
         if path.exists():
-            text = put(text, name, list_table(json.loads(path.read_text(encoding="utf-8"))))
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            units = dict.fromkeys(list(row)[1] for row in rows)  # a table for each
+            parts = [[row for row in rows if list(row)[1] == unit] for unit in units]
+            text = put(text, name, "\n\n".join(list_table(part) for part in parts))
             written.append(name)
     page.write_text(text, encoding="utf-8")
     return written
