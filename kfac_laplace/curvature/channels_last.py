@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from kfac_laplace.curvature.sources import tensors_in
@@ -62,23 +60,6 @@ class ChannelsLast(TorchFunctionMode):
         elif func in BY_MEMORY and self.used:
             self.harmless &= all(_is_plain(x) for x in tensors_in((args, kwargs)))
         return func(*args, **kwargs)
-
-
-def has_python_functions(output: Tensor) -> bool:
-    """Whether derivatives written in Python are on the way back from an output.
-
-    No mode sees what they do with gradients in another order.
-    """
-    seen: set[Node] = set()
-    stack = [output.grad_fn] if output.grad_fn is not None else []
-    while stack:
-        node = stack.pop()
-        if isinstance(node, BackwardCFunction):
-            return True
-        if node not in seen:
-            seen.add(node)
-            stack.extend(below for below, _ in node.next_functions if below is not None)
-    return False
 
 
 def _is_images(x: Tensor) -> bool:

@@ -139,14 +139,17 @@ class KroneckerBlock(Block):
 
     def __add__(self, other: Self) -> Self:
         """The block of the two data sets together."""
-        diagonal = self._has_diagonal_input
-        inputs = self.input_sum + other.input_sum if diagonal else self.inputs + other.inputs
-        count = self.input_count + other.input_count
-        return type(self).of(self.layout, inputs, count, self.outputs + other.outputs)
+        own = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        return type(self)(self.layout, **own).absorb(other)
 
     def absorb(self, other: Self) -> Self:
-        """The sum."""
-        return self + other
+        """Add another block into this one's own sums, which nobody else may hold."""
+        if self._has_diagonal_input:
+            inputs: Gram | Tensor = self.input_sum.add_(other.input_sum)
+        else:
+            inputs = self.inputs.absorb(other.inputs)
+        count = self.input_count + other.input_count
+        return type(self).of(self.layout, inputs, count, self.outputs.absorb(other.outputs))
 
     @property
     def factors(self) -> KroneckerFactors:

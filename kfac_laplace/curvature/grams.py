@@ -40,9 +40,15 @@ class Gram:
 
     def __add__(self, other: "Gram") -> "Gram":
         """The sum over the rows of both."""
-        parts = [gram.packed for gram in (self, other) if gram.packed.numel()]
-        none = self.packed.to(torch.promote_types(self.packed.dtype, other.packed.dtype))
-        packed = sum(parts[1:], parts[0]) if parts else none
+        return Gram(self.packed.clone(), self.rows).absorb(other)
+
+    def absorb(self, other: "Gram") -> "Gram":
+        """The same, added into this one's own sums, which nobody else may hold."""
+        packed = other.packed
+        if self.packed.numel():
+            packed = self.packed.add_(packed) if packed.numel() else self.packed
+        elif not packed.numel():
+            packed = packed.to(torch.promote_types(self.packed.dtype, packed.dtype))
         both = Gram(packed, torch.cat([self.rows, other.rows], 1))
         few = both.rows.shape[1] <= most_rows(both.rows)
         return both if few else both._multiplied()
@@ -52,10 +58,12 @@ class Gram:
         b, k, i = self.rows.shape
         sums = torch.zeros(b, i, i, dtype=self.packed.dtype, device=self.packed.device)
         if k:
-            add_products(sums, self.rows, beta=0)
+            add_products(sums, self.rows)
         packed = pack(sums)
-        packed = self.packed + packed if self.packed.numel() else packed
-        return Gram(packed, self.rows.new_empty(b, 0, i))
+        return Gram(
+            packed.add_(self.packed) if self.packed.numel() else packed,
+            self.rows.new_empty(b, 0, i),
+        )
 
     def matrices(self) -> Tensor:
         """The Gram matrices (b, i, i)."""
@@ -94,7 +102,6 @@ class GramSum:
         self._rows: Tensor | None = None  # room for rows as long as they are few
         self._kept = 0  # how many there are
         self._sums: Tensor | None = None  # lower triangles
-        self._filled = [False] * b
         self._packed: Tensor | None = None  # sums of products in lower precision
         self._products: Tensor | None = None  # in that precision, not yet in the sums
         self._multiplied = 0  # rows in these products
@@ -104,7 +111,7 @@ class GramSum:
         """A sum that begins with symmetric matrices (b, i, i), which become its own."""
         b, i = matrices.shape[:2]
         total = cls(b, i, matrices)
-        total._sums, total._filled = matrices, [True] * b
+        total._sums = matrices
         return total
 
     def __len__(self) -> int:
@@ -149,37 +156,25 @@ class GramSum:
 
     def _multiply(self, rows: Tensor, start: int) -> None:
         """Add the products of rows."""
+        stacks = slice(start, start + len(rows))
         if self._product_dtype == self._dtype:
-            self._add_to_sums(rows, start)
+            add_products(self._lower()[stacks], rows)
             return
         if self._products is None:
-            self._products = torch.zeros(
-                self._shape, dtype=self._product_dtype, device=self._device
-            )
-        add_products(self._products[start : start + len(rows)], rows, beta=1)
+            self._products = self._zeros(self._product_dtype)
+        add_products(self._products[stacks], rows)
         self._multiplied += rows[0, ..., 0].numel()
         if self._multiplied >= MANY_ROWS:
             self._sum_products()
 
-    def _add_to_sums(self, rows: Tensor, start: int) -> None:
-        """Add products in the precision of the sums; the first of each stack overwrites it."""
+    def _lower(self) -> Tensor:
+        """Sums with valid lower triangles, made if there are none."""
         if self._sums is None:
-            self._sums = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        stacks = range(start, start + len(rows))
-        filled = [self._filled[k] for k in stacks]
-        if any(filled) and not all(filled):
-            self._fill(stacks)
-        add_products(self._sums[start : start + len(rows)], rows, beta=1 if any(filled) else 0)
-        for k in stacks:
-            self._filled[k] = True
+            self._sums = self._zeros(self._dtype)
+        return self._sums
 
-    def _fill(self, stacks: range) -> None:
-        """Make empty stacks zero."""
-        assert self._sums is not None
-        for k in stacks:
-            if not self._filled[k]:
-                self._sums[k].zero_()
-                self._filled[k] = True
+    def _zeros(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self._shape, dtype=dtype, device=self._device)
 
     def _sum_products(self) -> None:
         """Add the products to the sums: of many more rows their errors would grow."""
@@ -213,26 +208,19 @@ class GramSum:
             return self._rows[:, : self._kept].square().sum((1, 2))
         return self.total().diagonal(dim1=-2, dim2=-1).sum(-1)
 
-    def _lower(self) -> Tensor:
-        """Sums with valid lower triangles, made if there are none."""
-        if self._sums is None:
-            self._sums = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        self._fill(range(len(self)))
-        return self._sums
 
-
-def add_products(total: Tensor, rows: Tensor, beta: int) -> None:
-    """Make the lower triangles of `total` (b, i, i) beta · total + Σ row rowᵀ."""
+def add_products(total: Tensor, rows: Tensor) -> None:
+    """Add Σ row rowᵀ of rows (b, *lead, i) to the lower triangles of `total` (b, i, i)."""
     if len(rows) > 1:
         flat = rows.to(total.dtype).flatten(1, -2)
-        total.baddbmm_(flat.mT, flat, beta=beta)
+        total.baddbmm_(flat.mT, flat)
         return
     # Rows need not lie one after another: one piece or product for each entry of the first axis.
     parts = rows[0].reshape(-1, *rows.shape[-2:]) if rows.ndim > 2 else rows
     if parts.stride(-1) == 1:
         parts = parts.reshape(1, -1, rows.shape[-1])
     if total.device.type != "cpu" or total.dtype not in RANK_K:
-        _add_stacks(total[0], parts.to(total.dtype), beta)
+        _add_stacks(total[0], parts.to(total.dtype))
         return
     if parts.dtype == total.dtype and parts.is_contiguous():
         pieces: Iterable[Tensor] = [parts]
@@ -241,29 +229,28 @@ def add_products(total: Tensor, rows: Tensor, beta: int) -> None:
     else:
         pieces = parts.split(max(1, CACHED_ENTRIES // parts[0].numel()))
     for piece in pieces:
-        _add_rank_k(total[0], piece.to(total.dtype).reshape(-1, parts.shape[-1]), beta)
-        beta = 1
+        _add_rank_k(total[0], piece.to(total.dtype).reshape(-1, parts.shape[-1]))
 
 
 #: BLAS calls that add a product with its own transpose, half of it: torch has none.
 RANK_K = {torch.float32: blas.ssyrk, torch.float64: blas.dsyrk}
 
 
-def _add_rank_k(total: Tensor, rows: Tensor, beta: int) -> None:
-    """Make the lower triangle of `total` (i, i) beta · total + Σ row rowᵀ, on the CPU."""
+def _add_rank_k(total: Tensor, rows: Tensor) -> None:
+    """Add Σ row rowᵀ to the lower triangle of `total` (i, i), on the CPU."""
     columns = rows.contiguous().numpy().T
     # In the memory order of Fortran our lower triangle is the upper one.
-    RANK_K[total.dtype](1, columns, beta, total.numpy().T, lower=0, overwrite_c=1)
+    RANK_K[total.dtype](1, columns, 1, total.numpy().T, lower=0, overwrite_c=1)
 
 
-def _add_stacks(total: Tensor, stacks: Tensor, beta: int) -> None:
-    """Make the lower triangle of `total` (i, i) beta · total + Σ stackᵀ stack, stacks (m, r, i)."""
+def _add_stacks(total: Tensor, stacks: Tensor) -> None:
+    """Add Σ stackᵀ stack of stacks (m, r, i) to the lower triangle of `total` (i, i)."""
     i = stacks.shape[-1]
     if i <= WHOLE_COLUMNS:
-        total.addbmm_(stacks.mT, stacks, beta=beta)
+        total.addbmm_(stacks.mT, stacks)
         return
     half = i // 2
     left, right = stacks[..., :half], stacks[..., half:]
-    total[half:, :half].addbmm_(right.mT, left, beta=beta)
-    _add_stacks(total[:half, :half], left, beta)
-    _add_stacks(total[half:, half:], right, beta)
+    total[half:, :half].addbmm_(right.mT, left)
+    _add_stacks(total[:half, :half], left)
+    _add_stacks(total[half:, half:], right)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_laplace.curvature.batches import AnyBatch, as_batch
-from kfac_laplace.curvature.channels_last import ChannelsLast, has_python_functions
+from kfac_laplace.curvature.channels_last import ChannelsLast
 from kfac_laplace.curvature.forward import Forward, ForwardFn, device_of, unwrap
 from kfac_laplace.curvature.groups import Group, Subset, find_groups, last_layer, select_parameters
 from kfac_laplace.curvature.passes import Pass, UseKey
@@ -19,6 +20,11 @@ from kfac_laplace.curvature.sharing import Grouping
 from kfac_laplace.curvature.tape import Recording, Tape
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
+
+#: What a network learns from batches, but for what the log has said already.
+LEARNED = (
+    "groups", "class_axis", "groupings", "settled", "tracked", "watched", "reorders", "row_entries",
+)  # fmt: skip
 
 
 @dataclass
@@ -85,11 +91,20 @@ class Network:
             used = {name: p.detach().requires_grad_() for name, p in params.items()}
         substitutes = None if params is None else used
         recording = self._reordered(batch, used, substitutes) if self.reorders else None
-        if recording is None:
-            batch = batch.copied()
-            with Tape(used, batch.data, batch.n) as tape:
-                recording = tape.recording(self.forward(batch.x, substitutes))
-        return Pass(self, recording, batch, used)
+        return Pass(self, recording or self._record(batch, used, substitutes), batch, used)
+
+    def _record(
+        self,
+        batch: AnyBatch,
+        used: Mapping[str, Tensor],
+        substitutes: Mapping[str, Tensor] | None,
+        mode: AbstractContextManager[Any] | None = None,
+    ) -> Recording:
+        """Record a forward pass over a copy of the batch: models may write into their inputs."""
+        own = batch.copied()
+        with Tape(used, own.data, own.n) as tape, mode or nullcontext():
+            output = self.forward(own.x, substitutes)
+        return tape.recording(output)
 
     def _reordered(
         self, batch: AnyBatch, used: Mapping[str, Tensor], substitutes: Mapping[str, Tensor] | None
@@ -98,31 +113,25 @@ class Network:
 
         A model that fails so is asked again without: an error of its own comes then.
         """
-        order, batch = ChannelsLast(), batch.copied()
+        order = ChannelsLast()
         try:
-            with Tape(used, batch.data, batch.n) as tape, order:
-                output = self.forward(batch.x, substitutes)
-            order.harmless &= not (order.used and has_python_functions(output))
+            recording = self._record(batch, used, substitutes, order)
         except Exception:  # models raise what they like at tensors in another order
             if not order.used:
                 raise
-            order.harmless = False
-        self.reorders = order.harmless
-        return tape.recording(output) if order.harmless else None
+            self.reorders = False
+            return None
+        self.reorders = order.harmless and not (order.used and recording.has_python_functions)
+        return recording if self.reorders else None
 
-    def knowledge(self) -> "Network":
+    def knowledge(self) -> dict[str, Any]:
         """What was learned so far, to be put back by `forget_since`."""
-        known = copy.copy(self)
-        known.groupings, known.settled = dict(self.groupings), set(self.settled)
-        known.tracked = list(self.tracked)
-        return known
+        return {name: copy.copy(getattr(self, name)) for name in LEARNED}
 
-    def forget_since(self, known: "Network") -> None:
+    def forget_since(self, known: Mapping[str, Any]) -> None:
         """Forget what was learned from a batch that was refused."""
-        for name in ("groupings", "settled", "tracked", "groups", "class_axis"):
-            setattr(self, name, getattr(known, name))
-        self.row_entries, self.watched = known.row_entries, known.watched
-        self.reorders = known.reorders
+        for name, value in known.items():
+            setattr(self, name, value)
 
     def check_examples(self, passed: Pass) -> None:
         """An example alone must give what it gives in the batch.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.backward import Backward
 from kfac_laplace.curvature.batches import AnyBatch
 from kfac_laplace.curvature.generic import ExampleGraph
 from kfac_laplace.curvature.groups import Group, Term
@@ -91,12 +92,11 @@ class Pass:
     def rows(self, vectors: Sequence[Tensor], groups: Sequence[Group]) -> dict[int, Tensor]:
         """Gradient rows (v, b, *lead, o) of the uses of `groups`, for vectors (n, t, c)."""
         wanted = sorted({u for group in groups for u in self.uses[group.name]})
-        found = self.recording.output_rows(self.outputs, vectors, wanted)
-        return {
-            u: accumulable(rows.detach())
-            for u, rows in zip(wanted, found, strict=True)
-            if rows is not None
-        }
+        backward = Backward(self.recording, self.outputs, wanted)
+        found: dict[int, list[Tensor]] = {}
+        for vector in vectors:
+            backward(vector, lambda u, rows: found.setdefault(u, []).append(rows))
+        return {u: torch.cat(rows) if len(rows) > 1 else rows[0] for u, rows in found.items()}
 
     @cached_property
     def terms(self) -> dict[str, list[Term]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -64,41 +65,14 @@ class Recording:
         uses: recorded calls that the output depends on, in forward order.
         loose: names of the tracked parameters that reach the output outside recorded calls.
         picks_rows: whether rows were picked by values of the data.
+        has_python_functions: whether derivatives written in Python are on the way back.
     """
 
     output: Tensor
     uses: tuple[Use, ...]
     loose: frozenset[str]
     picks_rows: bool
-
-    def output_rows(
-        self, outputs: Tensor, vectors: Sequence[Tensor], uses: Sequence[int] | None = None
-    ) -> list[Tensor | None]:
-        """Backpropagate vectors to the outputs of the recorded calls, and no further.
-
-        Args:
-            outputs: a tensor of this pass's graph.
-            vectors: v tensors shaped like `outputs`.
-            uses: indices of the uses wanted; all by default.
-
-        Returns:
-            For each use wanted, gradient rows (v, b, *lead, o), or None where `outputs` does not
-            depend on it.
-        """
-        wanted = self.uses if uses is None else [self.uses[u] for u in uses]
-        if not wanted or not outputs.requires_grad:
-            return [None] * len(wanted)
-        edges = [use.edge for use in wanted]
-        passes = [
-            torch.autograd.grad(outputs, edges, vector, retain_graph=True, allow_unused=True)
-            for vector in vectors
-        ]
-        rows: list[Tensor | None] = []
-        for use, grads in zip(wanted, zip(*passes, strict=True), strict=True):
-            known = [grad for grad in grads if grad is not None]
-            stacked = torch.stack(known) if len(known) > 1 else known[0][None] if known else None
-            rows.append(None if stacked is None else use.layer.output_rows(stacked))
-        return rows
+    has_python_functions: bool
 
 
 class Tape(TorchFunctionMode):
@@ -233,6 +207,7 @@ class Tape(TorchFunctionMode):
         """
         steps = {use.edge.node: use.below for use in self.uses}
         loose: set[str] = set()
+        in_python = False
         seen: set[Node] = set()
         stack = [get_gradient_edge(output).node] if output.requires_grad else []
         while stack:
@@ -244,12 +219,13 @@ class Tape(TorchFunctionMode):
                 stack.extend(steps[node])
                 continue
             _refuse_opaque(node)
+            in_python |= isinstance(node, BackwardCFunction)
             name = self._names.get(id(getattr(node, "variable", None)))
             if name is not None:
                 loose.add(name)
             stack.extend(below for below, _ in node.next_functions if below is not None)
         uses = tuple(use for use in self.uses if use.edge.node in seen)
-        return Recording(output, uses, frozenset(loose), self._picks_rows)
+        return Recording(output, uses, frozenset(loose), self._picks_rows, in_python)
 
 
 #: Calls that may pick rows by indices or masks.

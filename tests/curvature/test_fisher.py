@@ -9,7 +9,7 @@ from cases import build
 from laws import assert_same_blocks, dense_blocks, fitted, relative_error
 from torch import Tensor
 
-from kfac_laplace import Bernoulli, Categorical, Empirical, Exact, Gaussian, MonteCarlo
+from kfac_laplace import Bernoulli, Categorical, Empirical, Exact, Gaussian, Hybrid, MonteCarlo
 
 LIKELIHOODS = {"classification": Categorical, "regression": Gaussian, "binary": Bernoulli}
 
@@ -145,8 +145,9 @@ def test_empirical_vector_is_the_score(likelihood):
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
-def test_seeds_reproduce(structure):
-    options = {"fisher": MonteCarlo(samples=2), "hessian_structure": structure}
+@pytest.mark.parametrize("fisher", [MonteCarlo(samples=2), Hybrid(1)])
+def test_seeds_reproduce(fisher, structure):
+    options = {"fisher": fisher, "hessian_structure": structure}
     first = dense_blocks(fitted("mlp-tanh", seed=3, **options))
     torch.rand(7)  # the global state is no input
     again = dense_blocks(fitted("mlp-tanh", seed=3, **options))

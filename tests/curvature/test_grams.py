@@ -138,3 +138,17 @@ def test_a_block_of_no_data_keeps_its_shape():
         nothing = block.zero()
         assert not nothing.dense().any() and nothing.dense().shape == block.dense().shape
         assert relative_error((block + nothing).dense(), block.dense()) < EXACT
+
+
+def test_absorbing_changes_nothing_else():
+    """A batch is added into its own sums: what was fitted before may be held elsewhere."""
+    torch.manual_seed(0)
+    for first, second in [(2, 30), (30, 2), (30, 30), (2, 2), (0, 30)]:
+        one, other = rows_of(first), rows_of(second)
+        before = gram_of(other)
+        kept = before.packed.clone(), before.rows.clone()
+        mine = gram_of(one)
+        total = mine.absorb(before)
+        assert relative_error(total.matrices(), exact(one, other)) < EXACT
+        assert relative_error(total.absorb(gram_of(one)).matrices(), exact(one, other, one)) < EXACT
+        assert torch.equal(before.packed, kept[0]) and torch.equal(before.rows, kept[1])

@@ -215,17 +215,6 @@ def test_certain_and_ignored_rows_are_fine():
         assert vector.shape == f.shape and not vector.any()
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
-def test_seeds_reproduce(structure):
-    options = {"fisher": Hybrid(1), "hessian_structure": structure}
-    first = dense_blocks(fitted("mlp-tanh", seed=3, **options))
-    torch.rand(7)  # the global state is no input
-    again = dense_blocks(fitted("mlp-tanh", seed=3, **options))
-    other = dense_blocks(fitted("mlp-tanh", seed=4, **options))
-    assert_same_blocks(again, first, 0.0)
-    assert all(relative_error(other[name], first[name]) > 1e-3 for name in first)
-
-
 def test_every_batch_draws_its_own_signs():
     example = build("mlp-tanh")
     batch = example.batches[0]
