@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
@@ -76,15 +77,15 @@ def fits(networks: Sequence[str]) -> Iterator[dict[str, Any]]:
             def run(first: Curvature = first, setting: Setting = setting) -> None:
                 first.empty().accumulate(setting.x, setting.y)
 
-            step, whole = median_seconds(setting.step), median_seconds(run)
+            steps = in_steps(run, setting.step)
             found = parts(run)
-            scale = whole / step / found["curvature pass"]  # a run under the profiler is slower
+            scale = steps / found["curvature pass"]  # a run under the profiler is slower
             found = {label: seconds * scale for label, seconds in found.items()}
             known = sum(found.get(k, 0) for k in ("forward", "backward", "B"))
             known += found.get("A, expand", 0) + found.get("A, reduce", 0)
             found["rest"] = found.pop("curvature pass") - known
             floor = operations(run) / operations(setting.step)
-            yield {"case": case.title, "training steps": whole / step, "floor": floor, **found}
+            yield {"case": case.title, "training steps": steps, "floor": floor, **found}
 
 
 def others(networks: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -163,15 +164,17 @@ def operations(run: Callable[[], Any]) -> float:
     return counter.get_total_flops() + more
 
 
-def median_seconds(run: Callable[[], Any]) -> float:
-    """Median of a few runs after a first."""
-    run()
-    times = []
+def in_steps(run: Callable[[], Any], step: Callable[[], Any]) -> float:
+    """Median of the time of a run as a multiple of that of the step beside it."""
+    run(), step()
+    ratios = []
     for _ in range(ROUNDS):
         start = perf_counter()
         run()
-        times.append(perf_counter() - start)
-    return sorted(times)[ROUNDS // 2]
+        between = perf_counter()
+        step()
+        ratios.append((between - start) / (perf_counter() - between))
+    return median(ratios)
 
 
 if __name__ == "__main__":
