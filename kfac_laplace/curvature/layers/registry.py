@@ -44,7 +44,8 @@ class Inputs(ABC):
         """Σ_{n,t} a aᵀ as a sum."""
         total: GramSum | None = None
         for piece in self.pieces():
-            total = total or GramSum(len(piece), piece.shape[-1], piece)
+            if total is None:
+                total = GramSum(len(piece), piece.shape[-1], piece)
             total.add(piece)
         assert total is not None
         return total
@@ -163,7 +164,8 @@ class WithOne(Inputs):
 
     def gram_sum(self) -> GramSum:
         """That of rows with their ones, or the inner one with a border."""
-        return self.inner.bordered_gram_sum() or super().gram_sum()
+        bordered = self.inner.bordered_gram_sum()
+        return super().gram_sum() if bordered is None else bordered
 
     def pieces(self) -> Iterator[Tensor]:
         """Inner pieces with a 1 appended."""
