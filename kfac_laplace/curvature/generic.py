@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.batches import AnyBatch, Batch
+from kfac_laplace.curvature.model.batches import AnyBatch, Batch
 from kfac_laplace.errors import UnsupportedUse
 
 #: takes parameters by name and inputs to aligned outputs (rows, t, c)

@@ -17,12 +17,12 @@ from typing_extensions import Self
 from kfac_laplace import likelihoods
 from kfac_laplace.curvature import fisher as fishers
 from kfac_laplace.curvature.batch_blocks import BatchBlocks
-from kfac_laplace.curvature.batches import AnyBatch, Batch, BatchFn, split_batch
 from kfac_laplace.curvature.factors import Block
 from kfac_laplace.curvature.fisher import Fisher
-from kfac_laplace.curvature.forward import ForwardFn, undisturbed
 from kfac_laplace.curvature.groups import Group, Subset
 from kfac_laplace.curvature.layout import Layout, flat_layout
+from kfac_laplace.curvature.model.batches import AnyBatch, Batch, BatchFn, split_batch
+from kfac_laplace.curvature.model.forward import ForwardFn, undisturbed
 from kfac_laplace.curvature.network import Network
 from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.precision import FACTOR_DTYPES, FactorDtype, sums_in

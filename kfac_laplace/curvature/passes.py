@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.backward import Backward
-from kfac_laplace.curvature.batches import AnyBatch
 from kfac_laplace.curvature.generic import ExampleGraph
 from kfac_laplace.curvature.groups import Group, Term
+from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.outer import Factored, joined, step_for
 from kfac_laplace.curvature.precision import accumulable
 from kfac_laplace.curvature.pullback import exact_pieces

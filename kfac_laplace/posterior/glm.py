@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.batches import AnyBatch
-from kfac_laplace.curvature.forward import undisturbed
 from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.model.forward import undisturbed
 from kfac_laplace.curvature.network import Network
 from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.precision import without_autocast

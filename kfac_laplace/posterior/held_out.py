@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.batches import split_batch
+from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kfac_laplace.posterior.gaussian import Posterior

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.batches import AnyBatch, split_batch
 from kfac_laplace.curvature.ggn import Curvature
+from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.glm import output_features, output_gaussian

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from kfac_laplace.curvature.batches import AnyBatch
+from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Gaussian
 from kfac_laplace.options import check_whole

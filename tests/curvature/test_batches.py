@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_laplace import Curvature, Laplace
-from kfac_laplace.curvature.batches import Batch
+from kfac_laplace.curvature.model.batches import Batch
 
 CPU = torch.device("cpu")
 
