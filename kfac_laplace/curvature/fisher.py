@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from kfac_laplace.curvature.precision import summable
+from kfac_laplace.curvature.linalg.dtypes import summable
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Categorical, Likelihood
 from kfac_laplace.likelihoods.categorical import StickBreaking

@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 
 from kfac_laplace.curvature.factors import Block
 from kfac_laplace.curvature.ggn import Curvature
-from kfac_laplace.curvature.spectral import Spectrum
+from kfac_laplace.curvature.linalg.spectrum import Spectrum
 from kfac_laplace.posterior.normal import BlockNormal, DenseNormal, SpectralNormal
 from kfac_laplace.priors import PriorStructure
 

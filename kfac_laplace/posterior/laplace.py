@@ -14,9 +14,9 @@ from typing_extensions import Self
 from kfac_laplace.curvature.fisher import Fisher
 from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
 from kfac_laplace.curvature.groups import Subset
+from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.precision import FactorDtype
 from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.curvature.state import curvature_state, restore_curvature
 from kfac_laplace.errors import InvalidValue, NotFitted

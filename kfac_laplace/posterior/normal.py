@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.spectral import Spectrum
+from kfac_laplace.curvature.linalg.spectrum import Spectrum
 from kfac_laplace.errors import InvalidValue
 
 

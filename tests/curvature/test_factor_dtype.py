@@ -9,8 +9,8 @@ from laws import fitted, relative_error
 from torch import Tensor, nn
 
 from kfac_laplace import Curvature, Laplace
-from kfac_laplace.curvature.grams import MANY_ROWS, WHOLE_COLUMNS, GramSum
-from kfac_laplace.curvature.precision import rows_of, sums_in
+from kfac_laplace.curvature.linalg.dtypes import rows_of, sums_in
+from kfac_laplace.curvature.linalg.gram import MANY_ROWS, WHOLE_COLUMNS, GramSum
 
 # Sums of some float32 products, or of many that BLAS adds in blocks: a few eps of 1.2e-7.
 SINGLE = 1e-6
@@ -138,7 +138,7 @@ def test_rows_in_any_memory_order_and_stacks_one_by_one(columns, chosen):
 @pytest.mark.parametrize("chosen", ["auto", torch.float64])
 def test_products_in_halves_where_blas_has_no_call_for_half_of_one(columns, chosen, monkeypatch):
     """As on GPUs."""
-    monkeypatch.setattr("kfac_laplace.curvature.grams.RANK_K", {})
+    monkeypatch.setattr("kfac_laplace.curvature.linalg.gram.RANK_K", {})
     rows = torch.randn(1, 4, 5, columns)
     flat = rows[0].flatten(0, 1).double()
     for given in (rows, rows.mT.contiguous().mT, rows[0].flatten(0, 1)[None]):

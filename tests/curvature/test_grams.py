@@ -9,9 +9,9 @@ from laws import fitted, relative_error
 from torch import Tensor, nn
 
 from kfac_laplace import Curvature
-from kfac_laplace.curvature.grams import Gram, GramSum, most_rows
-from kfac_laplace.curvature.precision import sums_in
-from kfac_laplace.curvature.spectral import eigenbasis, eigenvalues
+from kfac_laplace.curvature.linalg.dtypes import sums_in
+from kfac_laplace.curvature.linalg.gram import Gram, GramSum, most_rows
+from kfac_laplace.curvature.linalg.spectrum import eigenbasis, eigenvalues
 
 # Sums of some tens of products, in another order.
 EXACT = 1e-13

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.layers.conv import Patches, conv
 from kfac_laplace.curvature.layers.lags import lag_products, lags_apply
-from kfac_laplace.curvature.precision import rows_of, sums_in
+from kfac_laplace.curvature.linalg.dtypes import rows_of, sums_in
 from kfac_laplace.curvature.sharing import Axis
 
 # Sums of at most some thousand products, in another order.
@@ -181,7 +181,7 @@ def test_pieces_of_single_precision_add_in_double(name, order, monkeypatch):
     """A float32 total would swallow the others beside one example that is far larger."""
     for budget in ("PATCH_BUDGET", "CACHED_ENTRIES"):  # one example at a time
         monkeypatch.setattr(f"kfac_laplace.curvature.layers.conv.{budget}", 1)
-    monkeypatch.setattr("kfac_laplace.curvature.grams.MANY_ROWS", 1)
+    monkeypatch.setattr("kfac_laplace.curvature.linalg.gram.MANY_ROWS", 1)
     # An example has more rows than these have entries: otherwise products would wait for more.
     patches, _ = patches_of(name, 1 if name == "strided" else 4, n=50)
     data = (patches.data.abs() + 1).float()

@@ -11,7 +11,7 @@ from laws import fitted, relative_error
 from torch import nn
 
 from kfac_laplace import Curvature, Laplace
-from kfac_laplace.curvature.grams import GramSum
+from kfac_laplace.curvature.linalg.gram import GramSum
 from kfac_laplace.errors import InvalidValue
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from kfac_laplace import Laplace
-from kfac_laplace.curvature.quadrature import FEW, log_spectrum
+from kfac_laplace.curvature.linalg.log_spectrum import FEW, log_spectrum
 
 # Interpolation is off by 2e-12 for each value at most, with either sign; summation by rounding.
 CLOSE = 1e-12
@@ -52,7 +52,7 @@ def test_few_points_stand_for_many_values():
 def test_pieces_change_nothing(monkeypatch):
     values = spread("with zeros", 30_000)
     whole = log_spectrum(values)
-    monkeypatch.setattr("kfac_laplace.curvature.quadrature.PIECE", 1000)
+    monkeypatch.setattr("kfac_laplace.curvature.linalg.log_spectrum.PIECE", 1000)
     parts = log_spectrum(values)
     assert torch.equal(parts.logs, whole.logs)
     assert relative_error(parts.weights, whole.weights) < CLOSE

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.symmetric import LEAF, mirror_, pack, size, unpack
+from kfac_laplace.curvature.linalg.packed import LEAF, mirror_, pack, size, unpack
 
 # Odd and even, halves that are odd and even, and what is mirrored whole, in halves and in quarters.
 SIZES = (1, 2, 3, 4, 5, 7, LEAF - 1, LEAF, LEAF + 1, 2 * LEAF + 1)

@@ -7,8 +7,8 @@ from posterior import dense
 from torch import nn
 
 from kfac_laplace import Laplace
+from kfac_laplace.curvature.linalg.spectrum import Spectrum
 from kfac_laplace.curvature.outer import LookedUp, Outer
-from kfac_laplace.curvature.spectral import Spectrum
 from kfac_laplace.posterior import glm, products
 from kfac_laplace.posterior.normal import SpectralNormal
 

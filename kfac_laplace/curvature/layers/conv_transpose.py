@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.layers.conv import Patches, per_axis
 from kfac_laplace.curvature.layers.registry import Fold, Layer, layer_rule
-from kfac_laplace.curvature.precision import accumulable
+from kfac_laplace.curvature.linalg.dtypes import accumulable
 
 Setting = int | tuple[int, ...]
 

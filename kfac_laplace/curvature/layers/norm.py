@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.layers.entries import scaled
 from kfac_laplace.curvature.layers.registry import Layer, guard, layer_rule
-from kfac_laplace.curvature.precision import accumulable
+from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.errors import UnsupportedUse
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.layers.entries import scaled
 from kfac_laplace.curvature.layers.registry import Layer, layer_rule
-from kfac_laplace.curvature.precision import accumulable
+from kfac_laplace.curvature.linalg.dtypes import accumulable
 
 
 @layer_rule(torch.prelu, Tensor.prelu)

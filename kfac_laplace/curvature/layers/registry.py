@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.grams import GramSum
+from kfac_laplace.curvature.linalg.dtypes import accumulable, sum_dtype
+from kfac_laplace.curvature.linalg.gram import GramSum
 from kfac_laplace.curvature.outer import Factored, Outer
-from kfac_laplace.curvature.precision import accumulable, sum_dtype
 from kfac_laplace.curvature.sharing import Grouping
 
 

@@ -8,9 +8,9 @@ import torch
 from scipy.linalg import blas
 from torch import Tensor
 
-from kfac_laplace.curvature.precision import product_dtype, sum_dtype
-from kfac_laplace.curvature.spectral import eigenvalues
-from kfac_laplace.curvature.symmetric import mirror_, pack, unpack
+from kfac_laplace.curvature.linalg.dtypes import product_dtype, sum_dtype
+from kfac_laplace.curvature.linalg.packed import mirror_, pack, unpack
+from kfac_laplace.curvature.linalg.spectrum import eigenvalues
 
 #: Symmetric products are halved down to so many columns where BLAS has no call for half of one.
 WHOLE_COLUMNS = 256

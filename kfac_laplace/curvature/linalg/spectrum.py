@@ -11,7 +11,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.quadrature import LogSpectrum, log_spectrum
+from kfac_laplace.curvature.linalg.log_spectrum import LogSpectrum, log_spectrum
 from kfac_laplace.errors import InvalidValue
 
 

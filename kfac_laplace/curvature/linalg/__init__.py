@@ -1,0 +1,1 @@
+"""Linear algebra without models: packed storage, Gram matrices, spectra, and their dtypes."""
