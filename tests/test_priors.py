@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kfac_laplace import Laplace, priors
-from kfac_laplace.curvature.layout import Layout
+from kfac_laplace.curvature.rows.layout import Layout
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.priors import PriorStructure
 

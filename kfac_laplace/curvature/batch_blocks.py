@@ -14,8 +14,8 @@ from kfac_laplace.curvature.bottleneck import Cut, find_cut
 from kfac_laplace.curvature.factors import Block
 from kfac_laplace.curvature.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
-from kfac_laplace.curvature.outer import GRADIENT_BUDGET
 from kfac_laplace.curvature.passes import Pass
+from kfac_laplace.curvature.rows.per_example import GRADIENT_BUDGET
 
 if TYPE_CHECKING:
     from kfac_laplace.curvature.ggn import Curvature

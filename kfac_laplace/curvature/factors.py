@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from kfac_laplace.curvature.layout import Layout
 from kfac_laplace.curvature.linalg.gram import Gram
 from kfac_laplace.curvature.linalg.spectrum import Spectrum, eigenbasis, eigenvalues
+from kfac_laplace.curvature.rows.layout import Layout
 
 
 @dataclass(frozen=True)

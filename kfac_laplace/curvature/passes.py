@@ -13,9 +13,9 @@ from kfac_laplace.curvature.generic import ExampleGraph
 from kfac_laplace.curvature.groups import Group, Term
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch
-from kfac_laplace.curvature.outer import Factored, joined, step_for
 from kfac_laplace.curvature.pullback import exact_pieces
 from kfac_laplace.curvature.reach import reachable_rows
+from kfac_laplace.curvature.rows.per_example import Factored, joined, step_for
 from kfac_laplace.curvature.sharing import Axis, Grouping, Segments
 from kfac_laplace.curvature.tape import Recording, Use
 from kfac_laplace.errors import UnsupportedUse

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.groups import Group
-from kfac_laplace.curvature.layout import unfold
-from kfac_laplace.curvature.outer import Factored, step_for
+from kfac_laplace.curvature.rows.layout import unfold
+from kfac_laplace.curvature.rows.per_example import Factored, step_for
 from kfac_laplace.curvature.sources import Source
 from kfac_laplace.curvature.tape import Use
 

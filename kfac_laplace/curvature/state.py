@@ -9,7 +9,7 @@ from kfac_laplace.curvature.factors import KINDS
 from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.curvature.groups import Group
 from kfac_laplace.curvature.layers.registry import Fold
-from kfac_laplace.curvature.layout import Layout
+from kfac_laplace.curvature.rows.layout import Layout
 from kfac_laplace.curvature.sharing import Axis, Grouping, Segments
 from kfac_laplace.errors import InvalidValue
 

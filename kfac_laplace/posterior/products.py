@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.outer import Factored, LookedUp, Outer, step_for
+from kfac_laplace.curvature.rows.per_example import Factored, LookedUp, Outer, step_for
 from kfac_laplace.posterior.normal import BlockNormal, SpectralNormal
 
 #: Products of so many entries at most exist at a time: on a CPU few enough to stay in its cache.

@@ -8,7 +8,7 @@ from torch import nn
 
 from kfac_laplace import Laplace
 from kfac_laplace.curvature.linalg.spectrum import Spectrum
-from kfac_laplace.curvature.outer import LookedUp, Outer
+from kfac_laplace.curvature.rows.per_example import LookedUp, Outer
 from kfac_laplace.posterior import glm, products
 from kfac_laplace.posterior.normal import SpectralNormal
 

@@ -16,7 +16,7 @@ from kfac_laplace.curvature.layers.registry import (
     layer_rule,
     operator_rule,
 )
-from kfac_laplace.curvature.outer import LookedUp
+from kfac_laplace.curvature.rows.per_example import LookedUp
 from kfac_laplace.curvature.sharing import Grouping
 from kfac_laplace.errors import UnsupportedUse
 

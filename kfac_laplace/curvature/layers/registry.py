@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.linalg.dtypes import accumulable, sum_dtype
 from kfac_laplace.curvature.linalg.gram import GramSum
-from kfac_laplace.curvature.outer import Factored, Outer
+from kfac_laplace.curvature.rows.per_example import Factored, Outer
 from kfac_laplace.curvature.sharing import Grouping
 
 

@@ -1,0 +1,1 @@
+"""What meets a weight: rows, the examples they belong to, and gradients made of them."""
