@@ -16,8 +16,8 @@ from kfac_laplace.curvature.model.batches import AnyBatch, as_batch
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn, device_of, unwrap
 from kfac_laplace.curvature.passes import Pass, UseKey
+from kfac_laplace.curvature.recording.tape import Recording, Tape
 from kfac_laplace.curvature.sharing import Grouping
-from kfac_laplace.curvature.tape import Recording, Tape
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.backward import Backward
 from kfac_laplace.curvature.generic import ExampleGraph
 from kfac_laplace.curvature.groups import Group, Term
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.pullback import exact_pieces
-from kfac_laplace.curvature.reach import reachable_rows
+from kfac_laplace.curvature.recording.backward import Backward
+from kfac_laplace.curvature.recording.live_rows import reachable_rows
+from kfac_laplace.curvature.recording.tape import Recording, Use
 from kfac_laplace.curvature.rows.per_example import Factored, joined, step_for
 from kfac_laplace.curvature.sharing import Axis, Grouping, Segments
-from kfac_laplace.curvature.tape import Recording, Use
 from kfac_laplace.errors import UnsupportedUse
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.backward import Backward
 from kfac_laplace.curvature.passes import Pass, UseKey
+from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.sharing import Axis, Grouping, Segments, consistent_groupings
 from kfac_laplace.errors import UnsupportedUse
 

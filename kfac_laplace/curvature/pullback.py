@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.recording.sources import Source
+from kfac_laplace.curvature.recording.tape import Use
 from kfac_laplace.curvature.rows.layout import unfold
 from kfac_laplace.curvature.rows.per_example import Factored, step_for
-from kfac_laplace.curvature.sources import Source
-from kfac_laplace.curvature.tape import Use
 
 if TYPE_CHECKING:
     from kfac_laplace.curvature.passes import Pass

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from kfac_laplace.curvature.backward import Backward
-from kfac_laplace.curvature.tape import Recording, Tape
+from kfac_laplace.curvature.recording.backward import Backward
+from kfac_laplace.curvature.recording.tape import Recording, Tape
 
 N, WIDTH = 3, 4
 # The engine adds a node's gradients in another order when it gives others of them back.

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from kfac_laplace.curvature.backward import Backward
-from kfac_laplace.curvature.tape import Recording
+from kfac_laplace.curvature.recording.backward import Backward
+from kfac_laplace.curvature.recording.tape import Recording
 
 Gradients = Sequence[Tensor | None]
 

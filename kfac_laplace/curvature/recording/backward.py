@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from kfac_laplace.curvature.linalg.dtypes import accumulable, without_autocast
-from kfac_laplace.curvature.tape import Recording, Use
+from kfac_laplace.curvature.recording.tape import Recording, Use
 
 #: takes the index of a recorded use and its gradient rows (1, b, *lead, o)
 Receive = Callable[[int, Tensor], None]

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from kfac_laplace.curvature.layers import FORMS, GUARDS, OPERATORS, RULES, Layer
 from kfac_laplace.curvature.layers.elementwise import REPEATS, repeated
 from kfac_laplace.curvature.layers.embedding import repeated_lookup
-from kfac_laplace.curvature.sources import Source, Sources, tensors_in
+from kfac_laplace.curvature.recording.sources import Source, Sources, tensors_in
 from kfac_laplace.errors import UnsupportedUse
 
 

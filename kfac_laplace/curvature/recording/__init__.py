@@ -1,0 +1,1 @@
+"""One forward pass, watched: what became of parameters, and the way back through the graph."""
