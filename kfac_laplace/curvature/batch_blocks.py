@@ -11,9 +11,9 @@ from kfac_laplace.curvature import fisher as fishers
 from kfac_laplace.curvature import sums
 from kfac_laplace.curvature.bottleneck import Cut, find_cut
 from kfac_laplace.curvature.factors import Block
-from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.gradients.forward_pass import Pass
+from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
-from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.rows.per_example import GRADIENT_BUDGET
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from kfac_laplace.curvature.factors import Block
-from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.gradients.forward_pass import Pass
+from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import accumulable, summable
 from kfac_laplace.curvature.linalg.gram import Gram
-from kfac_laplace.curvature.passes import Pass
 from kfac_laplace.curvature.sums import BatchSum, KroneckerSum
 from kfac_laplace.likelihoods import Categorical, Likelihood
 

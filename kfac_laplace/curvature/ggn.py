@@ -19,13 +19,13 @@ from kfac_laplace.curvature import fisher as fishers
 from kfac_laplace.curvature.batch_blocks import BatchBlocks
 from kfac_laplace.curvature.factors import Block
 from kfac_laplace.curvature.fisher import Fisher
-from kfac_laplace.curvature.groups import Group, Subset
+from kfac_laplace.curvature.gradients.forward_pass import Pass
+from kfac_laplace.curvature.gradients.groups import Group, Subset
+from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.gradients.probing import learn_groupings
 from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype, sums_in
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch, BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn, undisturbed
-from kfac_laplace.curvature.network import Network
-from kfac_laplace.curvature.passes import Pass
-from kfac_laplace.curvature.probing import learn_groupings
 from kfac_laplace.curvature.rows.layout import Layout, flat_layout
 from kfac_laplace.curvature.sharing import KfacApprox, Setting, check_kfac_approx, resolve_settings
 from kfac_laplace.errors import (

@@ -7,7 +7,7 @@ import torch
 
 from kfac_laplace.curvature.factors import KINDS
 from kfac_laplace.curvature.ggn import Curvature
-from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.layers.registry import Fold
 from kfac_laplace.curvature.rows.layout import Layout
 from kfac_laplace.curvature.sharing import Axis, Grouping, Segments

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kfac_laplace.curvature.fisher import Fisher
 from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
-from kfac_laplace.curvature.groups import Subset
+from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype, accumulable
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.gradients.forward_pass import Pass
+from kfac_laplace.curvature.gradients.groups import Group
+from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.gradients.probing import learn_groupings
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.forward import undisturbed
-from kfac_laplace.curvature.network import Network
-from kfac_laplace.curvature.passes import Pass
-from kfac_laplace.curvature.probing import learn_groupings
 from kfac_laplace.curvature.sums import flat_gradients
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.normal import BlockNormal, SpectralNormal

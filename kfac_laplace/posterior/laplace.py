@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from kfac_laplace.curvature.fisher import Fisher
 from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
-from kfac_laplace.curvature.groups import Subset
+from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.forward import ForwardFn

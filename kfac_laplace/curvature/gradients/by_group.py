@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.groups import Group
+from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.recording.sources import Source
 from kfac_laplace.curvature.recording.tape import Use
 from kfac_laplace.curvature.rows.layout import unfold
 from kfac_laplace.curvature.rows.per_example import Factored, step_for
 
 if TYPE_CHECKING:
-    from kfac_laplace.curvature.passes import Pass
+    from kfac_laplace.curvature.gradients.forward_pass import Pass
 
 
 def exact_pieces(passed: "Pass", group: Group, rows: Mapping[int, Tensor]) -> Iterator[Tensor]:

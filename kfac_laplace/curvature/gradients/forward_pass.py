@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.generic import ExampleGraph
-from kfac_laplace.curvature.groups import Group, Term
+from kfac_laplace.curvature.gradients.by_group import exact_pieces
+from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
+from kfac_laplace.curvature.gradients.groups import Group, Term
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch
-from kfac_laplace.curvature.pullback import exact_pieces
 from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.recording.live_rows import reachable_rows
 from kfac_laplace.curvature.recording.tape import Recording, Use
@@ -21,7 +21,7 @@ from kfac_laplace.curvature.sharing import Axis, Grouping, Segments
 from kfac_laplace.errors import UnsupportedUse
 
 if TYPE_CHECKING:
-    from kfac_laplace.curvature.network import Network
+    from kfac_laplace.curvature.gradients.network import Network
 
 UseKey = tuple[tuple[str, ...], tuple[str, int, int]]
 Rows = Mapping[int, Tensor]

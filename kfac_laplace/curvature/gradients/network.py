@@ -10,12 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_laplace.curvature.groups import Group, Subset, find_groups, last_layer, select_parameters
+from kfac_laplace.curvature.gradients.forward_pass import Pass, UseKey
+from kfac_laplace.curvature.gradients.groups import (
+    Group,
+    Subset,
+    find_groups,
+    last_layer,
+    select_parameters,
+)
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, as_batch
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn, device_of, unwrap
-from kfac_laplace.curvature.passes import Pass, UseKey
 from kfac_laplace.curvature.recording.tape import Recording, Tape
 from kfac_laplace.curvature.sharing import Grouping
 from kfac_laplace.errors import InvalidValue, UnsupportedUse

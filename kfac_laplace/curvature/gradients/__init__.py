@@ -1,0 +1,1 @@
+"""Gradients of a recorded pass, by group of parameters and by example."""
