@@ -15,10 +15,16 @@ from tqdm import tqdm
 from typing_extensions import Self
 
 from kfac_laplace import likelihoods
-from kfac_laplace.curvature import fisher as fishers
-from kfac_laplace.curvature.batch_blocks import BatchBlocks
-from kfac_laplace.curvature.factors import Block
-from kfac_laplace.curvature.fisher import Fisher
+from kfac_laplace.curvature.estimate import fisher as fishers
+from kfac_laplace.curvature.estimate.blocks import Block
+from kfac_laplace.curvature.estimate.estimator import BatchBlocks
+from kfac_laplace.curvature.estimate.fisher import Fisher
+from kfac_laplace.curvature.estimate.settings import (
+    KfacApprox,
+    Setting,
+    check_kfac_approx,
+    resolve_settings,
+)
 from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group, Subset
 from kfac_laplace.curvature.gradients.network import Network
@@ -27,7 +33,6 @@ from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype, sum
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch, BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn, undisturbed
 from kfac_laplace.curvature.rows.layout import Layout, flat_layout
-from kfac_laplace.curvature.sharing import KfacApprox, Setting, check_kfac_approx, resolve_settings
 from kfac_laplace.errors import (
     InvalidType,
     InvalidValue,

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from kfac_laplace.curvature.factors import KINDS
+from kfac_laplace.curvature.estimate.blocks import KINDS
+from kfac_laplace.curvature.estimate.settings import Axis, Grouping, Segments
 from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.layers.registry import Fold
 from kfac_laplace.curvature.rows.layout import Layout
-from kfac_laplace.curvature.sharing import Axis, Grouping, Segments
 from kfac_laplace.errors import InvalidValue
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_laplace.curvature.sharing import KfacApprox
+from kfac_laplace.curvature.estimate.settings import KfacApprox
 
 
 def cnn(classes: int = 10) -> nn.Module:

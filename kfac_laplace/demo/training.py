@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from kfac_laplace import MarglikTuner
-from kfac_laplace.curvature.sharing import KfacApprox
+from kfac_laplace.curvature.estimate.settings import KfacApprox
 from kfac_laplace.demo.data import Split, loader
 from kfac_laplace.demo.settings import Recipe
 from kfac_laplace.demo.timing import Stopwatch

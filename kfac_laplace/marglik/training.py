@@ -10,11 +10,11 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import trange
 
-from kfac_laplace.curvature.fisher import Fisher
+from kfac_laplace.curvature.estimate.fisher import Fisher
+from kfac_laplace.curvature.estimate.settings import KfacApprox
 from kfac_laplace.curvature.ggn import Structure
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.tuner import MarglikTuner

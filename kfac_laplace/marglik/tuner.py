@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_laplace.curvature.fisher import Fisher
+from kfac_laplace.curvature.estimate.fisher import Fisher
+from kfac_laplace.curvature.estimate.settings import KfacApprox
 from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype, accumulable
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn
-from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.curvature.state import groups_from_plain, groups_to_plain
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood

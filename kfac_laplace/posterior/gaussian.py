@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import softplus
 
-from kfac_laplace.curvature.factors import Block
+from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.curvature.linalg.spectrum import Spectrum
 from kfac_laplace.posterior.normal import BlockNormal, DenseNormal, SpectralNormal

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.estimate.accumulators import flat_gradients
 from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.gradients.network import Network
@@ -17,7 +18,6 @@ from kfac_laplace.curvature.gradients.probing import learn_groupings
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.forward import undisturbed
-from kfac_laplace.curvature.sums import flat_gradients
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.normal import BlockNormal, SpectralNormal
 from kfac_laplace.posterior.products import covariance, factored_covariance

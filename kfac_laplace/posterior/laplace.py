@@ -11,13 +11,13 @@ import torch
 from torch import Generator, Tensor, nn
 from typing_extensions import Self
 
-from kfac_laplace.curvature.fisher import Fisher
+from kfac_laplace.curvature.estimate.fisher import Fisher
+from kfac_laplace.curvature.estimate.settings import KfacApprox
 from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.sharing import KfacApprox
 from kfac_laplace.curvature.state import curvature_state, restore_curvature
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Gaussian, Likelihood, check_finite

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace import likelihoods
-from kfac_laplace.curvature import fisher as fishers
+from kfac_laplace.curvature.estimate import fisher as fishers
 from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError
 

@@ -12,7 +12,7 @@ from architectures.kinds import KINDS
 from architectures.verdict import verdicts
 from zoo.fitting import BUILDERS, fit
 
-from kfac_laplace.curvature.sharing import Axis, Grouping, Segments
+from kfac_laplace.curvature.estimate.settings import Axis, Grouping, Segments
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEADS = {

@@ -10,9 +10,9 @@ from laws import EXACT, assert_same_blocks, dense_blocks, relative_error
 from torch import Tensor, nn
 
 from kfac_laplace import Curvature
+from kfac_laplace.curvature.estimate.settings import Axis
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.gradients.probing import learn_groupings
-from kfac_laplace.curvature.sharing import Axis
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.likelihoods import resolve
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.estimate.settings import Axis, Grouping, Segments
 from kfac_laplace.curvature.gradients.by_group import exact_pieces
 from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
 from kfac_laplace.curvature.gradients.groups import Group, Term
@@ -17,7 +18,6 @@ from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.recording.live_rows import reachable_rows
 from kfac_laplace.curvature.recording.tape import Recording, Use
 from kfac_laplace.curvature.rows.per_example import Factored, joined, step_for
-from kfac_laplace.curvature.sharing import Axis, Grouping, Segments
 from kfac_laplace.errors import UnsupportedUse
 
 if TYPE_CHECKING:

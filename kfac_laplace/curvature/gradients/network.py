@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_laplace.curvature.estimate.settings import Grouping
 from kfac_laplace.curvature.gradients.forward_pass import Pass, UseKey
 from kfac_laplace.curvature.gradients.groups import (
     Group,
@@ -23,7 +24,6 @@ from kfac_laplace.curvature.model.batches import AnyBatch, as_batch
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn, device_of, unwrap
 from kfac_laplace.curvature.recording.tape import Recording, Tape
-from kfac_laplace.curvature.sharing import Grouping
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
 

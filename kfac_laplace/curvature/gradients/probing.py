@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.estimate.settings import Axis, Grouping, Segments, consistent_groupings
 from kfac_laplace.curvature.gradients.forward_pass import Pass, UseKey
 from kfac_laplace.curvature.recording.backward import Backward
-from kfac_laplace.curvature.sharing import Axis, Grouping, Segments, consistent_groupings
 from kfac_laplace.errors import UnsupportedUse
 
 

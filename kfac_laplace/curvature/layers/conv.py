@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_laplace.curvature.estimate.settings import Axis, Grouping
 from kfac_laplace.curvature.layers.lags import lag_products, lags_apply
 from kfac_laplace.curvature.layers.registry import Inputs, Layer, layer_rule
 from kfac_laplace.curvature.linalg.dtypes import accumulable, product_dtype, sum_dtype, summable
 from kfac_laplace.curvature.linalg.gram import CACHED_ENTRIES, GramSum
-from kfac_laplace.curvature.sharing import Axis, Grouping
 
 #: Patches of so many bytes at most exist at a time while a Gram matrix is summed.
 PATCH_BUDGET = 64 * 2**20

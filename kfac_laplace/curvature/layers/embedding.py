@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_laplace.curvature.estimate.settings import Grouping
 from kfac_laplace.curvature.layers.registry import (
     Fold,
     Inputs,
@@ -17,7 +18,6 @@ from kfac_laplace.curvature.layers.registry import (
     operator_rule,
 )
 from kfac_laplace.curvature.rows.per_example import LookedUp
-from kfac_laplace.curvature.sharing import Grouping
 from kfac_laplace.errors import UnsupportedUse
 
 

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.estimate.settings import Grouping
 from kfac_laplace.curvature.linalg.dtypes import accumulable, sum_dtype
 from kfac_laplace.curvature.linalg.gram import GramSum
 from kfac_laplace.curvature.rows.per_example import Factored, Outer
-from kfac_laplace.curvature.sharing import Grouping
 
 
 class Inputs(ABC):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from kfac_laplace.curvature.factors import Block
+from kfac_laplace.curvature.estimate.accumulators import BatchSum, KroneckerSum
+from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import accumulable, summable
 from kfac_laplace.curvature.linalg.gram import Gram
-from kfac_laplace.curvature.sums import BatchSum, KroneckerSum
 from kfac_laplace.likelihoods import Categorical, Likelihood
 
 #: Matrix products by autograd node, and which of their operands is h (n, d).

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kfac_laplace.curvature import fisher as fishers
-from kfac_laplace.curvature import sums
-from kfac_laplace.curvature.bottleneck import Cut, find_cut
-from kfac_laplace.curvature.factors import Block
+from kfac_laplace.curvature.estimate import accumulators as sums
+from kfac_laplace.curvature.estimate import fisher as fishers
+from kfac_laplace.curvature.estimate.blocks import Block
+from kfac_laplace.curvature.estimate.head import Cut, find_cut
 from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import without_autocast

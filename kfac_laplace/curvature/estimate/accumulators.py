@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.factors import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from kfac_laplace.curvature.estimate.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group, Term
 from kfac_laplace.curvature.layers.registry import Inputs
 from kfac_laplace.curvature.linalg.dtypes import accumulable, rows_of
 from kfac_laplace.curvature.linalg.gram import Gram, GramSum
 from kfac_laplace.curvature.rows.layout import Layout
-from kfac_laplace.curvature.sharing import Setting
 
 #: Of the squared gradient rows, so much is left by rounding where they cancel.
 CANCELLED = 1e-9

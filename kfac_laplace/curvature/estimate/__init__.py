@@ -1,0 +1,1 @@
+"""Backward vectors in, blocks of the GGN out."""
