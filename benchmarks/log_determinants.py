@@ -21,7 +21,7 @@ from kfac_laplace.demo.classification import draw
 from kfac_laplace.demo.methods import Problem, default_map, online_reduce
 from kfac_laplace.demo.models import REDUCE
 from kfac_laplace.demo.settings import Settings
-from kfac_laplace.posterior.glm import output_features
+from kfac_laplace.posterior.predict.glm import output_features
 
 Row = dict[str, float | int | str]
 

@@ -16,4 +16,4 @@ from kfac_laplace.likelihoods import Likelihood as Likelihood
 from kfac_laplace.marglik.training import marglik_training as marglik_training
 from kfac_laplace.marglik.tuner import MarglikTuner as MarglikTuner
 from kfac_laplace.posterior.laplace import Laplace as Laplace
-from kfac_laplace.posterior.predictive import Predictive as Predictive
+from kfac_laplace.posterior.predict.predictive import Predictive as Predictive

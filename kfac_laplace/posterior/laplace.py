@@ -24,8 +24,8 @@ from kfac_laplace.likelihoods import Gaussian, Likelihood, check_finite
 from kfac_laplace.options import check_whole
 from kfac_laplace.posterior import calibration, evidence, state
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
-from kfac_laplace.posterior.predictive import Predictive
-from kfac_laplace.posterior.predictor import Predictor
+from kfac_laplace.posterior.predict.predictive import Predictive
+from kfac_laplace.posterior.predict.predictor import Predictor
 from kfac_laplace.priors import PriorStructure, check_sharing, one_number, positive, real
 from kfac_laplace.priors import Structure as Sharing
 

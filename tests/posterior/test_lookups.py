@@ -11,7 +11,7 @@ from lookups import TiedWords, Translation, lookup_case, words
 from posterior import dense
 
 from kfac_laplace import Laplace
-from kfac_laplace.posterior.glm import output_features
+from kfac_laplace.posterior.predict.glm import output_features
 
 TOL = {"rtol": 1e-9, "atol": 1e-10}  # float64 solves of well-conditioned P, at most 50 dimensions
 N_SAMPLES = 20_000

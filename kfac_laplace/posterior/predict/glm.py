@@ -20,7 +20,7 @@ from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.forward import undisturbed
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.normal import BlockNormal, SpectralNormal
-from kfac_laplace.posterior.products import covariance, factored_covariance
+from kfac_laplace.posterior.predict.products import covariance, factored_covariance
 
 #: Gradient rows of so many bytes at most are held at a time: on a CPU, and on other devices.
 ROW_BUDGET, DEVICE_ROW_BUDGET = 48 * 2**20, 2**30

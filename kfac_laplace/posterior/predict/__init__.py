@@ -1,0 +1,1 @@
+"""Predictions: outputs as Gaussians, samples, and what follows from them."""
