@@ -18,13 +18,13 @@ from kfac_laplace import Laplace
 from kfac_laplace.demo.classification import draw
 from kfac_laplace.demo.methods import Problem, default_map, in_order, online_reduce
 from kfac_laplace.demo.settings import Settings
-from kfac_laplace.posterior.calibration import best_scale
-from kfac_laplace.posterior.held_out import (
+from kfac_laplace.posterior.calibrate.held_out import (
     HeldOut,
     negative_log_likelihood,
     validation_points,
 )
-from kfac_laplace.posterior.leave_one_out import leave_one_out_points, leave_out
+from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points, leave_out
+from kfac_laplace.posterior.calibrate.scale import best_scale
 from kfac_laplace.posterior.predict.glm import output_gaussian
 
 Row = dict[str, float | int | str]

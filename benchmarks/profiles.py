@@ -25,8 +25,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases import SETTINGS, Case
 from benchmarks.tasks import Setting, Task, make, rehearsal
 from kfac_laplace import Curvature
-from kfac_laplace.curvature import backward, factors, ggn, grams, network, sums
-from kfac_laplace.posterior import gaussian, glm
+from kfac_laplace.curvature import ggn
+from kfac_laplace.curvature.estimate import accumulators as sums
+from kfac_laplace.curvature.estimate import blocks as factors
+from kfac_laplace.curvature.gradients import network
+from kfac_laplace.curvature.linalg import gram as grams
+from kfac_laplace.curvature.recording import backward
+from kfac_laplace.posterior import gaussian
+from kfac_laplace.posterior.predict import glm
 
 #: label → where the function is that does this part. Parts may lie inside others.
 PARTS: dict[str, tuple[Any, str]] = {

@@ -22,7 +22,8 @@ from kfac_laplace.curvature.state import curvature_state, restore_curvature
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Gaussian, Likelihood, check_finite
 from kfac_laplace.options import check_whole
-from kfac_laplace.posterior import calibration, evidence, state
+from kfac_laplace.posterior import evidence, state
+from kfac_laplace.posterior.calibrate import scale as calibration
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 from kfac_laplace.posterior.predict.predictive import Predictive
 from kfac_laplace.posterior.predict.predictor import Predictor

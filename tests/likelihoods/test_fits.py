@@ -22,7 +22,7 @@ from posterior import dense
 from torch import Tensor, nn
 
 from kfac_laplace import Bernoulli, Categorical, Laplace
-from kfac_laplace.posterior.leave_one_out import leave_one_out_points
+from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points
 
 
 @each

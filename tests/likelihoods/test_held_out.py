@@ -9,8 +9,8 @@ from cases import build
 
 from kfac_laplace import Bernoulli, Categorical, Laplace
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.posterior.held_out import HeldOut, negative_log_likelihood
-from kfac_laplace.posterior.leave_one_out import leave_one_out_points
+from kfac_laplace.posterior.calibrate.held_out import HeldOut, negative_log_likelihood
+from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points
 from kfac_laplace.posterior.links import probit
 
 ONE = torch.ones((), dtype=torch.float64)

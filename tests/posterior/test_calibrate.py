@@ -9,7 +9,7 @@ from posterior import dense
 from torch import nn
 
 from kfac_laplace import KfacLaplaceError, Laplace
-from kfac_laplace.posterior.leave_one_out import leave_one_out_points
+from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points
 
 STRUCTURES = ("kron", "diag", "full")
 

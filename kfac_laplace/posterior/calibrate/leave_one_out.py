@@ -19,8 +19,8 @@ from torch import Tensor
 from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.posterior.calibrate.held_out import HeldOut
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.held_out import HeldOut
 from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
 
 log = logging.getLogger("kfac_laplace")

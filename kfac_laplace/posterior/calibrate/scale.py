@@ -16,9 +16,13 @@ from torch import Tensor
 
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.posterior.calibrate.held_out import (
+    HeldOut,
+    negative_log_likelihood,
+    validation_points,
+)
+from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.held_out import HeldOut, negative_log_likelihood, validation_points
-from kfac_laplace.posterior.leave_one_out import leave_one_out_points
 from kfac_laplace.priors import positive
 
 log = logging.getLogger("kfac_laplace")
