@@ -9,11 +9,11 @@ from kfac_laplace.curvature.estimate.fisher import MonteCarlo as MonteCarlo
 from kfac_laplace.curvature.ggn import Curvature as Curvature
 from kfac_laplace.curvature.layers import layer_rule as layer_rule
 from kfac_laplace.errors import KfacLaplaceError as KfacLaplaceError
+from kfac_laplace.laplace import Laplace as Laplace
 from kfac_laplace.likelihoods import Bernoulli as Bernoulli
 from kfac_laplace.likelihoods import Categorical as Categorical
 from kfac_laplace.likelihoods import Gaussian as Gaussian
 from kfac_laplace.likelihoods import Likelihood as Likelihood
 from kfac_laplace.marglik.training import marglik_training as marglik_training
 from kfac_laplace.marglik.tuner import MarglikTuner as MarglikTuner
-from kfac_laplace.posterior.laplace import Laplace as Laplace
 from kfac_laplace.posterior.predict.predictive import Predictive as Predictive

@@ -6,7 +6,7 @@ import torch
 from kfac_laplace import Laplace, priors
 from kfac_laplace.curvature.rows.layout import Layout
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.priors import PriorStructure
+from kfac_laplace.posterior.prior import PriorStructure
 
 
 def size(*shape):

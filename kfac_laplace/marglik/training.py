@@ -16,10 +16,10 @@ from kfac_laplace.curvature.ggn import Structure
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.errors import InvalidValue
+from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.tuner import MarglikTuner
-from kfac_laplace.posterior.laplace import Laplace
-from kfac_laplace.priors import Structure as Sharing
+from kfac_laplace.posterior.prior import Structure as Sharing
 
 
 def marglik_training(

@@ -24,14 +24,14 @@ from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn
 from kfac_laplace.curvature.state import groups_from_plain, groups_to_plain
 from kfac_laplace.errors import InvalidValue
+from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.evidence import FixedPoint, LogHyperparameters
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
-from kfac_laplace.posterior.laplace import Laplace
+from kfac_laplace.posterior.prior import PriorStructure, positive, real
+from kfac_laplace.posterior.prior import Structure as Sharing
 from kfac_laplace.posterior.state import refusing_damage
-from kfac_laplace.priors import PriorStructure, positive, real
-from kfac_laplace.priors import Structure as Sharing
 
 log = logging.getLogger("kfac_laplace")
 

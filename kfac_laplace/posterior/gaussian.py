@@ -16,8 +16,8 @@ from torch.nn.functional import softplus
 from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.curvature.linalg.spectrum import Spectrum
-from kfac_laplace.posterior.normal import BlockNormal, DenseNormal, SpectralNormal
-from kfac_laplace.priors import PriorStructure
+from kfac_laplace.posterior.block import BlockNormal, DenseNormal, SpectralNormal
+from kfac_laplace.posterior.prior import PriorStructure
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from cases import build
 
 from kfac_laplace import Bernoulli, Categorical, Laplace
 from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods.links import probit
 from kfac_laplace.posterior.calibrate.held_out import HeldOut, negative_log_likelihood
 from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points
-from kfac_laplace.posterior.links import probit
 
 ONE = torch.ones((), dtype=torch.float64)
 WEIGHT = torch.tensor([0.5, 2.0, 1.3], dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch import nn
 from kfac_laplace import Laplace
 from kfac_laplace.curvature.linalg.spectrum import Spectrum
 from kfac_laplace.curvature.rows.per_example import LookedUp, Outer
-from kfac_laplace.posterior.normal import SpectralNormal
+from kfac_laplace.posterior.block import SpectralNormal
 from kfac_laplace.posterior.predict import glm, products
 
 TOL = {"rtol": 1e-9, "atol": 1e-10}  # float64 solves of well-conditioned P

@@ -10,8 +10,8 @@ from torch import Tensor
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kfac_laplace.likelihoods.links import probit
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.links import probit
 from kfac_laplace.posterior.predict.glm import output_gaussian
 
 

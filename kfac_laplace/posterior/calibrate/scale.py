@@ -23,7 +23,7 @@ from kfac_laplace.posterior.calibrate.held_out import (
 )
 from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.priors import positive
+from kfac_laplace.posterior.prior import positive
 
 log = logging.getLogger("kfac_laplace")
 

@@ -18,8 +18,8 @@ from kfac_laplace.curvature.gradients.probing import learn_groupings
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.forward import undisturbed
+from kfac_laplace.posterior.block import BlockNormal, SpectralNormal
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.normal import BlockNormal, SpectralNormal
 from kfac_laplace.posterior.predict.products import covariance, factored_covariance
 
 #: Gradient rows of so many bytes at most are held at a time: on a CPU, and on other devices.

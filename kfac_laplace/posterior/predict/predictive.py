@@ -9,8 +9,7 @@ from torch.distributions import Categorical as CategoricalDistribution
 from torch.distributions import Distribution, MultivariateNormal
 
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.likelihoods import Bernoulli, Gaussian, Likelihood
-from kfac_laplace.posterior import links
+from kfac_laplace.likelihoods import Bernoulli, Gaussian, Likelihood, links
 
 
 @dataclass(frozen=True)

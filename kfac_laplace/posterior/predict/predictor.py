@@ -10,9 +10,9 @@ from torch import Generator, Tensor
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Gaussian
+from kfac_laplace.likelihoods.links import LINKS, activation, sample_outputs
 from kfac_laplace.options import check_whole
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.links import LINKS, activation, sample_outputs
 from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
 from kfac_laplace.posterior.predict.predictive import Predictive, from_samples, restore
 from kfac_laplace.posterior.predict.sampling import linearised_samples, network_samples

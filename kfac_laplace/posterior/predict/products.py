@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.rows.per_example import Factored, LookedUp, Outer, step_for
-from kfac_laplace.posterior.normal import BlockNormal, SpectralNormal
+from kfac_laplace.posterior.block import BlockNormal, SpectralNormal
 
 #: Products of so many entries at most exist at a time: on a CPU few enough to stay in its cache.
 PRODUCT_BUDGET, DEVICE_PRODUCT_BUDGET = 2**20, 2**26

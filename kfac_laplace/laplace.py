@@ -27,8 +27,8 @@ from kfac_laplace.posterior.calibrate import scale as calibration
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 from kfac_laplace.posterior.predict.predictive import Predictive
 from kfac_laplace.posterior.predict.predictor import Predictor
-from kfac_laplace.priors import PriorStructure, check_sharing, one_number, positive, real
-from kfac_laplace.priors import Structure as Sharing
+from kfac_laplace.posterior.prior import PriorStructure, check_sharing, one_number, positive, real
+from kfac_laplace.posterior.prior import Structure as Sharing
 
 log = logging.getLogger("kfac_laplace")
 
