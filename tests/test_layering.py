@@ -19,7 +19,6 @@ FORBIDDEN_ROOMS = {
     "marglik": {"demo", "cli", "plots", "integrations"},
     "errors": {"curvature", "posterior", "marglik", "demo", "cli", "plots", "integrations"},
     "likelihoods": {"curvature", "posterior", "marglik", "demo", "cli", "plots", "integrations"},
-    "priors": {"posterior", "marglik", "demo", "cli", "plots", "integrations"},
     "__init__": {"demo", "cli", "plots", "integrations"},
 }
 
@@ -68,7 +67,7 @@ def test_the_parser_sees_every_form_of_import():
 
 
 def test_the_rooms_exist():
-    assert {"curvature", "posterior", "marglik", "errors", "likelihoods", "priors"} <= {
+    assert {"curvature", "posterior", "marglik", "errors", "likelihoods"} <= {
         room(path) for path in FILES
     }
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from kfac_laplace import Laplace, priors
+from kfac_laplace import Laplace
 from kfac_laplace.curvature.rows.layout import Layout
 from kfac_laplace.errors import InvalidValue
+from kfac_laplace.posterior import prior as priors
 from kfac_laplace.posterior.prior import PriorStructure
 
 
