@@ -24,6 +24,7 @@ from kfac_laplace.likelihoods import Gaussian, Likelihood, check_finite
 from kfac_laplace.options import check_whole
 from kfac_laplace.posterior import evidence, state
 from kfac_laplace.posterior.calibrate import scale as calibration
+from kfac_laplace.posterior.calibrate.prior_grid import grid_search
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 from kfac_laplace.posterior.predict.predictive import Predictive
 from kfac_laplace.posterior.predict.predictor import Predictor
@@ -310,9 +311,7 @@ class Laplace:
         check_whole("n_steps", n_steps, 1)
         posterior = self.posterior
         if method == "gridsearch":
-            delta = calibration.grid_search(
-                posterior, val_loader, self.dict_key_y, float(self._scale), grid
-            )
+            delta = grid_search(posterior, val_loader, self.dict_key_y, float(self._scale), grid)
             self._move(prior_precision=posterior.prior.full(delta).clone())
             return self
         found = evidence.optimise(

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from kfac_laplace.marglik.tuner import Record
+from kfac_laplace.marglik.record import Record
 
 #: Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

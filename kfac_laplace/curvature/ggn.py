@@ -17,7 +17,7 @@ from typing_extensions import Self
 from kfac_laplace import likelihoods
 from kfac_laplace.curvature.estimate import fisher as fishers
 from kfac_laplace.curvature.estimate.blocks import Block
-from kfac_laplace.curvature.estimate.estimator import BatchBlocks
+from kfac_laplace.curvature.estimate.estimator import Estimator
 from kfac_laplace.curvature.estimate.fisher import Fisher
 from kfac_laplace.curvature.estimate.settings import (
     KfacApprox,
@@ -28,10 +28,11 @@ from kfac_laplace.curvature.estimate.settings import (
 from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group, Subset
 from kfac_laplace.curvature.gradients.network import Network
-from kfac_laplace.curvature.gradients.probing import learn_groupings
+from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype, sums_in
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch, BatchFn, split_batch
-from kfac_laplace.curvature.model.forward import ForwardFn, undisturbed
+from kfac_laplace.curvature.model.forward import ForwardFn
+from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.rows.layout import Layout, flat_layout
 from kfac_laplace.errors import (
     InvalidType,
@@ -226,7 +227,7 @@ class Curvature:
         targets = passed.by_example(y)
         passed.counted = self.likelihood.importance(targets)
         idle = _idle_examples(passed.counted)
-        learn_groupings(passed)
+        learn_row_layouts(passed)
         if not self.groups:
             self.network.check_examples(passed)
             self._learn(passed)
@@ -235,7 +236,7 @@ class Curvature:
             kept = (~idle).nonzero()[:, 0]
             passed, targets = self.network.run(batch.select(kept), parameters), targets[kept]
             passed.counted = self.likelihood.importance(targets)
-        blocks = BatchBlocks(self, passed).blocks(targets)
+        blocks = Estimator(self, passed).blocks(targets)
         if bool(idle.all()):
             blocks = {name: block.zero() for name, block in blocks.items()}
         for name, block in blocks.items():

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from kfac_laplace.curvature.estimate.blocks import KINDS
-from kfac_laplace.curvature.estimate.settings import Axis, Grouping, Segments
 from kfac_laplace.curvature.ggn import Curvature
 from kfac_laplace.curvature.gradients.groups import Group
-from kfac_laplace.curvature.layers.registry import Fold
-from kfac_laplace.curvature.rows.layout import Layout
+from kfac_laplace.curvature.rows.layout import Fold, Layout
+from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout, Segments
 from kfac_laplace.errors import InvalidValue
 
 
@@ -22,9 +21,9 @@ def curvature_state(curvature: Curvature) -> dict[str, Any]:
         "likelihood": _likelihood(curvature),
         "tracked": list(network.tracked),
         "groups": groups_to_plain(network.groups),
-        "groupings": [
-            [list(params), nth, _plain_grouping(g)]
-            for (params, nth), g in network.groupings.items()
+        "row_layouts": [
+            [list(params), nth, _plain_row_layout(g)]
+            for (params, nth), g in network.row_layouts.items()
         ],
         "class_axis": network.class_axis,
         "row_entries": network.row_entries,
@@ -62,8 +61,8 @@ def restore_curvature(curvature: Curvature, state: Mapping[str, Any]) -> Curvatu
     network, device = curvature.network, curvature.network.device
     network.tracked = list(state["tracked"])
     network.class_axis, network.row_entries = state["class_axis"], state["row_entries"]
-    network.groupings = {
-        (tuple(params), nth): _grouping(plain) for params, nth, plain in state["groupings"]
+    network.row_layouts = {
+        (tuple(params), nth): _row_layout(plain) for params, nth, plain in state["row_layouts"]
     }
     layouts = {group.name: group.layout for group in groups}
     if curvature.hessian_structure == "full":
@@ -87,17 +86,17 @@ def _likelihood(curvature: Curvature) -> list[Any]:
     return [type(curvature.likelihood).__name__, curvature.likelihood.options()]
 
 
-def _plain_grouping(grouping: Grouping | None) -> list[Any] | None:
+def _plain_row_layout(row_layout: RowLayout | None) -> list[Any] | None:
     """A row layout as plain data."""
-    if grouping is None:
+    if row_layout is None:
         return None
-    if isinstance(grouping, Segments):
-        return ["segments", grouping.kind]
-    assert isinstance(grouping, Axis)
-    return ["axis", grouping.axis, grouping.minor]
+    if isinstance(row_layout, Segments):
+        return ["segments", row_layout.kind]
+    assert isinstance(row_layout, Axis)
+    return ["axis", row_layout.axis, row_layout.minor]
 
 
-def _grouping(plain: list[Any] | None) -> Grouping | None:
+def _row_layout(plain: list[Any] | None) -> RowLayout | None:
     """A row layout from plain data."""
     if plain is None:
         return None

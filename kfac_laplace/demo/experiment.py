@@ -1,36 +1,15 @@
 """The whole demo: both halves, their tables, their pictures and the JSON beside them."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from kfac_laplace.demo import pictures, report
-from kfac_laplace.demo.classification import Outcome, Result, classification
-from kfac_laplace.demo.regression import Band, RegressionOutcome, bmi_band, regression
+from kfac_laplace.demo.classification import classification
+from kfac_laplace.demo.findings import Findings
+from kfac_laplace.demo.regression import bmi_band, regression
 from kfac_laplace.demo.settings import Settings
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All that a run measured.
-
-    Attributes:
-        settings: what was run.
-        outcomes: rows of the classification half.
-        shown: results of the first seed, with their probabilities and fits, for the pictures.
-        regression: rows of the regression half.
-        band: the predictive band over body-mass index.
-        seconds: wall-clock time of the run.
-    """
-
-    settings: Settings
-    outcomes: list[Outcome]
-    shown: list[Result]
-    regression: list[RegressionOutcome]
-    band: Band
-    seconds: float
 
 
 def run(settings: Settings, output: Path, console: Console) -> Findings:

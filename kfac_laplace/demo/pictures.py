@@ -15,7 +15,7 @@ from kfac_laplace import plots  # noqa: E402
 from kfac_laplace.demo.classification import Result  # noqa: E402
 
 if TYPE_CHECKING:
-    from kfac_laplace.demo.experiment import Findings
+    from kfac_laplace.demo.findings import Findings
 
 Panel = Callable[[Axes], None]
 

@@ -15,7 +15,7 @@ from kfac_laplace.demo.classification import Outcome
 from kfac_laplace.demo.regression import RegressionOutcome
 
 if TYPE_CHECKING:
-    from kfac_laplace.demo.experiment import Findings
+    from kfac_laplace.demo.findings import Findings
 
 #: field, heading, format
 CLASSIFICATION_COLUMNS = (

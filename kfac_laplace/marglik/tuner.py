@@ -8,7 +8,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -26,6 +26,7 @@ from kfac_laplace.curvature.state import groups_from_plain, groups_to_plain
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.marglik.record import Record
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.evidence import FixedPoint, LogHyperparameters
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
@@ -36,31 +37,6 @@ from kfac_laplace.posterior.state import refusing_damage
 log = logging.getLogger("kfac_laplace")
 
 METHODS = ("marglik", "mackay")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One round of hyperparameter steps.
-
-    Args:
-        epoch: epoch after which it took place.
-        evidence: log q(D) at the new hyperparameters, in nats over the whole data.
-        log_likelihood: Σ log p(y | f, σ), before division by T.
-        log_det_ratio: log det P − log det P₀.
-        scatter: (θ − μ)ᵀ P₀ (θ − μ).
-        hyperparameters: detached values by name.
-        seconds: duration of the whole round.
-        curvature_seconds: duration of the curvature pass within it.
-    """
-
-    epoch: int
-    evidence: float
-    log_likelihood: float
-    log_det_ratio: float
-    scatter: float
-    hyperparameters: dict[str, Tensor]
-    seconds: float
-    curvature_seconds: float
 
 
 class MarglikTuner:

@@ -4,7 +4,7 @@ log q(D) = log p(D | θ*)/T − ½ [log det P − log det P₀ + (θ* − μ)ᵀ
 P = H/(σ²T) + P₀ and P₀ = diag δ [ML21, eq. 6].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,8 +15,8 @@ from torch.nn.functional import softplus
 
 from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.ggn import Curvature
-from kfac_laplace.curvature.linalg.spectrum import Spectrum
 from kfac_laplace.posterior.block import BlockNormal, DenseNormal, SpectralNormal
+from kfac_laplace.posterior.log_table import EXACT, LogTable
 from kfac_laplace.posterior.prior import PriorStructure
 
 
@@ -39,35 +39,6 @@ class Hyperparameters:
         return Hyperparameters(
             self.prior_precision.detach(), self.sigma_noise.detach(), self.temperature.detach()
         )
-
-
-#: Above it log(1 + eˣ) is x in float64.
-EXACT = 40
-
-
-@dataclass(frozen=True)
-class LogTable:
-    """The eigenvalues of all blocks in one table, so that a step of the evidence is one sum.
-
-    Args:
-        logs: logarithms, shape (k,).
-        weights: how often each counts, shape (k,).
-        group: which group each belongs to, shape (k,).
-    """
-
-    logs: Tensor
-    weights: Tensor
-    group: Tensor
-
-    @classmethod
-    def of(cls, spectra: Sequence[Spectrum]) -> "LogTable":
-        """The table of some blocks, in their order."""
-        logs = [spectrum.logs for spectrum in spectra]
-        with torch.inference_mode(False):
-            sizes = torch.tensor([len(part.logs) for part in logs])
-            group = torch.arange(len(logs)).repeat_interleave(sizes)
-            joined = torch.cat([part.logs for part in logs])
-            return cls(joined, torch.cat([part.weights for part in logs]), group.to(joined.device))
 
 
 @dataclass(frozen=True)

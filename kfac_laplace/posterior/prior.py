@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.model.forward import outside_inference
+from kfac_laplace.curvature.model.unchanged import outside_inference
 from kfac_laplace.curvature.rows.layout import Layout
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.options import check_choice

@@ -12,7 +12,7 @@ from architectures.kinds import KINDS
 from architectures.verdict import verdicts
 from zoo.fitting import BUILDERS, fit
 
-from kfac_laplace.curvature.estimate.settings import Axis, Grouping, Segments
+from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout, Segments
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEADS = {
@@ -45,18 +45,18 @@ def network_rows(name: str) -> Rows:
     for parameter, kind in curvature.coverage.items():
         counts[kind] += sizes[parameter]
     generic = sum(group.layout.size for group in curvature.groups if group.role == "generic")
-    layouts = Counter(_place(grouping) for grouping in curvature.network.groupings.values())
+    layouts = Counter(_place(row_layout) for row_layout in curvature.network.row_layouts.values())
     places = ", ".join(f"{place} ({uses})" for place, uses in layouts.most_common())
     kinds = [counts["kron"], counts["dense"], counts["diag"] - generic, generic, counts["frozen"]]
     return [(name, *map(str, kinds), places)]
 
 
-def _place(grouping: Grouping | None) -> str:
+def _place(row_layout: RowLayout | None) -> str:
     """Where the examples lie among the rows of a layer."""
-    if isinstance(grouping, Segments):
-        return grouping.kind
-    assert isinstance(grouping, Axis)
-    return ("first axis", "second axis", "third axis")[grouping.axis]
+    if isinstance(row_layout, Segments):
+        return row_layout.kind
+    assert isinstance(row_layout, Axis)
+    return ("first axis", "second axis", "third axis")[row_layout.axis]
 
 
 def all_rows(table: str) -> Rows:

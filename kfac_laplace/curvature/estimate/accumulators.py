@@ -10,9 +10,9 @@ from kfac_laplace.curvature.estimate.blocks import Block, DenseBlock, DiagonalBl
 from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group, Term
-from kfac_laplace.curvature.layers.registry import Inputs
 from kfac_laplace.curvature.linalg.dtypes import accumulable, rows_of
 from kfac_laplace.curvature.linalg.gram import Gram, GramSum
+from kfac_laplace.curvature.rows.inputs import Inputs
 from kfac_laplace.curvature.rows.layout import Layout
 
 #: Of the squared gradient rows, so much is left by rounding where they cancel.
@@ -21,7 +21,7 @@ CANCELLED = 1e-9
 SOME_COLUMNS = 16
 
 
-class BatchSum(ABC):
+class Accumulator(ABC):
     """The block of one batch in the making.
 
     For each backward vector it receives the gradient rows of its uses, in any order, and is then
@@ -48,7 +48,7 @@ class BatchSum(ABC):
         """The finished block."""
 
 
-class WholeGradients(BatchSum):
+class WholeGradients(Accumulator):
     """A sum that needs the rows of all its uses together."""
 
     def __init__(self, groups: Sequence[Group], passed: Pass):
@@ -70,7 +70,7 @@ class WholeGradients(BatchSum):
         """Add what gradient rows and generic gradients contribute."""
 
 
-class KroneckerSum(BatchSum):
+class KroneckerAccumulator(Accumulator):
     """B vector by vector, then A from the input rows; several uses are more shared positions.
 
     Positions on which no output depends do not enter A: padding, and tokens that nothing reads.
@@ -92,7 +92,7 @@ class KroneckerSum(BatchSum):
         self._live: dict[int, Tensor] = {}
         self._complete = {t.use for t in self._terms if not _may_drop(t, passed.n)}
         for term in self._terms:
-            passed.grouping(term.use)  # rows that sum over examples are no rows
+            passed.row_layout(term.use)  # rows that sum over examples are no rows
 
     def _shared(self, term: Term) -> bool:
         """Whether examples have several rows at a use."""
@@ -108,8 +108,8 @@ class KroneckerSum(BatchSum):
             if self._setting == "expand":
                 self._outputs.add(own[0], term.start)
                 continue
-            grouping, n = self._passed.grouping(use), self._passed.n
-            part = grouping.by_example(own, n, block_axis=1).sum(3)[0]  # (b, n, o)
+            row_layout, n = self._passed.row_layout(use), self._passed.n
+            part = row_layout.by_example(own, n, block_axis=1).sum(3)[0]  # (b, n, o)
             known = self._of_example.get(term.start)
             self._of_example[term.start] = part if known is None else known + part
             if self._watching:
@@ -190,11 +190,13 @@ class KroneckerSum(BatchSum):
         n, sums, counts = self._passed.n, [], []
         for term in terms:
             inputs, live = self._inputs(term)
-            grouping = self._passed.grouping(term.use)
-            sums.append(inputs.example_sums(grouping, n))  # (b, n, i)
+            row_layout = self._passed.row_layout(term.use)
+            sums.append(inputs.example_sums(row_layout, n))  # (b, n, i)
             if live is None:
                 live = torch.ones((), device=self._device).expand(inputs.lead)
-            counts.append(grouping.by_example(live[None, ..., None].double(), n, 0)[0].sum((1, 2)))
+            counts.append(
+                row_layout.by_example(live[None, ..., None].double(), n, 0)[0].sum((1, 2))
+            )
         number = torch.stack(counts).sum(0)  # (n,)
         means = torch.stack(sums).sum(0)
         means = means / number.to(means.dtype).clamp_min(1)[:, None]
@@ -220,7 +222,7 @@ def _may_drop(term: Term, n: int) -> bool:
     return term.inputs.droppable and (term.inputs.diagonal or term.inputs.count > n)
 
 
-class DiagonalSum(WholeGradients):
+class DiagonalAccumulator(WholeGradients):
     """Σ_v Σ_n (per-example gradient)², exact."""
 
     def __init__(self, group: Group, passed: Pass):
@@ -244,7 +246,7 @@ class DiagonalSum(WholeGradients):
         return DiagonalBlock(self._group.layout, self._values)
 
 
-class DenseSum(WholeGradients):
+class DenseAccumulator(WholeGradients):
     """Σ_v Σ_n g gᵀ over some groups together, exact."""
 
     def __init__(self, groups: Sequence[Group], layout: Layout, passed: Pass):

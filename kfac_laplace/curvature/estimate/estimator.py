@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kfac_laplace")
 
 
-class BatchBlocks:
+class Estimator:
     """Makes the blocks of one recorded pass.
 
     Args:
@@ -50,7 +50,7 @@ class BatchBlocks:
         with without_autocast(self._passed.network.device):
             return {name: made.pop(name).block() for name in list(made)}
 
-    def _add_vectors(self, made: dict[str, sums.BatchSum], y: Tensor) -> None:
+    def _add_vectors(self, made: dict[str, sums.Accumulator], y: Tensor) -> None:
         """Add the estimator's vectors, from the outputs."""
         f = self._passed.outputs.detach()
         vectors = self._curvature.fisher.vectors(
@@ -68,7 +68,7 @@ class BatchBlocks:
         self,
         backward: Backward,
         vector: Tensor,
-        made: Mapping[str, sums.BatchSum],
+        made: Mapping[str, sums.Accumulator],
         generic: Mapping[str, Tensor],
     ) -> None:
         """Backpropagate a vector and add what it contributes to each sum."""
@@ -92,8 +92,8 @@ class BatchBlocks:
         )
 
     def _add_cut(
-        self, cut: Cut, made: dict[str, sums.BatchSum], importance: Tensor | None
-    ) -> dict[str, sums.BatchSum]:
+        self, cut: Cut, made: dict[str, sums.Accumulator], importance: Tensor | None
+    ) -> dict[str, sums.Accumulator]:
         """Add vectors from the head's input; the sums, with the head's own among them."""
         with without_autocast(self._passed.network.device):
             made = cut.with_head(made, self._curvature.likelihood, importance)
@@ -103,12 +103,12 @@ class BatchBlocks:
                 self._add_vector(backward, root, made, {})
         return made
 
-    def _warn_of_cancellation(self, made: dict[str, sums.BatchSum]) -> None:
+    def _warn_of_cancellation(self, made: dict[str, sums.Accumulator]) -> None:
         """Say where reduce sees no curvature although there is some."""
         blind = [
             name
             for name, batch_sum in made.items()
-            if isinstance(batch_sum, sums.KroneckerSum) and batch_sum.cancels()
+            if isinstance(batch_sum, sums.KroneckerAccumulator) and batch_sum.cancels()
         ]
         if blind:
             log.warning(
@@ -120,24 +120,26 @@ class BatchBlocks:
             )
         self._passed.network.watched = True
 
-    def _batch_sums(self) -> dict[str, sums.BatchSum]:
+    def _batch_sums(self) -> dict[str, sums.Accumulator]:
         """An empty sum for each block."""
         if self._curvature.hessian_structure == "full":
             return {
-                "full": sums.DenseSum(
+                "full": sums.DenseAccumulator(
                     self._curvature.groups, self._curvature.full_layout, self._passed
                 )
             }
         return {group.name: self._batch_sum(group) for group in self._curvature.groups}
 
-    def _batch_sum(self, group: Group) -> sums.BatchSum:
+    def _batch_sum(self, group: Group) -> sums.Accumulator:
         """The sum for a group's block, by its structure."""
         treatment = group.treatment if self._curvature.hessian_structure == "kron" else "diag"
         if treatment == "kron":
-            return sums.KroneckerSum(group, self._passed, self._curvature.settings[group.name])
+            return sums.KroneckerAccumulator(
+                group, self._passed, self._curvature.settings[group.name]
+            )
         if treatment == "dense":
-            return sums.DenseSum([group], group.layout, self._passed)
-        return sums.DiagonalSum(group, self._passed)
+            return sums.DenseAccumulator([group], group.layout, self._passed)
+        return sums.DiagonalAccumulator(group, self._passed)
 
     def _piece_length(self) -> int:
         """How many vectors to hold at a time, by the size of the generic gradients they yield."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from kfac_laplace.curvature.estimate.accumulators import BatchSum, KroneckerSum
+from kfac_laplace.curvature.estimate.accumulators import Accumulator, KroneckerAccumulator
 from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group
@@ -64,8 +64,8 @@ class Cut:
             yield scaled[..., k].to(self.weight.dtype)
 
     def with_head(
-        self, made: Mapping[str, BatchSum], likelihood: Likelihood, importance: Tensor | None
-    ) -> dict[str, BatchSum]:
+        self, made: Mapping[str, Accumulator], likelihood: Likelihood, importance: Tensor | None
+    ) -> dict[str, Accumulator]:
         """The sums of a batch, with those of the head's groups finished."""
         if not self.head:
             return dict(made)
@@ -73,15 +73,15 @@ class Cut:
         found = dict(made)
         for name in self.head:
             inner = made[name]
-            assert isinstance(inner, KroneckerSum)
-            found[name] = HeadSum(inner, outputs)
+            assert isinstance(inner, KroneckerAccumulator)
+            found[name] = HeadAccumulator(inner, outputs)
         return found
 
 
-class HeadSum(BatchSum):
+class HeadAccumulator(Accumulator):
     """The block of a head, whose B is known without gradient rows."""
 
-    def __init__(self, inner: KroneckerSum, output_sum: Tensor):
+    def __init__(self, inner: KroneckerAccumulator, output_sum: Tensor):
         self._inner, self._output_sum = inner, output_sum
 
     def receive(self, use: int, rows: Tensor) -> None:

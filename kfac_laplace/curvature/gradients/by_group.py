@@ -46,9 +46,9 @@ def exact_pieces(passed: "Pass", group: Group, rows: Mapping[int, Tensor]) -> It
 
 def _use_gradient(passed: "Pass", u: int, rows: Tensor) -> Factored:
     """Factored per-example gradients with respect to the weight of a use."""
-    grouping = passed.grouping(u)
-    left = grouping.by_example(rows, passed.n, block_axis=1)
-    return passed.recording.uses[u].layer.inputs.gradients(left, grouping, passed.n)
+    row_layout = passed.row_layout(u)
+    left = row_layout.by_example(rows, passed.n, block_axis=1)
+    return passed.recording.uses[u].layer.inputs.gradients(left, row_layout, passed.n)
 
 
 def _pull_back(passed: "Pass", use: Use, piece: Factored, total: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.settings import Axis, Grouping, Segments
 from kfac_laplace.curvature.gradients.by_group import exact_pieces
 from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
 from kfac_laplace.curvature.gradients.groups import Group, Term
@@ -18,6 +17,7 @@ from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.recording.live_rows import reachable_rows
 from kfac_laplace.curvature.recording.tape import Recording, Use
 from kfac_laplace.curvature.rows.per_example import Factored, joined, step_for
+from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout, Segments
 from kfac_laplace.errors import UnsupportedUse
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Pass:
         found = {group.name for group in self.network.groups if group.role == "generic"}
         strange = set(self.recording.loose)
         for u, use in enumerate(self.recording.uses):
-            known = self.network.groupings.get(self.key(u), self._likely_grouping(use))
+            known = self.network.row_layouts.get(self.key(u), self._likely_row_layout(use))
             if known is None:
                 strange.update(use.params)
         for group in self.network.groups:
@@ -157,9 +157,9 @@ class Pass:
         parts = []
         for term in self.terms[group.name]:
             if term.use in rows:
-                grouping = self.grouping(term.use)
-                own = grouping.by_example(group.own_rows(rows[term.use]), self.n, block_axis=1)
-                parts.append((term.start, term.inputs.gradients(own, grouping, self.n)))
+                row_layout = self.row_layout(term.use)
+                own = row_layout.by_example(group.own_rows(rows[term.use]), self.n, block_axis=1)
+                parts.append((term.start, term.inputs.gradients(own, row_layout, self.n)))
         return joined(parts, group.layout.matrix[0]) if parts else None
 
     def pieces(self, group: Group, rows: Rows, generic: Mapping[str, Tensor]) -> Iterator[Tensor]:
@@ -243,11 +243,11 @@ class Pass:
             for name in group.layout.params
         }
 
-    def grouping(self, u: int) -> Grouping:
+    def row_layout(self, u: int) -> RowLayout:
         """Row layout of a use, or an error that asks for it."""
         use = self.recording.uses[u]
-        grouping = self.network.groupings.get(self.key(u), self._likely_grouping(use))
-        if grouping is None:
+        row_layout = self.network.row_layouts.get(self.key(u), self._likely_row_layout(use))
+        if row_layout is None:
             raise UnsupportedUse(
                 "cannot tell which rows belong to which example",
                 where=use.params[0],
@@ -255,9 +255,9 @@ class Pass:
                 remedy="Keep the examples on one axis in this layer, begin with a batch of several "
                 "examples, or freeze it",
             )
-        if isinstance(grouping, Segments):
-            grouping = Segments(grouping.kind, self.batch.segments.get(grouping.kind))
-        if not grouping.fits(use.layer.inputs.lead, self.n):
+        if isinstance(row_layout, Segments):
+            row_layout = Segments(row_layout.kind, self.batch.segments.get(row_layout.kind))
+        if not row_layout.fits(use.layer.inputs.lead, self.n):
             raise UnsupportedUse(
                 "rows lie in another way than in earlier batches",
                 where=use.params[0],
@@ -265,9 +265,9 @@ class Pass:
                 remedy="Rows that are packed or selected by the data cannot be assigned to "
                 "examples: pad and mask instead, or freeze the layer",
             )
-        return grouping
+        return row_layout
 
-    def _likely_grouping(self, use: Use) -> Grouping:
+    def _likely_row_layout(self, use: Use) -> RowLayout:
         """What to take for the layout of rows while one example is all that was seen."""
         lead = use.layer.inputs.lead
         for kind, index in self.batch.segments.items():

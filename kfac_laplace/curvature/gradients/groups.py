@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.layers.registry import Inputs, Ones, WithOne
 from kfac_laplace.curvature.recording.sources import Part, Source
 from kfac_laplace.curvature.recording.tape import Recording, Use
+from kfac_laplace.curvature.rows.inputs import Inputs, Ones, WithOne
 from kfac_laplace.curvature.rows.layout import Chain, Layout, flat_layout
 from kfac_laplace.errors import InvalidType, InvalidValue
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_laplace.curvature.estimate.settings import Grouping
 from kfac_laplace.curvature.gradients.forward_pass import Pass, UseKey
 from kfac_laplace.curvature.gradients.groups import (
     Group,
@@ -22,14 +21,17 @@ from kfac_laplace.curvature.gradients.groups import (
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, as_batch
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
-from kfac_laplace.curvature.model.forward import Forward, ForwardFn, device_of, unwrap
+from kfac_laplace.curvature.model.forward import Forward, ForwardFn
+from kfac_laplace.curvature.model.unchanged import device_of, unwrap
 from kfac_laplace.curvature.recording.tape import Recording, Tape
+from kfac_laplace.curvature.rows.row_layout import RowLayout
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
 
 #: What a network learns from batches, but for what the log has said already.
 LEARNED = (
-    "groups", "class_axis", "groupings", "settled", "tracked", "watched", "reorders", "row_entries",
+    "groups", "class_axis", "row_layouts", "settled", "tracked", "watched", "reorders",
+    "row_entries",
 )  # fmt: skip
 
 
@@ -52,7 +54,7 @@ class Network:
     forward_fn: ForwardFn | None = None
     groups: tuple[Group, ...] = ()
     class_axis: int = -1
-    groupings: dict[UseKey, Grouping | None] = field(default_factory=dict)
+    row_layouts: dict[UseKey, RowLayout | None] = field(default_factory=dict)
     settled: set[UseKey] = field(default_factory=set)
     listed: bool = False  # what has no Kronecker factors, in the log
     watched: bool = False  # for gradients that cancel under reduce
@@ -166,7 +168,7 @@ class Network:
 
     def remember(self, other: "Network") -> None:
         """Take over from the same model how rows lie in its layers: no need to probe again."""
-        self.groupings |= other.groupings
+        self.row_layouts |= other.row_layouts
         self.settled |= other.settled
         self.watched |= other.watched
         self.listed |= other.listed
@@ -182,8 +184,8 @@ class Network:
         shapes = {name: params[name].shape for name in self.tracked}
         ungrouped = {
             name
-            for (names, _), grouping in self.groupings.items()
-            if grouping is None
+            for (names, _), row_layout in self.row_layouts.items()
+            if row_layout is None
             for name in names
         }
         self.groups = find_groups(recording, shapes, self.joint_bias, frozenset(ungrouped))

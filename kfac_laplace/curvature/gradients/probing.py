@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.settings import Axis, Grouping, Segments, consistent_groupings
 from kfac_laplace.curvature.gradients.forward_pass import Pass, UseKey
 from kfac_laplace.curvature.recording.backward import Backward
+from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout, Segments, consistent_row_layouts
 from kfac_laplace.errors import UnsupportedUse
 
 
-def learn_groupings(passed: Pass) -> None:
+def learn_row_layouts(passed: Pass) -> None:
     """See which rows the outputs of some examples touch, in each use that is not settled yet.
 
     A use is settled once a single layout of its rows agrees with what was seen. Until then
@@ -36,13 +36,13 @@ def learn_groupings(passed: Pass) -> None:
         backward(_probe(passed.outputs, half), receive)
     for u, key in open_uses.items():
         if len(touched[u]) == len(halves):
-            candidates = consistent_groupings(touched[u], halves, passed.batch.segments)
+            candidates = consistent_row_layouts(touched[u], halves, passed.batch.segments)
             _settle(passed, u, key, candidates)
 
 
-def _settle(passed: Pass, u: int, key: UseKey, candidates: list[Grouping]) -> None:
+def _settle(passed: Pass, u: int, key: UseKey, candidates: list[RowLayout]) -> None:
     """Store the first layout that agrees; refuse one that contradicts earlier batches."""
-    known = passed.network.groupings
+    known = passed.network.row_layouts
     # What belongs to one batch is left out: its segments' index.
     kinds = [Segments(c.kind) if isinstance(c, Segments) else c for c in candidates]
     if key in known and known[key] is not None and known[key] not in kinds:
@@ -56,14 +56,14 @@ def _settle(passed: Pass, u: int, key: UseKey, candidates: list[Grouping]) -> No
         passed.network.settled.add(key)
 
 
-def _may_move(passed: Pass, u: int, grouping: Grouping | None) -> bool:
+def _may_move(passed: Pass, u: int, row_layout: RowLayout | None) -> bool:
     """Whether rows that fit today may belong to others tomorrow: picked by the data and flattened.
 
     An axis as long as the batch, or the nodes of graphs, show by their length that they are whole.
     """
-    if not passed.recording.picks_rows or not isinstance(grouping, Axis):
+    if not passed.recording.picks_rows or not isinstance(row_layout, Axis):
         return False
-    return passed.recording.uses[u].layer.inputs.lead[grouping.axis] != passed.n
+    return passed.recording.uses[u].layer.inputs.lead[row_layout.axis] != passed.n
 
 
 def _probe(outputs: Tensor, half: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.layers.registry import Fold, Layer, Rows, layer_rule, operator_rule
+from kfac_laplace.curvature.layers.registry import Layer, layer_rule, operator_rule
+from kfac_laplace.curvature.rows.inputs import Rows
+from kfac_laplace.curvature.rows.layout import Fold
 
 
 @operator_rule(torch.einsum)

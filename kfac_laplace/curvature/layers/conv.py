@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.settings import Axis, Grouping
 from kfac_laplace.curvature.layers.lags import lag_products, lags_apply
-from kfac_laplace.curvature.layers.registry import Inputs, Layer, layer_rule
+from kfac_laplace.curvature.layers.registry import Layer, layer_rule
 from kfac_laplace.curvature.linalg.dtypes import accumulable, product_dtype, sum_dtype, summable
 from kfac_laplace.curvature.linalg.gram import CACHED_ENTRIES, GramSum
+from kfac_laplace.curvature.rows.inputs import Inputs
+from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout
 
 #: Patches of so many bytes at most exist at a time while a Gram matrix is summed.
 PATCH_BUDGET = 64 * 2**20
@@ -143,12 +144,12 @@ class Patches(Inputs):
         total = self.data.to(product_dtype(self.data)).sum(0, keepdim=True)
         return replace(self, data=summable(total))._window_sums()[:, 0]
 
-    def example_sums(self, grouping: Grouping, n: int) -> Tensor:
+    def example_sums(self, row_layout: RowLayout, n: int) -> Tensor:
         """Σ_t a for each example, shape (b, n, i), without patches."""
-        if isinstance(grouping, Axis) and grouping.axis != 0:
-            return super().example_sums(grouping, n)
+        if isinstance(row_layout, Axis) and row_layout.axis != 0:
+            return super().example_sums(row_layout, n)
         sums = self._window_sums()[:, :, None]  # (b, n k, 1, i)
-        return grouping.by_example(sums, n, block_axis=0).sum(2)
+        return row_layout.by_example(sums, n, block_axis=0).sum(2)
 
     def _window_sums(self) -> Tensor:
         """Sum of each kernel entry's inputs over the positions, shape (b, n, i)."""

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_laplace.curvature.layers.conv import Patches, per_axis
-from kfac_laplace.curvature.layers.registry import Fold, Layer, layer_rule
+from kfac_laplace.curvature.layers.registry import Layer, layer_rule
 from kfac_laplace.curvature.linalg.dtypes import accumulable
+from kfac_laplace.curvature.rows.layout import Fold
 
 Setting = int | tuple[int, ...]
 

@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.settings import Grouping
 from kfac_laplace.curvature.layers.registry import (
-    Fold,
-    Inputs,
     Layer,
     guard,
     layer_rule,
     operator_rule,
+    repetition_rule,
 )
+from kfac_laplace.curvature.rows.inputs import Inputs
+from kfac_laplace.curvature.rows.layout import Fold
 from kfac_laplace.curvature.rows.per_example import LookedUp
+from kfac_laplace.curvature.rows.row_layout import RowLayout
 from kfac_laplace.errors import UnsupportedUse
 
 
@@ -62,16 +63,16 @@ class OneHot(Inputs):
         )
         return counts[None]
 
-    def example_sums(self, grouping: Grouping, n: int) -> Tensor:
+    def example_sums(self, row_layout: RowLayout, n: int) -> Tensor:
         """How often each example looks each entry up, shape (1, n, V)."""
-        index = grouping.by_example(self.index[None, ..., None], n, block_axis=0)[0, ..., 0]
-        live = grouping.by_example(self.live[None, ..., None], n, block_axis=0)[0, ..., 0]
+        index = row_layout.by_example(self.index[None, ..., None], n, block_axis=0)[0, ..., 0]
+        live = row_layout.by_example(self.live[None, ..., None], n, block_axis=0)[0, ..., 0]
         sums = torch.zeros(n, self.size, dtype=torch.float64, device=index.device)
         return sums.scatter_add_(1, index, live.double())[None]
 
-    def gradients(self, left: Tensor, grouping: Grouping, n: int) -> LookedUp:
+    def gradients(self, left: Tensor, row_layout: RowLayout, n: int) -> LookedUp:
         """Gradient rows with the entries that they belong to."""
-        index = grouping.by_example(self.index[None, ..., None], n, block_axis=0)[0, ..., 0]
+        index = row_layout.by_example(self.index[None, ..., None], n, block_axis=0)[0, ..., 0]
         return LookedUp(left, index, self.size)
 
     def keep(self, live: Tensor) -> "OneHot":
@@ -119,8 +120,9 @@ def getitem(output: Tensor, weight: Tensor, table: Tensor, index: object) -> Lay
     return _lookup(table, index, torch.ones_like(index, dtype=torch.bool))
 
 
+@repetition_rule(F.embedding)
 def repeated_lookup(
-    output: Tensor, n: int, index: Tensor, *args: Any, **options: Any
+    output: Tensor, n: int, weight: Tensor, index: Tensor, *args: Any, **options: Any
 ) -> Layer | None:
     """Constant lookups that are the same for each of n examples, or None for others.
 

@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_laplace.curvature.layers.registry import Layer, Rows, layer_rule
+from kfac_laplace.curvature.layers.registry import Layer, layer_rule
+from kfac_laplace.curvature.rows.inputs import Rows
 
 
 @layer_rule(F.linear)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_laplace.curvature.layers.entries import scaled
+from kfac_laplace.curvature.layers.elementwise import scaled
 from kfac_laplace.curvature.layers.registry import Layer, guard, layer_rule
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.errors import UnsupportedUse

@@ -1,196 +1,13 @@
 """Layer rules: what a functional call does with its weight, and where to register one."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.settings import Grouping
-from kfac_laplace.curvature.linalg.dtypes import accumulable, sum_dtype
-from kfac_laplace.curvature.linalg.gram import GramSum
-from kfac_laplace.curvature.rows.per_example import Factored, Outer
-
-
-class Inputs(ABC):
-    """The rows a_{n,t} that meet a weight: one for each example and shared position.
-
-    A rule that can do better than build all rows overrides `pieces` or `gram_sum`, and
-    `example_sums`.
-    """
-
-    #: Whether `gram` gives a diagonal (b, i) instead of a matrix: rows with one entry each.
-    diagonal = False
-    #: Whether rows that receive no gradient are left out of A: padding, tokens that nothing reads.
-    droppable = False
-
-    @property
-    @abstractmethod
-    def lead(self) -> tuple[int, ...]:
-        """Leading axes of the rows; the example axis is one of them, alone or flattened."""
-
-    @abstractmethod
-    def rows(self) -> Tensor:
-        """All rows in at least float32, shape (b, *lead, i)."""
-
-    def gram(self) -> Tensor:
-        """Σ_{n,t} a aᵀ, shape (b, i, i), or its diagonal (b, i) if that is all there is."""
-        return self.gram_sum().total()
-
-    def gram_sum(self) -> GramSum:
-        """Σ_{n,t} a aᵀ as a sum."""
-        total: GramSum | None = None
-        for piece in self.pieces():
-            if total is None:
-                total = GramSum(len(piece), piece.shape[-1], piece)
-            total.add(piece)
-        assert total is not None
-        return total
-
-    def pieces(self) -> Iterator[Tensor]:
-        """All rows, some at a time: shape (b, ..., i)."""
-        yield self.rows()
-
-    def bordered_gram_sum(self) -> GramSum | None:
-        """The Gram matrix of rows with a 1 appended, where there is a better way than pieces."""
-        return None
-
-    def row_sum(self) -> Tensor:
-        """Σ_{n,t} a, shape (b, i)."""
-        rows = self.rows().flatten(1, -2)
-        return rows.sum(1, dtype=sum_dtype(rows))
-
-    def example_sums(self, grouping: Grouping, n: int) -> Tensor:
-        """Σ_t a_{n,t}, shape (b, n, i)."""
-        return grouping.by_example(self.rows(), n, block_axis=0).sum(2)
-
-    @property
-    def count(self) -> int:
-        """Number of rows in each of the b blocks."""
-        return prod(self.lead)
-
-    def gradients(self, left: Tensor, grouping: Grouping, n: int) -> Factored:
-        """Factored per-example gradients from gradient rows (v, b, n, t, o)."""
-        right = grouping.by_example(self.rows(), n, block_axis=0)
-        return Outer(left, right.to(left.dtype))
-
-    def keep(self, live: Tensor) -> "Inputs":
-        """The rows of a mask over the leading axes alone; the others become zero."""
-        return Masked(self, live)
-
-
-@dataclass(frozen=True)
-class Rows(Inputs):
-    """Rows that already exist as a tensor (b, *lead, i)."""
-
-    tensor: Tensor
-    droppable = True
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """Leading axes."""
-        return tuple(self.tensor.shape[1:-1])
-
-    def rows(self) -> Tensor:
-        """The tensor itself."""
-        return accumulable(self.tensor)
-
-
-@dataclass(frozen=True)
-class Ones(Inputs):
-    """What a bias meets: a one for each row of its layer."""
-
-    axes: tuple[int, ...]
-    like: Tensor
-    blocks: int = 1
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """Leading axes."""
-        return self.axes
-
-    droppable = True
-
-    def rows(self) -> Tensor:
-        """Ones (b, *lead, 1), without memory of their own."""
-        return accumulable(self.like.new_ones(())).expand(self.blocks, *self.axes, 1)
-
-
-@dataclass(frozen=True)
-class Masked(Inputs):
-    """Rows of which a mask keeps some.
-
-    Args:
-        inner: all rows.
-        live: mask over the leading axes.
-    """
-
-    inner: Inputs
-    live: Tensor
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """Leading axes."""
-        return self.inner.lead
-
-    def rows(self) -> Tensor:
-        """The rows, zero outside the mask."""
-        return self.inner.rows() * self.live[..., None]
-
-
-@dataclass(frozen=True)
-class WithOne(Inputs):
-    """Rows with a 1 appended, so that the last weight column is the bias."""
-
-    inner: Inputs
-
-    @property
-    def droppable(self) -> bool:  # type: ignore[override]
-        """As the inner rows."""
-        return self.inner.droppable
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """Leading axes."""
-        return self.inner.lead
-
-    def rows(self) -> Tensor:
-        """Rows (b, *lead, i + 1)."""
-        rows = self.inner.rows()
-        return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1)
-
-    def gram_sum(self) -> GramSum:
-        """That of rows with their ones, or the inner one with a border."""
-        bordered = self.inner.bordered_gram_sum()
-        return super().gram_sum() if bordered is None else bordered
-
-    def pieces(self) -> Iterator[Tensor]:
-        """Inner pieces with a 1 appended."""
-        for piece in self.inner.pieces():
-            yield torch.cat([piece, piece.new_ones(*piece.shape[:-1], 1)], -1)
-
-    def example_sums(self, grouping: Grouping, n: int) -> Tensor:
-        """Inner sums with each example's number of rows appended."""
-        sums = self.inner.example_sums(grouping, n)
-        ones = sums.new_ones(()).expand(1, *self.lead, 1)
-        counts = grouping.by_example(ones, n, block_axis=0).sum(2)  # (1, n, 1)
-        return torch.cat([sums, counts.expand(len(sums), -1, -1)], -1)
-
-
-@dataclass(frozen=True)
-class Fold:
-    """How a weight becomes matrices: `weight.reshape(split).permute(order).reshape(b, o, i)`.
-
-    Args:
-        split: shape into which the weight is reshaped first.
-        order: permutation of those axes.
-    """
-
-    split: tuple[int, ...]
-    order: tuple[int, ...]
+from kfac_laplace.curvature.rows.inputs import Inputs
+from kfac_laplace.curvature.rows.layout import Fold
 
 
 @dataclass(frozen=True)
@@ -227,6 +44,8 @@ Rule = Callable[..., Layer | None]
 RULES: dict[Callable[..., Any], Rule] = {}
 
 OPERATORS: dict[Callable[..., Any], Rule] = {}
+
+REPETITIONS: dict[Callable[..., Any], Rule] = {}
 
 Guard = Callable[..., None]
 GUARDS: dict[Callable[..., Any], Guard] = {}
@@ -270,6 +89,20 @@ def operator_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
         functions: the functions, as `torch.overrides` sees them.
     """
     return _registering(OPERATORS, functions)
+
+
+def repetition_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Register a rule for calls on parameters alone that repeat them over the examples.
+
+    Each example uses what was repeated for it. The rule is called as
+    `rule(output, n, weight, *args, **kwargs)` with the number of examples n, the one argument that
+    is made of tracked parameters, and the call's own arguments; it returns None for calls that
+    repeat over something else.
+
+    Args:
+        functions: the functions, as `torch.overrides` sees them.
+    """
+    return _registering(REPETITIONS, functions)
 
 
 def equivalent_form(*functions: Callable[..., Any]) -> Callable[[Form], Form]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from kfac_laplace.curvature.model.forward import outside_inference
 from kfac_laplace.curvature.model.graphs import GraphBatch, is_graph
+from kfac_laplace.curvature.model.unchanged import outside_inference
 from kfac_laplace.errors import InvalidType, InvalidValue
 
 BatchFn = Callable[[Any], tuple[Any, Tensor]]

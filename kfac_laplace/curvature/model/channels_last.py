@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kfac_laplace.curvature.recording.sources import tensors_in
+from kfac_laplace.curvature.model.tensors import tensors_in
 
 CONVOLUTIONS = {F.conv2d, torch.conv2d}
 #: Calls that mean the order in memory, and would not fail at another.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.model.forward import outside_inference
+from kfac_laplace.curvature.model.unchanged import outside_inference
 from kfac_laplace.errors import UnsupportedUse
 
 

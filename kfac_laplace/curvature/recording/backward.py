@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from kfac_laplace.curvature.linalg.dtypes import accumulable, without_autocast
+from kfac_laplace.curvature.recording.autograd_graph import ancestors, nodes_with_parents
 from kfac_laplace.curvature.recording.tape import Recording, Use
 
 #: takes the index of a recorded use and its gradient rows (1, b, *lead, o)
@@ -27,9 +28,9 @@ class Backward:
 
     def __init__(self, recording: Recording, root: Tensor | GradientEdge, uses: Sequence[int]):
         top = root.grad_fn if isinstance(root, Tensor) else root.node
-        above = _parents(top)
+        above = nodes_with_parents(top)
         wanted = {u: recording.uses[u] for u in uses if recording.uses[u].edge.node in above}
-        passed_through = _ancestors([use.edge.node for use in wanted.values()], above)
+        passed_through = ancestors([use.edge.node for use in wanted.values()], above)
         self._root = root
         # The engine runs through these on its way to the others, which it gives back.
         self._on_the_way = {u: w for u, w in wanted.items() if w.edge.node in passed_through}
@@ -71,31 +72,3 @@ def _hand_on(u: int, use: Use, gradient: Tensor | None, receive: Receive) -> Non
     if gradient is not None:
         with without_autocast(gradient.device):
             receive(u, accumulable(use.layer.output_rows(gradient.detach()[None])))
-
-
-def _parents(top: Node | None) -> dict[Node, list[Node]]:
-    """All nodes of a graph, each with those right above it."""
-    above: dict[Node, list[Node]] = {} if top is None else {top: []}
-    stack = list(above)
-    while stack:
-        node = stack.pop()
-        for below, _ in node.next_functions:
-            if below is None:
-                continue
-            if below not in above:
-                above[below] = []
-                stack.append(below)
-            above[below].append(node)
-    return above
-
-
-def _ancestors(nodes: Sequence[Node], above: dict[Node, list[Node]]) -> set[Node]:
-    """Nodes from which any of the given ones can be reached by at least one step."""
-    found: set[Node] = set()
-    stack = list(nodes)
-    while stack:
-        for node in above[stack.pop()]:
-            if node not in found:
-                found.add(node)
-                stack.append(node)
-    return found

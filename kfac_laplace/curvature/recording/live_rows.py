@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from kfac_laplace.curvature.recording.autograd_graph import all_nodes
 from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.recording.tape import Recording
 
@@ -108,7 +109,7 @@ def reachable_rows(recording: Recording, outputs: Tensor, counted: Tensor | None
 @contextmanager
 def _open_gates(outputs: Tensor) -> Iterator[None]:
     """Let gradients through rectifiers and maxima to all their inputs while active."""
-    hooks = {node: hook for node in _nodes(outputs.grad_fn) if (hook := _hook(node)) is not None}
+    hooks = {node: hook for node in all_nodes(outputs.grad_fn) if (hook := _hook(node)) is not None}
     handles = [node.register_hook(hook) for node, hook in hooks.items()]
     try:
         yield
@@ -124,15 +125,3 @@ def _hook(node: Node) -> Callable[..., Any] | None:
     if node.name().startswith(POOLS):
         return _spread_pool
     return partial(_spread, node) if node.name().startswith(MAXIMA) else None
-
-
-def _nodes(root: Node | None) -> Iterator[Node]:
-    """All nodes of a graph."""
-    seen: set[Node] = set()
-    stack = [root] if root is not None else []
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            stack.extend(below for below, _ in node.next_functions if below is not None)

@@ -1,6 +1,6 @@
 """Tensors made of tracked parameters alone: the parameters, parts of them, functions of them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfac_laplace.curvature.layers.registry import Fold
+from kfac_laplace.curvature.model.tensors import tensors_in
+from kfac_laplace.curvature.rows.layout import Fold
 
 
 @dataclass(frozen=True)
@@ -142,14 +143,3 @@ def _view_part(view: Tensor, parameter: Tensor) -> Part | None:
         order = tuple(axes.index(axis) for axis in range(view.ndim))
         fold = Fold(tuple(view.shape[axis] for axis in axes), order)
     return Part(offset // size, total // size, fold)
-
-
-def tensors_in(nested: Any) -> Iterator[Tensor]:
-    """The tensors among arguments or results, inside lists, tuples and mappings."""
-    if isinstance(nested, Tensor):
-        yield nested
-    elif isinstance(nested, list | tuple):
-        for value in nested:
-            yield from tensors_in(value)
-    elif isinstance(nested, dict):
-        yield from tensors_in(list(nested.values()))

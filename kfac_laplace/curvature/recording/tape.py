@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kfac_laplace.curvature.layers import FORMS, GUARDS, OPERATORS, RULES, Layer
-from kfac_laplace.curvature.layers.elementwise import REPEATS, repeated
-from kfac_laplace.curvature.layers.embedding import repeated_lookup
-from kfac_laplace.curvature.recording.sources import Source, Sources, tensors_in
+from kfac_laplace.curvature.layers import FORMS, GUARDS, OPERATORS, REPETITIONS, RULES, Layer
+from kfac_laplace.curvature.model.tensors import tensors_in
+from kfac_laplace.curvature.recording.sources import Source, Sources
 from kfac_laplace.errors import UnsupportedUse
 
 
@@ -177,11 +175,9 @@ class Tape(TorchFunctionMode):
     ) -> Layer | None:
         """What a call does that repeats a source over the examples; that is a use by each."""
         args, kwargs = arguments
-        if func in REPEATS:
-            return repeated(output, made_of[0].tensor, self._n)
-        if func is F.embedding:
-            return repeated_lookup(output, self._n, *args, **kwargs)
-        return None
+        if func not in REPETITIONS:
+            return None
+        return REPETITIONS[func](output, self._n, made_of[0].tensor, *args, **kwargs)
 
     def _record(self, layer: Layer, output: Tensor, before: Mapping[int, Node]) -> None:
         """Keep a use; `before` holds the graph of data that the call has written into."""

@@ -7,8 +7,21 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.layers.registry import Fold
 
+@dataclass(frozen=True)
+class Fold:
+    """How a weight becomes matrices: `weight.reshape(split).permute(order).reshape(b, o, i)`.
+
+    Args:
+        split: shape into which the weight is reshaped first.
+        order: permutation of those axes.
+    """
+
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+#: folds, one after another
 Chain = tuple[Fold, ...]
 
 

@@ -14,10 +14,10 @@ from kfac_laplace.curvature.estimate.accumulators import flat_gradients
 from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.gradients.network import Network
-from kfac_laplace.curvature.gradients.probing import learn_groupings
+from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
-from kfac_laplace.curvature.model.forward import undisturbed
+from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.posterior.block import BlockNormal, SpectralNormal
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.products import covariance, factored_covariance
@@ -75,7 +75,7 @@ def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
     network = posterior.curvature.network
     with undisturbed(network.model):
         passed = network.run(batch, posterior.parameters)
-        learn_groupings(passed)
+        learn_row_layouts(passed)
         vectors = _unit_vectors(passed.outputs)
         return [
             _by_row(passed, normal.features(gradients).movedim(1, 0)).flatten(0, 1)
@@ -120,7 +120,7 @@ def _entries(network: Network) -> int:
 
 def _moments(posterior: Posterior, passed: Pass) -> tuple[Tensor, Tensor, torch.Size]:
     """Mean (rows, t, c) and covariance (rows, t, c, c) at the inputs of one pass, and its shape."""
-    learn_groupings(passed)
+    learn_row_layouts(passed)
     f = passed.outputs
     n, t, c = f.shape
     step = max(1, _row_budget(f) // (n * c * _entries(passed.network)))

@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 from torch.func import jvp
 
 from kfac_laplace.curvature.model.batches import AnyBatch
-from kfac_laplace.curvature.model.forward import undisturbed
+from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.posterior.gaussian import Posterior
 
 #: Weight samples are drawn so many at a time.

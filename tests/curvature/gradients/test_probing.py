@@ -133,7 +133,7 @@ def test_padded_positions_do_not_mislead(padding):
     try:
         curvature = fitted(folded, kfac_approx="reduce")
     except UnsupportedUse:
-        return  # refusing is right as well; a wrong grouping is not
+        return  # refusing is right as well; a wrong row_layout is not
     assert_kfac_block(plain, curvature, "inner", "reduce", live=x[..., 3] > 0)
     assert_dense_structures_are_exact(folded)
 

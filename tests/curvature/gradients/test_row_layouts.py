@@ -10,9 +10,9 @@ from laws import EXACT, assert_same_blocks, dense_blocks, relative_error
 from torch import Tensor, nn
 
 from kfac_laplace import Curvature
-from kfac_laplace.curvature.estimate.settings import Axis
 from kfac_laplace.curvature.gradients.network import Network
-from kfac_laplace.curvature.gradients.probing import learn_groupings
+from kfac_laplace.curvature.gradients.probing import learn_row_layouts
+from kfac_laplace.curvature.rows.row_layout import Axis
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.likelihoods import resolve
 
@@ -90,8 +90,8 @@ def known_layouts(model: nn.Module, x: Tensor) -> tuple[list[object], int]:
     """The layouts that one batch shows, in forward order, and how many of them are settled."""
     network = Network(model.double(), resolve("classification"), "all", True)
     passed = network.run(network.batch(x))
-    learn_groupings(passed)
-    found = [network.groupings[passed.key(u)] for u in range(len(passed.recording.uses))]
+    learn_row_layouts(passed)
+    found = [network.row_layouts[passed.key(u)] for u in range(len(passed.recording.uses))]
     return found, len(network.settled)
 
 

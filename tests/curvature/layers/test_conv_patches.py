@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from laws import relative_error
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.settings import Axis
 from kfac_laplace.curvature.layers.conv import Patches, conv
 from kfac_laplace.curvature.layers.lags import lag_products, lags_apply
 from kfac_laplace.curvature.linalg.dtypes import rows_of, sums_in
+from kfac_laplace.curvature.rows.row_layout import Axis
 
 # Sums of at most some thousand products, in another order.
 EXACT = 1e-13

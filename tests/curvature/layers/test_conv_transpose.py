@@ -17,8 +17,8 @@ from laws import (
 )
 from torch import Tensor, nn
 
-from kfac_laplace.curvature.estimate.settings import Axis
 from kfac_laplace.curvature.layers import RULES, Layer, conv
+from kfac_laplace.curvature.rows.row_layout import Axis
 
 SETTINGS = ("expand", "reduce")
 

@@ -1,0 +1,101 @@
+"""Leaving the caller's model as it was: modes, random states, inference tensors, wrappers."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kfac_laplace.errors import InvalidType, UnsupportedUse
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside data-parallel and compiled wrappers, checked to be one we can record.
+
+    Raises:
+        InvalidType: `model` is no module.
+        UnsupportedUse: a scripted or compiled sub-module, or parameters on several devices.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidType("not a torch.nn.Module", where="model", got=type(model).__name__)
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    for name, module in model.named_modules():
+        where = f"module '{name}'" if name else "model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedUse(
+                "a scripted module hides its layers",
+                where=where,
+                remedy="Pass the Python module it was scripted from",
+            )
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
+            raise UnsupportedUse(
+                "a compiled module hides its layers",
+                where=where,
+                remedy="Pass the uncompiled module; it shares its weights with the compiled one",
+            )
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedUse(
+            "parameters lie on several devices",
+            where="model",
+            got=sorted(devices),
+            remedy="Move the model to one device",
+        )
+    return model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's parameters."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with gradients on; modes and global random states are put back after."""
+    modes = {module: module.training for module in model.modules()}
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        evaluate_afresh(model)
+        # The fused attention of evaluation mode has no derivative.
+        torch.backends.mha.set_fastpath_enabled(False)
+        # Fused attention kernels leave rounding noise where gradients are zero, so that chance
+        # would decide which positions count, and they have no forward-mode derivative.
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.random.fork_rng(devices=devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        _restore_modes(model, modes)
+
+
+def evaluate_afresh(model: nn.Module) -> None:
+    """Evaluation mode, without what modules have kept in it: many clear that in `train`."""
+    model.train()
+    model.eval()
+
+
+def _restore_modes(model: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
+    """Put modules back into their modes by their own methods, parents first."""
+    model.train()
+    for module in model.modules():
+        if module.training != modes[module]:
+            module.train(modes[module])
+    for module, training in modes.items():  # methods may have minds of their own
+        module.training = training
+
+
+def outside_inference(tensor: Tensor) -> Tensor:
+    """A tensor that a backward pass may save: a copy of one made in inference mode."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
