@@ -1,0 +1,125 @@
+"""Curvature that is not positive semi-definite is refused; rounding below zero is zero."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from cases import Case, build
+from torch import Tensor
+
+from kfac_laplace import Laplace
+from kfac_laplace.curvature.grams import Gram
+from kfac_laplace.curvature.spectral import eigenvalues
+from kfac_laplace.errors import InvalidValue
+
+D = 6
+REFUSAL = "not positive semi-definite"
+#: d ε λ_max of float32: what the eigenvalues of a Gram matrix of such rows may be off by.
+ROUNDING = D * torch.finfo(torch.float32).eps
+
+
+def with_spectrum(*values: float) -> Tensor:
+    """A symmetric matrix (1, D, D) of known eigenvalues, by two reflections."""
+    matrix = torch.tensor(values, dtype=torch.float64).diag()
+    for k in (1, 2):
+        normal = torch.arange(k, k + D, dtype=torch.float64).sin()
+        reflection = torch.eye(D) - 2 * torch.outer(normal, normal) / normal.dot(normal)
+        matrix = reflection @ matrix @ reflection
+    return ((matrix + matrix.T) / 2)[None]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("smallest", [-3.0, -1.0, -1e-3, -100 * ROUNDING])
+def test_negative_eigenvalues_are_refused(smallest, scale):
+    """Whatever the scale; also where the largest in size is the negative one."""
+    matrix = scale * with_spectrum(smallest, 0.0, 0.1, 0.5, 0.7, 1.0)
+    with pytest.raises(InvalidValue, match=f"^here: curvature is {REFUSAL}") as caught:
+        eigenvalues(matrix, "here")
+    assert f"smallest eigenvalue {scale * smallest:.3e}" in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("smallest", [-ROUNDING, -1e-9, -1e-16, 0.0])
+def test_negative_rounding_errors_become_zero(smallest, scale):
+    """The others stay as they are."""
+    spectrum = (smallest, smallest / 2, 0.1, 0.5, 0.7, 1.0)
+    (got,) = eigenvalues(scale * with_spectrum(*spectrum), "here")
+    # The products of the reflections and the solver are of float64: a few hundred ε.
+    want = scale * torch.tensor(spectrum, dtype=torch.float64).clamp_min(0)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-13 * scale)
+    assert (got >= 0).all()
+    if smallest <= -1e-9:
+        assert torch.equal(got[:2], torch.zeros(2, dtype=torch.float64))
+
+
+def test_each_matrix_of_a_stack_answers_for_itself():
+    """A negative eigenvalue is not small because another matrix is large."""
+    good = with_spectrum(0.0, 0.1, 0.2, 0.5, 0.7, 1.0)
+    bad = 1e-6 * with_spectrum(-0.5, 0.1, 0.2, 0.5, 0.7, 1.0)
+    assert float(bad.abs().max()) < ROUNDING  # so small that beside `good` it would pass
+    eigenvalues(torch.cat([good, good]), "here")
+    for stack in ([good, bad], [bad, good]):
+        with pytest.raises(InvalidValue, match=REFUSAL):
+            eigenvalues(torch.cat(stack), "here")
+
+
+sides = pytest.mark.parametrize("side", ["input", "output"])
+
+
+def fitted() -> tuple[Laplace, Case]:
+    case = build("mlp-tanh")
+    return Laplace(case.model, case.likelihood).fit(case.batches), case
+
+
+def raw_sum(la: Laplace, side: str) -> Tensor:
+    """The sum (1, d, d) behind a factor of the first layer."""
+    block = la.curvature.blocks["0.weight"]
+    factor = getattr(block.factors, side)
+    return factor * la.n_data if side == "input" else factor  # A is a mean over the examples
+
+
+def sums_of(side: str, matrix: Tensor) -> dict[str, Tensor]:
+    """How a block keeps such a sum, with no row beside it."""
+    gram = Gram.of(matrix)
+    return {f"{side}_sum": gram.packed, f"{side}_rows": gram.rows}
+
+
+def assert_refused(la: Laplace, case: Case, matrix: Tensor) -> None:
+    """Whatever needs the spectrum names the layer and the smallest eigenvalue of `matrix`."""
+    smallest = float(torch.linalg.eigvalsh(matrix).min())
+    assert smallest < 0
+    message = re.escape(f"curvature is {REFUSAL}. got smallest eigenvalue {smallest:.3e}")
+    for ask in (la.log_marginal_likelihood, lambda: la(case.x), lambda: la.sample(1)):
+        with pytest.raises(InvalidValue, match=f"^0.weight: {message}"):
+            ask()
+
+
+@sides
+@pytest.mark.parametrize("share", [1e-3, 0.1])
+def test_a_loaded_state_with_an_indefinite_factor(side, share, tmp_path):
+    """A file whose sum was shifted below zero: no evidence comes of it."""
+    la, case = fitted()
+    matrix = raw_sum(la, side)
+    values = torch.linalg.eigvalsh(matrix)[0]
+    shift = float(values[0] + share * values[-1])
+    moved = matrix - shift * torch.eye(matrix.shape[-1], dtype=torch.float64)
+    state = la.state_dict()
+    state["curvature"]["blocks"]["0.weight"] |= sums_of(side, moved)
+    torch.save(state, tmp_path / "posterior.pt")
+    assert_refused(Laplace.load(tmp_path / "posterior.pt", case.model), case, moved)
+
+
+@sides
+def test_a_merged_curvature_that_takes_away_more_than_there_was(side):
+    """Data subtracted twice: H − 2H."""
+    la, case = fitted()
+    other, _ = fitted()
+    block = other.curvature.blocks["0.weight"]
+    left = -raw_sum(la, side)
+    other.curvature.blocks["0.weight"] = dataclasses.replace(block, **sums_of(side, 2 * left))
+    la.curvature.merge(other.curvature)
+    assert_refused(la, case, left)
