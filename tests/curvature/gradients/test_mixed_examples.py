@@ -11,8 +11,8 @@ from laws import EXACT, assert_diagonal_blocks, fitted, relative_error, seeded_c
 from torch import Tensor, nn
 
 from kfac_laplace import Curvature
-from kfac_laplace.curvature.batches import Batch
-from kfac_laplace.curvature.generic import ExampleGraph
+from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
+from kfac_laplace.curvature.model.batches import Batch
 from kfac_laplace.errors import UnsupportedUse
 
 REFUSAL = "an example alone gives another output than in its batch"

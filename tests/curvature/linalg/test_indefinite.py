@@ -11,8 +11,8 @@ from cases import Case, build
 from torch import Tensor
 
 from kfac_laplace import Laplace
-from kfac_laplace.curvature.grams import Gram
-from kfac_laplace.curvature.spectral import eigenvalues
+from kfac_laplace.curvature.linalg.gram import Gram
+from kfac_laplace.curvature.linalg.spectrum import eigenvalues
 from kfac_laplace.errors import InvalidValue
 
 D = 6

@@ -8,7 +8,7 @@ from posterior import dense
 from torch import Tensor
 
 from kfac_laplace.likelihoods import Gaussian
-from kfac_laplace.posterior.predictive import from_samples
+from kfac_laplace.posterior.predict.predictive import from_samples
 
 ONE = torch.ones((), dtype=torch.float64)
 #: The same few sums of numbers of order one, in another order.
