@@ -2,11 +2,11 @@
 
 __version__ = "0.1.0"
 
+from kfac_laplace.curvature.backend import Curvature as Curvature
 from kfac_laplace.curvature.estimate.fisher import Empirical as Empirical
 from kfac_laplace.curvature.estimate.fisher import Exact as Exact
 from kfac_laplace.curvature.estimate.fisher import Hybrid as Hybrid
 from kfac_laplace.curvature.estimate.fisher import MonteCarlo as MonteCarlo
-from kfac_laplace.curvature.ggn import Curvature as Curvature
 from kfac_laplace.curvature.layers import layer_rule as layer_rule
 from kfac_laplace.errors import KfacLaplaceError as KfacLaplaceError
 from kfac_laplace.laplace import Laplace as Laplace

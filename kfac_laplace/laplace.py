@@ -11,14 +11,16 @@ import torch
 from torch import Generator, Tensor, nn
 from typing_extensions import Self
 
+from kfac_laplace.curvature.backend import Curvature
+from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher
 from kfac_laplace.curvature.estimate.settings import KfacApprox
-from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.state import curvature_state, restore_curvature
+from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.curvature.state import ggn_from_state, ggn_to_state
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Gaussian, Likelihood, check_finite
 from kfac_laplace.options import check_whole
@@ -79,7 +81,7 @@ class Laplace:
         sigma_noise: float | Tensor = 1.0,
         temperature: float = 1.0,
         joint_bias: bool = True,
-        uncovered: Uncovered = "diag",
+        uncovered: str = "diag",
         seed: int = 0,
         factor_dtype: FactorDtype = "auto",
         dict_key_y: str = "labels",
@@ -87,25 +89,24 @@ class Laplace:
         batch_fn: BatchFn | None = None,
     ):
         self.model = model
-        self._curvature_options: dict[str, Any] = {
-            "likelihood": likelihood,
-            "hessian_structure": hessian_structure,
-            "subset_of_weights": subset_of_weights,
-            "kfac_approx": kfac_approx,
-            "fisher": fisher,
-            "joint_bias": joint_bias,
-            "uncovered": uncovered,
-            "seed": seed,
-            "factor_dtype": factor_dtype,
-            "forward_fn": forward_fn,
-            "batch_fn": batch_fn,
-        }
+        self.options = CurvatureOptions.of(
+            likelihood,
+            hessian_structure=hessian_structure,
+            subset_of_weights=subset_of_weights,
+            kfac_approx=kfac_approx,
+            fisher=fisher,
+            joint_bias=joint_bias,
+            uncovered=uncovered,
+            seed=seed,
+            factor_dtype=factor_dtype,
+            forward_fn=forward_fn,
+            batch_fn=batch_fn,
+        )
         check_sharing(prior_structure, hessian_structure)
-        self.curvature = self._new_curvature()
+        self.curvature = Curvature.of(model, self.options)
         self.prior_structure = prior_structure
         self.prior_mean = prior_mean
         real(prior_mean, "prior_mean")
-        self.seed = seed
         self.dict_key_y = dict_key_y
         device = self.curvature.network.device
         self._hyper = Hyperparameters(
@@ -117,10 +118,6 @@ class Laplace:
         self._mode: dict[str, Tensor] = {}
         self._posterior: Posterior | None = None
         self._loaders: list[Iterable[Any]] = []
-
-    def _new_curvature(self) -> Curvature:
-        options = dict(self._curvature_options)
-        return Curvature(self.model, options.pop("likelihood"), **options)
 
     @property
     def likelihood(self) -> Likelihood:
@@ -146,15 +143,14 @@ class Laplace:
             UnsupportedUse: a use of a parameter that cannot be treated correctly.
             After an exception the posterior is as it was before.
         """
-        curvature = self._new_curvature()
-        curvature.network.remember(self.curvature.network)
+        curvature = Curvature.of(self.model, self.options, self.curvature.ggn.knowledge)
         if not override and self._mode:
             curvature.merge(self.curvature)
             curvature.generator.set_state(self.curvature.generator.get_state())
         curvature.fit(train_loader, key_y=self.dict_key_y, progress=progress_bar)
-        live = curvature.network.live_parameters()
+        live = curvature.network.parameters(curvature.params)
         with torch.inference_mode(False):
-            mode = {name: live[name].detach().double().clone() for name in curvature.params}
+            mode = {name: value.detach().double().clone() for name, value in live.items()}
         for name, value in mode.items():
             check_finite(value, where=name)
         if not override and any(not torch.equal(mode[n], v) for n, v in self._mode.items()):
@@ -165,8 +161,7 @@ class Laplace:
 
     def _adopt(self, curvature: Curvature, mode: dict[str, Tensor], hyper: Hyperparameters) -> None:
         """Take a finished curvature and mode; nothing is stored unless everything fits."""
-        layouts = {group.name: group.layout for group in curvature.groups}
-        prior = PriorStructure(self.prior_structure, layouts, curvature.params)
+        prior = PriorStructure(self.prior_structure, curvature.ggn.layouts, curvature.params)
         device = curvature.network.device
         mean = real(self.prior_mean, "prior_mean", device).detach()
         if mean.numel() not in (1, prior.size):
@@ -178,16 +173,17 @@ class Laplace:
             )
         full = prior.full(hyper.prior_precision.to(device))
         hyper = Hyperparameters(full, hyper.sigma_noise.to(device), hyper.temperature.to(device))
-        self._posterior = Posterior(curvature, mode, prior, mean.reshape(-1), hyper)
+        self._posterior = Posterior(
+            curvature.network, curvature.ggn, mode, prior, mean.reshape(-1), hyper
+        )
         self.curvature, self._mode, self._hyper = curvature, mode, hyper
-        self._blocks = curvature.blocks
 
     @property
     def posterior(self) -> Posterior:
         """The fitted posterior at today's hyperparameters, or `NotFitted`."""
         if self._posterior is None:
             raise NotFitted("there is no posterior yet", where="Laplace", remedy="Call fit first")
-        if self._blocks is not self.curvature.blocks:  # merged or accumulated from outside
+        if self._posterior.ggn is not self.curvature.ggn:  # merged or accumulated by the caller
             self._adopt(self.curvature, self._mode, self._hyper)
         return self._posterior
 
@@ -337,7 +333,7 @@ class Laplace:
         """
         loaders = self._loaders if loader is None and method == "loo" else [loader]
         points = calibration.held_out_points(
-            self.posterior, method, loaders, self.dict_key_y, self.seed
+            self.posterior, method, loaders, self.dict_key_y, self.options.seed
         )
         self._scale = self._scale.new_tensor(
             calibration.best_scale(self.likelihood, points, self.sigma_noise.detach())
@@ -348,7 +344,7 @@ class Laplace:
 
     @property
     def _predictor(self) -> Predictor:
-        return Predictor(self.posterior, self._scale, self.seed, self.dict_key_y)
+        return Predictor(self.posterior, self._scale, self.options.seed, self.dict_key_y)
 
     def __call__(
         self,
@@ -437,20 +433,20 @@ class Laplace:
         return {
             "format": state.FORMAT,
             "options": self._plain_options(),
-            "curvature": curvature_state(self.curvature),
+            "curvature": ggn_to_state(posterior.ggn),
+            "draws": self.curvature.generator.get_state(),
             "mode": dict(self._mode),
             "hyperparameters": asdict(posterior.hyperparameters.detached()),
             "posterior_scale": self._scale,
         }
 
     def _plain_options(self) -> dict[str, Any]:
-        options = {
-            **self._curvature_options,
+        return {
+            **self.options.to_plain(),
             "prior_structure": self.prior_structure,
             "prior_mean": self.prior_mean,
             "dict_key_y": self.dict_key_y,
         }
-        return state.plain_options(options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state made with the same options on the same weights.
@@ -462,7 +458,9 @@ class Laplace:
         state.check_state(state_dict)
         state.check_options(state_dict["options"], self._plain_options())
         with state.refusing_damage():
-            curvature = restore_curvature(self._new_curvature(), state_dict["curvature"])
+            curvature = Curvature.of(self.model, self.options)
+            curvature.ggn = ggn_from_state(state_dict["curvature"], curvature.network, self.options)
+            curvature.generator.set_state(state_dict["draws"].cpu())
             device = curvature.network.device
             mode = {name: state_dict["mode"][name].to(device) for name in curvature.params}
             stored = state_dict["hyperparameters"]
@@ -472,7 +470,7 @@ class Laplace:
                 positive(stored["temperature"], "temperature", device),
             )
             scale = _checked_scale(state_dict["posterior_scale"], device)
-        state.check_weights(curvature, mode)
+        state.check_weights(curvature.network, mode)
         self._adopt(curvature, mode, hyper)
         self._scale, self._loaders = scale, []
 
@@ -491,7 +489,9 @@ class Laplace:
         """
         stored = torch.load(path, weights_only=True, map_location="cpu")
         state.check_state(stored)
-        options = state.options_from_plain(stored["options"], overrides)
+        plain = stored["options"]
+        others = {name: plain[name] for name in ("prior_structure", "prior_mean", "dict_key_y")}
+        options = {**others, **CurvatureOptions.from_plain(plain, overrides)}
         loaded = cls(model, options.pop("likelihood"), **options)
         loaded.load_state_dict(stored)
         return loaded

@@ -1,55 +1,58 @@
-"""A curvature as tensors and plain data, and back."""
+"""A GGN as tensors and plain data, and back."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from kfac_laplace.curvature.estimate.blocks import KINDS
-from kfac_laplace.curvature.ggn import Curvature
+from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.groups import Group
+from kfac_laplace.curvature.gradients.knowledge import Knowledge
+from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.curvature.rows.layout import Fold, Layout
 from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout, Segments
 from kfac_laplace.errors import InvalidValue
 
 
-def curvature_state(curvature: Curvature) -> dict[str, Any]:
-    """Everything that `restore_curvature` needs."""
-    network = curvature.network
+def ggn_to_state(ggn: GGN) -> dict[str, Any]:
+    """Everything that `ggn_from_state` needs beside the model and the options."""
+    known = ggn.knowledge
     return {
-        "structure": curvature.hessian_structure,
-        "likelihood": _likelihood(curvature),
-        "tracked": list(network.tracked),
-        "groups": groups_to_plain(network.groups),
+        "structure": ggn.options.hessian_structure,
+        "likelihood": _likelihood(ggn.options),
+        "tracked": list(known.tracked),
+        "groups": groups_to_plain(known.groups),
         "row_layouts": [
-            [list(params), nth, _plain_row_layout(g)]
-            for (params, nth), g in network.row_layouts.items()
+            [list(params), nth, _plain_row_layout(layout)]
+            for (params, nth), layout in known.row_layouts.items()
         ],
-        "class_axis": network.class_axis,
-        "row_entries": network.row_entries,
-        "settings": dict(curvature.settings),
-        "blocks": {name: block.tensors() for name, block in curvature.blocks.items()},
-        "kinds": {name: block.kind for name, block in curvature.blocks.items()},
-        "statistic": curvature.statistic,
-        "n_data": curvature.n_data,
-        "n_rows": curvature.n_rows,
-        "n_outputs": curvature.n_outputs,
-        "generator": curvature.generator.get_state(),
+        "class_axis": known.class_axis,
+        "row_entries": known.row_entries,
+        "settings": dict(ggn.settings),
+        "blocks": {name: block.tensors() for name, block in ggn.blocks.items()},
+        "kinds": {name: block.kind for name, block in ggn.blocks.items()},
+        "statistic": ggn.statistic,
+        "n_data": ggn.n_data,
+        "n_rows": ggn.n_rows,
+        "n_outputs": ggn.n_outputs,
     }
 
 
-def restore_curvature(curvature: Curvature, state: Mapping[str, Any]) -> Curvature:
-    """Fill a fresh curvature of the same model and options from a state.
+def ggn_from_state(state: Mapping[str, Any], network: Network, options: CurvatureOptions) -> GGN:
+    """The GGN of a state, for the same model and options.
 
     Raises:
-        InvalidValue: the state is no curvature's, or belongs to another model or structure.
+        InvalidValue: the state is no GGN's, or belongs to another model or structure.
     """
     missing = {"structure", "groups", "blocks", "kinds", "tracked"} - set(state)
     if missing:
         raise InvalidValue("not a curvature state", where="state", got=f"no {sorted(missing)}")
     if (state["structure"], state["likelihood"]) != (
-        curvature.hessian_structure,
-        _likelihood(curvature),
+        options.hessian_structure,
+        _likelihood(options),
     ):
         raise InvalidValue(
             "the state belongs to other options",
@@ -57,43 +60,51 @@ def restore_curvature(curvature: Curvature, state: Mapping[str, Any]) -> Curvatu
             got=f"structure {state['structure']!r}, likelihood {state['likelihood']!r}",
             remedy="Use the options that the state was made with",
         )
-    groups = groups_from_plain(state["groups"], curvature)
-    network, device = curvature.network, curvature.network.device
-    network.tracked = list(state["tracked"])
-    network.class_axis, network.row_entries = state["class_axis"], state["row_entries"]
-    network.row_layouts = {
-        (tuple(params), nth): _row_layout(plain) for params, nth, plain in state["row_layouts"]
-    }
-    layouts = {group.name: group.layout for group in groups}
-    if curvature.hessian_structure == "full":
-        layouts = {"full": curvature.full_layout}
-    curvature.blocks = {
+    known = knowledge_of_groups(groups_from_plain(state["groups"]), network, options)
+    known = replace(
+        known,
+        tracked=tuple(state["tracked"]),
+        class_axis=state["class_axis"],
+        row_entries=state["row_entries"],
+        row_layouts={
+            (tuple(params), nth): _row_layout(plain) for params, nth, plain in state["row_layouts"]
+        },
+    )
+    layouts = {group.name: group.layout for group in known.groups}
+    if options.hessian_structure == "full":
+        layouts = {"full": known.full_layout}
+    device = network.device
+    blocks = {
         name: KINDS[state["kinds"][name]].from_tensors(
             layouts[name], {key: tensor.to(device) for key, tensor in tensors.items()}
         )
         for name, tensors in state["blocks"].items()
     }
-    curvature.settings = dict(state["settings"])
-    curvature.statistic = state["statistic"].to(device)
-    curvature.n_data, curvature.n_outputs = state["n_data"], state["n_outputs"]
-    curvature.n_rows = state["n_rows"]
-    curvature.generator.set_state(state["generator"].cpu())
-    return curvature
+    return GGN(
+        options,
+        known,
+        dict(state["settings"]),
+        blocks,
+        state["statistic"].to(device),
+        state["n_data"],
+        state["n_rows"],
+        state["n_outputs"],
+    )
 
 
-def _likelihood(curvature: Curvature) -> list[Any]:
+def _likelihood(options: CurvatureOptions) -> list[Any]:
     """Name and options of the likelihood, as plain data."""
-    return [type(curvature.likelihood).__name__, curvature.likelihood.options()]
+    return [type(options.likelihood).__name__, options.likelihood.options()]
 
 
-def _plain_row_layout(row_layout: RowLayout | None) -> list[Any] | None:
+def _plain_row_layout(layout: RowLayout | None) -> list[Any] | None:
     """A row layout as plain data."""
-    if row_layout is None:
+    if layout is None:
         return None
-    if isinstance(row_layout, Segments):
-        return ["segments", row_layout.kind]
-    assert isinstance(row_layout, Axis)
-    return ["axis", row_layout.axis, row_layout.minor]
+    if isinstance(layout, Segments):
+        return ["segments", layout.kind]
+    assert isinstance(layout, Axis)
+    return ["axis", layout.axis, layout.minor]
 
 
 def _row_layout(plain: list[Any] | None) -> RowLayout | None:
@@ -125,15 +136,9 @@ def groups_to_plain(groups: Iterable[Group]) -> list[dict[str, Any]]:
     ]
 
 
-def groups_from_plain(
-    plain: Iterable[Mapping[str, Any]], curvature: Curvature
-) -> tuple[Group, ...]:
-    """Give a fresh curvature its groups, and track their parameters alone.
-
-    Raises:
-        InvalidValue: the model's trainable parameters are not those of the groups.
-    """
-    groups = tuple(
+def groups_from_plain(plain: Iterable[Mapping[str, Any]]) -> tuple[Group, ...]:
+    """Groups from plain data."""
+    return tuple(
         Group(
             entry["name"],
             Layout(
@@ -153,16 +158,26 @@ def groups_from_plain(
         )
         for entry in plain
     )
-    network = curvature.network
-    live = network.live_parameters()
-    have = {name: p.shape for name, p in live.items()}
+
+
+def knowledge_of_groups(
+    groups: tuple[Group, ...], network: Network, options: CurvatureOptions
+) -> Knowledge:
+    """What stored groups say about a model, which must have their parameters.
+
+    Raises:
+        InvalidValue: the model's trainable parameters are not those of the groups.
+    """
+    tracked = network.select(options.subset_of_weights)
+    have = {name: p.shape for name, p in network.parameters(tracked).items()}
     want = {
         name: shape
         for group in groups
         for name, shape in zip(group.layout.params, group.layout.shapes, strict=True)
     }
     wrong = [name for name, shape in want.items() if have.get(name) != shape]
-    if network.subset != "last_layer" and curvature.uncovered != "freeze":
+    partial = options.subset_of_weights == "last_layer"
+    if not partial and options.uncovered != "freeze":
         wrong += [name for name in have if name not in want]
     if wrong:
         raise InvalidValue(
@@ -171,7 +186,6 @@ def groups_from_plain(
             got=f"shape {have.get(wrong[0])} where the state has {want.get(wrong[0])}",
             remedy="Load it into the model that it was made with",
         )
-    network.groups = groups
-    if network.subset == "last_layer":
-        network.tracked = [name for name in network.tracked if name in want]
-    return groups
+    if partial:
+        tracked = tuple(name for name in tracked if name in want)
+    return Knowledge(tracked, groups)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_laplace import Laplace
+from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.estimate.settings import KfacApprox
-from kfac_laplace.curvature.ggn import Structure
 from kfac_laplace.demo import metrics
 from kfac_laplace.demo.data import Batches, Images, Split, loader
 from kfac_laplace.demo.models import IMAGE_MODELS, REDUCE, seeded

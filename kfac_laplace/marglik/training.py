@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import trange
+from typing_extensions import Unpack
 
-from kfac_laplace.curvature.estimate.fisher import Fisher
-from kfac_laplace.curvature.estimate.settings import KfacApprox
-from kfac_laplace.curvature.ggn import Structure
+from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
-from kfac_laplace.curvature.model.forward import ForwardFn
+from kfac_laplace.curvature.options import CurvatureKeywords, spelled
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
@@ -22,14 +21,13 @@ from kfac_laplace.marglik.tuner import MarglikTuner
 from kfac_laplace.posterior.prior import Structure as Sharing
 
 
+@spelled
 def marglik_training(
     model: nn.Module,
     train_loader: Iterable[Any],
     likelihood: str | Likelihood = "classification",
     hessian_structure: Structure = "kron",
     *,
-    kfac_approx: KfacApprox = "auto",
-    fisher: str | Fisher = "exact",
     optimizer_cls: type[Optimizer] = Adam,
     optimizer_kwargs: Mapping[str, Any] | None = None,
     scheduler_cls: type[LRScheduler] | None = None,
@@ -46,8 +44,7 @@ def marglik_training(
     fix_sigma_noise: bool = False,
     progress_bar: bool = False,
     dict_key_y: str = "labels",
-    forward_fn: ForwardFn | None = None,
-    batch_fn: BatchFn | None = None,
+    **curvature: Unpack[CurvatureKeywords],
 ) -> tuple[Laplace, nn.Module, list[float], list[float]]:
     """Train a network and its hyperparameters together [ML21, Algorithm 1].
 
@@ -56,8 +53,6 @@ def marglik_training(
         train_loader: a loader that can be read every epoch.
         likelihood: "classification", "regression", "binary" or a `Likelihood`.
         hessian_structure: "kron", "diag" or "full".
-        kfac_approx: "auto", "expand", "reduce" or {pattern: setting}.
-        fisher: "exact", "hybrid", "mc", "empirical" or an estimator object.
         optimizer_cls: optimiser of the weights.
         optimizer_kwargs: its options; without weight decay, which the prior is.
         scheduler_cls: learning-rate schedule, stepped after every batch.
@@ -74,8 +69,8 @@ def marglik_training(
         fix_sigma_noise: leave σ alone.
         progress_bar: show one, an epoch a step.
         dict_key_y: name of the targets where batches are mappings.
-        forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
-        batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
+        curvature: further options of `Curvature` by their names: kfac_approx, fisher,
+            subset_of_weights, joint_bias, uncovered, seed, factor_dtype, forward_fn, batch_fn.
 
     Returns:
         The posterior at the weights and hyperparameters of highest evidence, the model with those
@@ -92,7 +87,7 @@ def marglik_training(
             got=f"weight_decay={options['weight_decay']}",
             remedy="Leave it out; set prior_prec_init instead",
         )
-    n_data = sum(_count(batch, dict_key_y, batch_fn) for batch in train_loader)
+    n_data = sum(_count(batch, dict_key_y, curvature.get("batch_fn")) for batch in train_loader)
     if not n_data:
         raise InvalidValue("the loader yielded no batch", where="train_loader", got="0 examples")
     tuner = MarglikTuner(
@@ -104,12 +99,9 @@ def marglik_training(
         sigma_noise=sigma_noise_init,
         temperature=temperature,
         fix_sigma_noise=fix_sigma_noise,
-        kfac_approx=kfac_approx,
-        fisher=fisher,
         hessian_structure=hessian_structure,
         dict_key_y=dict_key_y,
-        forward_fn=forward_fn,
-        batch_fn=batch_fn,
+        **curvature,
         n_epochs_burnin=n_epochs_burnin,
         marglik_frequency=marglik_frequency,
         n_hypersteps=n_hypersteps,

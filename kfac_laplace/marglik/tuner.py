@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from kfac_laplace.curvature.estimate.fisher import Fisher
-from kfac_laplace.curvature.estimate.settings import KfacApprox
-from kfac_laplace.curvature.ggn import Curvature, Structure, Uncovered
-from kfac_laplace.curvature.gradients.groups import Subset
-from kfac_laplace.curvature.linalg.dtypes import FactorDtype, accumulable
-from kfac_laplace.curvature.model.batches import BatchFn, split_batch
-from kfac_laplace.curvature.model.forward import Forward, ForwardFn
-from kfac_laplace.curvature.state import groups_from_plain, groups_to_plain
+from kfac_laplace.curvature.backend import Curvature
+from kfac_laplace.curvature.estimate.blocks import Structure
+from kfac_laplace.curvature.gradients.knowledge import Knowledge
+from kfac_laplace.curvature.linalg.dtypes import accumulable
+from kfac_laplace.curvature.model.batches import split_batch
+from kfac_laplace.curvature.model.forward import Forward
+from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
+from kfac_laplace.curvature.state import groups_from_plain, groups_to_plain, knowledge_of_groups
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
@@ -65,6 +66,7 @@ class MarglikTuner:
         InvalidValue: an option out of range.
     """
 
+    @spelled
     def __init__(
         self,
         model: nn.Module,
@@ -77,22 +79,14 @@ class MarglikTuner:
         sigma_noise: float | Tensor = 1.0,
         temperature: float = 1.0,
         fix_sigma_noise: bool = False,
-        kfac_approx: KfacApprox = "auto",
-        fisher: str | Fisher = "exact",
-        hessian_structure: Structure = "kron",
-        subset_of_weights: Subset = "all",
-        joint_bias: bool = True,
-        uncovered: Uncovered = "diag",
-        seed: int = 0,
-        factor_dtype: FactorDtype = "auto",
         dict_key_y: str = "labels",
-        forward_fn: ForwardFn | None = None,
-        batch_fn: BatchFn | None = None,
         n_epochs_burnin: int = 0,
         marglik_frequency: int = 1,
         n_hypersteps: int = 10,
         lr_hyp: float = 0.1,
         method: str = "marglik",
+        hessian_structure: Structure = "kron",
+        **options: Unpack[CurvatureKeywords],
     ):
         at_least = {
             "n_data": (n_data, 1),
@@ -108,31 +102,24 @@ class MarglikTuner:
         self.n_data = n_data
         self.n_epochs_burnin, self.marglik_frequency = n_epochs_burnin, marglik_frequency
         self.n_hypersteps, self.lr_hyp, self.method = n_hypersteps, lr_hyp, method
-        self._options: dict[str, Any] = {
-            "likelihood": likelihood,
-            "hessian_structure": hessian_structure,
-            "subset_of_weights": subset_of_weights,
-            "kfac_approx": kfac_approx,
-            "fisher": fisher,
+        self._fixed: dict[str, Any] = {
             "prior_structure": prior_structure,
             "prior_mean": prior_mean,
-            "joint_bias": joint_bias,
-            "uncovered": uncovered,
-            "seed": seed,
             "dict_key_y": dict_key_y,
-            "factor_dtype": factor_dtype,
-            "forward_fn": forward_fn,
-            "batch_fn": batch_fn,
         }
         blank = Laplace(
             model,
+            likelihood,
             prior_precision=prior_precision,
             sigma_noise=sigma_noise,
             temperature=temperature,
-            **self._options,
+            hessian_structure=hessian_structure,
+            **self._fixed,
+            **options,
         )
+        self.options = blank.options
         self.likelihood = blank.likelihood
-        self._network = blank.curvature.network
+        self._network, self._known = blank.curvature.network, blank.curvature.ggn.knowledge
         self._hyper = Hyperparameters(
             blank.prior_precision.detach(), blank.sigma_noise.detach(), blank.temperature
         )
@@ -171,20 +158,21 @@ class MarglikTuner:
         Args:
             batch: a pair (x, y), a mapping with targets, graphs, or what `batch_fn` takes.
         """
-        x, y = split_batch(batch, self._key_y, self._options["batch_fn"])
+        x, y = split_batch(batch, self._key_y, self.options.batch_fn)
         # Through wrappers, as the caller trains it: data parallelism averages gradients in them.
-        run = Forward(self.model, self._options["forward_fn"])
+        run = Forward(self.model, self.options.forward_fn)
         return run(self._network.batch(x, len(y)).x), y
 
     def _penalty(self) -> Tensor:
         """Σ δ (θ − μ)² over the parameters in the posterior."""
-        params = {n: accumulable(p) for n, p in self._network.live_parameters().items()}
-        mean = real(self._options["prior_mean"], "prior_mean", self._network.device).detach()
+        params = {
+            n: accumulable(p) for n, p in self._network.parameters(self._known.tracked).items()
+        }
+        mean = real(self._fixed["prior_mean"], "prior_mean", self._network.device).detach()
         delta = self._hyper.prior_precision
         if self._prior is None:
-            options = self._options
-            partial = options["subset_of_weights"] == "last_layer"
-            partial |= options["uncovered"] == "freeze"
+            partial = self.options.subset_of_weights == "last_layer"
+            partial |= self.options.uncovered == "freeze"
             if delta.numel() > 1 or mean.numel() > 1 or partial:
                 raise InvalidValue(
                     "which parameters belong to which precision shows only when the model is used",
@@ -213,11 +201,12 @@ class MarglikTuner:
         several initial precisions or means, "last_layer", or uncovered="freeze".
         """
         curvature = self._blank().curvature
-        self._learn_groups(curvature.fit([*islice(loader, 1)], key_y=self._key_y))
+        curvature.fit([*islice(loader, 1)], key_y=self._key_y)
+        self._learn_groups(curvature.ggn.knowledge)
 
     @property
     def _key_y(self) -> str:
-        return str(self._options["dict_key_y"])
+        return str(self._fixed["dict_key_y"])
 
     # --- the rounds --------------------------------------------------------------------------
 
@@ -248,12 +237,12 @@ class MarglikTuner:
             )
         start = time.perf_counter()
         # Another seed each round, so that Monte-Carlo labels are not the same ones again.
-        la = self._blank(seed=self._options["seed"] + epoch).fit(loader)
-        if la.curvature.n_rows != self.n_data and not self.history:
+        la = self._blank(self.options.seeded(self.options.seed + epoch)).fit(loader)
+        if la.curvature.ggn.n_rows != self.n_data and not self.history:
             log.warning(
                 "the loader holds %d examples where n_data=%d was promised: the loss weighs the "
                 "prior by n_data",
-                la.curvature.n_rows,
+                la.curvature.ggn.n_rows,
                 self.n_data,
             )
         self._synchronise()
@@ -271,21 +260,23 @@ class MarglikTuner:
                 seconds=time.perf_counter() - start,
                 curvature_seconds=curvature_seconds,
             )
-        self._learn_groups(la.curvature)
+        self._learn_groups(la.curvature.ggn.knowledge)
         self._hyper, self._adam, self._epoch = hyper, adam, epoch
         self.history.append(record)
         return record
 
-    def _blank(self, **changes: Any) -> Laplace:
-        """An unfitted posterior at today's hyperparameters, with changed options if any."""
+    def _blank(self, options: CurvatureOptions | None = None) -> Laplace:
+        """An unfitted posterior at today's hyperparameters, with other options if any."""
         blank = Laplace(
             self.model,
+            self.likelihood,
             prior_precision=self._hyper.prior_precision,
             sigma_noise=self._hyper.sigma_noise,
             temperature=float(self._hyper.temperature),
-            **{**self._options, **changes},
+            **self._fixed,
+            **(options or self.options).keywords(),
         )
-        blank.curvature.network.remember(self._network)
+        blank.curvature = Curvature.of(self.model, blank.options, self._known)
         return blank
 
     def _synchronise(self) -> None:
@@ -293,12 +284,12 @@ class MarglikTuner:
         if self._network.device.type == "cuda":
             torch.cuda.synchronize(self._network.device)
 
-    def _prior_of(self, curvature: Curvature) -> PriorStructure:
-        layouts = {group.name: group.layout for group in curvature.groups}
-        return PriorStructure(self._options["prior_structure"], layouts, curvature.params)
+    def _prior_of(self, known: Knowledge) -> PriorStructure:
+        layouts = {group.name: group.layout for group in known.groups}
+        return PriorStructure(self._fixed["prior_structure"], layouts, known.params)
 
-    def _learn_groups(self, curvature: Curvature) -> None:
-        self._network, self._prior = curvature.network, self._prior_of(curvature)
+    def _learn_groups(self, known: Knowledge) -> None:
+        self._known, self._prior = known, self._prior_of(known)
 
     def _improved(self, posterior: Posterior) -> tuple[Hyperparameters, dict[str, Any] | None]:
         """The hyperparameters after this round's steps, and Adam's state after them."""
@@ -355,7 +346,7 @@ class MarglikTuner:
             "adam": copy.deepcopy(self._adam),
             "epoch": self._epoch,
             "history": [asdict(record) for record in self.history],
-            "groups": None if self._prior is None else groups_to_plain(self._network.groups),
+            "groups": None if self._prior is None else groups_to_plain(self._known.groups),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -372,8 +363,7 @@ class MarglikTuner:
                 got=f"no {sorted(missing)}",
                 remedy="Pass what state_dict() made",
             )
-        curvature = self._blank().curvature
-        device = curvature.network.device
+        device, known = self._network.device, None
         with refusing_damage():
             stored = state["hyperparameters"]
             hyper = Hyperparameters(
@@ -384,9 +374,10 @@ class MarglikTuner:
             history = [Record(**record) for record in state["history"]]
             epoch = int(state["epoch"])
             if state["groups"] is not None:
-                groups_from_plain(state["groups"], curvature)
-                self._prior_of(curvature).full(hyper.prior_precision)
-        if state["groups"] is not None:
-            self._learn_groups(curvature)
+                groups = groups_from_plain(state["groups"])
+                known = knowledge_of_groups(groups, self._network, self.options)
+                self._prior_of(known).full(hyper.prior_precision)
+        if known is not None:
+            self._learn_groups(known.with_rows_of(self._known))
         self._hyper, self._epoch, self.history = hyper, epoch, history
         self._adam = copy.deepcopy(state["adam"])

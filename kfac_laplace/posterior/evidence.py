@@ -88,7 +88,7 @@ def maximise(
         tolerance: converged once every component of the gradient is below it, in nats per unit of
             log δ or log σ.
     """
-    noise = posterior.curvature.likelihood.has_noise and not fix_sigma_noise
+    noise = posterior.ggn.likelihood.has_noise and not fix_sigma_noise
     free = LogHyperparameters(posterior.hyperparameters, posterior.prior.length, noise)
     optimiser = torch.optim.LBFGS(
         free.leaves,
@@ -137,7 +137,7 @@ def mackay(
     Raises:
         UnsupportedUse: a free noise that is not Gaussian.
     """
-    noise = posterior.curvature.likelihood.has_noise and not fix_sigma_noise
+    noise = posterior.ggn.likelihood.has_noise and not fix_sigma_noise
     with torch.no_grad():
         step, here = 0, FixedPoint(posterior, noise)
         while step < n_steps and here.slope > tolerance:
@@ -161,7 +161,7 @@ class FixedPoint:
     """
 
     def __init__(self, posterior: Posterior, noise: bool):
-        likelihood = posterior.curvature.likelihood
+        likelihood = posterior.ggn.likelihood
         if noise and not isinstance(likelihood, Gaussian):
             raise UnsupportedUse(
                 "MacKay's formula for the noise holds for Gaussian noise alone",
@@ -180,7 +180,7 @@ class FixedPoint:
     def _free_outputs(self) -> Tensor:
         """N C − T γ, the outputs that the noise has to explain."""
         hyper = self.posterior.hyperparameters
-        return self.posterior.curvature.n_outputs - hyper.temperature * self._gamma.sum()
+        return self.posterior.ggn.n_outputs - hyper.temperature * self._gamma.sum()
 
     @property
     def slope(self) -> float:
@@ -189,7 +189,7 @@ class FixedPoint:
         slopes = 0.5 * (self._gamma - hyper.prior_precision * self._squares).abs()
         if not self.noise:
             return float(slopes.max())
-        statistic = self.posterior.curvature.statistic
+        statistic = self.posterior.ggn.statistic
         by_sigma = (statistic / hyper.sigma_noise**2 - self._free_outputs) / hyper.temperature
         return max(float(slopes.max()), abs(float(by_sigma)))
 
@@ -205,7 +205,7 @@ class FixedPoint:
         log_delta = (target / hyper.prior_precision).clamp(1e-3, 1e3).log()
         log_sigma = torch.zeros_like(hyper.sigma_noise)
         if self.noise:
-            variance = self.posterior.curvature.statistic / self._free_outputs.clamp_min(tiny)
+            variance = self.posterior.ggn.statistic / self._free_outputs.clamp_min(tiny)
             log_sigma = 0.5 * (variance / hyper.sigma_noise**2).clamp(1e-6, 1e6).log()
         length = 1.0
         while True:

@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import softplus
 
 from kfac_laplace.curvature.estimate.blocks import Block
-from kfac_laplace.curvature.ggn import Curvature
+from kfac_laplace.curvature.ggn import GGN
+from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.posterior.block import BlockNormal, DenseNormal, SpectralNormal
 from kfac_laplace.posterior.log_table import EXACT, LogTable
 from kfac_laplace.posterior.prior import PriorStructure
@@ -46,14 +47,16 @@ class Posterior:
     """N(θ*, P⁻¹) with the evidence of its hyperparameters.
 
     Args:
-        curvature: fitted blocks, raw sums at σ = 1 and T = 1.
+        network: the model.
+        ggn: its curvature over the data, raw sums at σ = 1 and T = 1.
         mode: θ* by parameter name, float64, in model order.
         prior: how precisions are shared.
         prior_mean: μ, shape () or (p,).
         hyperparameters: δ, σ and T.
     """
 
-    curvature: Curvature
+    network: Network
+    ggn: GGN
     mode: Mapping[str, Tensor]
     prior: PriorStructure
     prior_mean: Tensor
@@ -68,14 +71,14 @@ class Posterior:
     def scale(self) -> Tensor:
         """Likelihood precision 1/(σ²T), shape ()."""
         hyper = self.hyperparameters
-        return self.curvature.likelihood.precision(hyper.sigma_noise) / hyper.temperature
+        return self.ggn.likelihood.precision(hyper.sigma_noise) / hyper.temperature
 
     @cached_property
     def blocks(self) -> dict[str, BlockNormal]:
         """Posterior of each block of the curvature."""
         deltas = self.prior.by_group(self.hyperparameters.prior_precision)
-        blocks = self.curvature.blocks
-        if self.curvature.hessian_structure == "full":
+        blocks = self.ggn.blocks
+        if self.ggn.options.hessian_structure == "full":
             by_group = {
                 name: deltas[name].expand(layout.matrix)
                 for name, layout in self.prior.layouts.items()
@@ -100,9 +103,9 @@ class Posterior:
     @property
     def log_likelihood(self) -> Tensor:
         """log p(D | θ*, σ), summed over examples, positions and outputs, before T."""
-        curvature = self.curvature
-        return curvature.likelihood.log_likelihood(
-            curvature.statistic, curvature.n_outputs, self.hyperparameters.sigma_noise
+        ggn = self.ggn
+        return ggn.likelihood.log_likelihood(
+            ggn.statistic, int(ggn.n_outputs), self.hyperparameters.sigma_noise
         )
 
     @property
@@ -115,7 +118,7 @@ class Posterior:
     @property
     def _by_logs(self) -> "LogTable | None":
         """The eigenvalues of all blocks together, where each block has one prior precision."""
-        if self.curvature.hessian_structure == "full" or self.prior.sharing == "diag":
+        if self.ggn.options.hessian_structure == "full" or self.prior.sharing == "diag":
             return None
         if "by_logs" not in self._kept:
             self._kept["by_logs"] = LogTable.of([b.spectrum for b in self._blocks_in_order()])
@@ -123,7 +126,7 @@ class Posterior:
 
     def _blocks_in_order(self) -> list[Block]:
         """Blocks in the order of the precisions."""
-        return [self.curvature.blocks[name] for name in self.prior.layouts]
+        return [self.ggn.blocks[name] for name in self.prior.layouts]
 
     def _log_signals(self) -> Tensor:
         """log(scale · v/δ) for each value v in the table of logarithms."""
@@ -205,15 +208,15 @@ class Posterior:
         hyper = self.hyperparameters.detached()
         return self.at(replace(hyper, temperature=torch.full_like(hyper.temperature, torch.inf)))
 
-    def with_curvature(self, curvature: Curvature) -> "Posterior":
+    def with_ggn(self, ggn: GGN) -> "Posterior":
         """The same mode and hyperparameters with the curvature of other data."""
         hyper = self.hyperparameters.detached()
-        return replace(self, curvature=curvature, hyperparameters=hyper, _kept={})
+        return replace(self, ggn=ggn, hyperparameters=hyper, _kept={})
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """The mode in the model's own precision."""
-        live = self.curvature.network.live_parameters()
+        live = self.network.parameters(tuple(self.mode))
         return {name: value.to(live[name].dtype) for name, value in self.mode.items()}
 
     def deviations(self, n: int, generator: Generator) -> dict[str, Tensor]:
@@ -225,7 +228,7 @@ class Posterior:
         """
         colours = {}
         for name, normal in self.blocks.items():
-            shape = self.curvature.blocks[name].layout.matrix
+            shape = self.ggn.blocks[name].layout.matrix
             noise = torch.randn(
                 n, *shape, dtype=torch.float64, generator=generator, device=generator.device
             )

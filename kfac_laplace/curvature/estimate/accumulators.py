@@ -8,7 +8,13 @@ from torch import Tensor
 
 from kfac_laplace.curvature.estimate.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from kfac_laplace.curvature.estimate.settings import Setting
-from kfac_laplace.curvature.gradients.forward_pass import Pass
+from kfac_laplace.curvature.gradients.by_group import (
+    factored_gradient,
+    flat_gradients,
+    gradient_pieces,
+    gradients,
+)
+from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group, Term
 from kfac_laplace.curvature.linalg.dtypes import accumulable, rows_of
 from kfac_laplace.curvature.linalg.gram import Gram, GramSum
@@ -47,11 +53,15 @@ class Accumulator(ABC):
     def block(self) -> Block:
         """The finished block."""
 
+    def cancels(self) -> bool:
+        """Whether the sum sees no curvature where gradients of single positions have some."""
+        return False
+
 
 class WholeGradients(Accumulator):
     """A sum that needs the rows of all its uses together."""
 
-    def __init__(self, groups: Sequence[Group], passed: Pass):
+    def __init__(self, groups: Sequence[Group], passed: ForwardPass):
         self._passed = passed
         self.uses = frozenset(u for group in groups for u in passed.uses[group.name])
         self._rows: dict[int, Tensor] = {}
@@ -76,18 +86,18 @@ class KroneckerAccumulator(Accumulator):
     Positions on which no output depends do not enter A: padding, and tokens that nothing reads.
     """
 
-    def __init__(self, group: Group, passed: Pass, setting: Setting):
+    def __init__(self, group: Group, passed: ForwardPass, setting: Setting):
         self._group, self._passed, self._setting = group, passed, setting
         self._terms = passed.terms[group.name]
         self.uses = frozenset(term.use for term in self._terms)
         self._of_example: dict[int, Tensor] = {}  # of the vector at hand, by first block
         b, o, _ = group.layout.matrix
-        device = passed.network.device
+        device = passed.device
         self._device = device
         with rows_of(shared=setting == "expand" and any(map(self._shared, self._terms))):
             self._outputs = GramSum(b, o, passed.outputs.detach())
         # Gradients that cancel are looked for in a network's first batch.
-        self._watching = not passed.network.watched
+        self._watching = not passed.knowledge.watched
         self._before_summing = torch.zeros(b, device=device)
         self._live: dict[int, Tensor] = {}
         self._complete = {t.use for t in self._terms if not _may_drop(t, passed.n)}
@@ -225,7 +235,7 @@ def _may_drop(term: Term, n: int) -> bool:
 class DiagonalAccumulator(WholeGradients):
     """Σ_v Σ_n (per-example gradient)², exact."""
 
-    def __init__(self, group: Group, passed: Pass):
+    def __init__(self, group: Group, passed: ForwardPass):
         super().__init__([group], passed)
         self._group = group
         like = accumulable(passed.params[group.layout.params[0]].detach())
@@ -234,12 +244,12 @@ class DiagonalAccumulator(WholeGradients):
     def _add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
         """Square the per-example gradients, in factored form where there is one."""
         if self._group.factored:
-            factored = self._passed.gradient(self._group, rows)
+            factored = factored_gradient(self._passed, self._group, rows)
             if factored is not None:
                 self._values += factored.squares()
             return
-        for gradients in self._passed.pieces(self._group, rows, generic):
-            self._values += gradients.square().sum((0, 1))
+        for piece in gradient_pieces(self._passed, self._group, rows, generic):
+            self._values += piece.square().sum((0, 1))
 
     def block(self) -> DiagonalBlock:
         """The diagonal."""
@@ -249,36 +259,18 @@ class DiagonalAccumulator(WholeGradients):
 class DenseAccumulator(WholeGradients):
     """Σ_v Σ_n g gᵀ over some groups together, exact."""
 
-    def __init__(self, groups: Sequence[Group], layout: Layout, passed: Pass):
+    def __init__(self, groups: Sequence[Group], layout: Layout, passed: ForwardPass):
         super().__init__(groups, passed)
         self._groups, self._layout = groups, layout
         self._sum = GramSum(1, layout.size, passed.params[layout.params[0]].detach())
 
     def _add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
         """Add the outer products of whole gradients."""
-        gradients = self._passed.gradients(self._groups, rows, generic)
-        if gradients:
-            flat = flat_gradients(gradients, self._layout).flatten(0, 1)  # (v n, p)
+        found = gradients(self._passed, self._groups, rows, generic)
+        if found:
+            flat = flat_gradients(found, self._layout).flatten(0, 1)  # (v n, p)
             self._sum.add(flat[None])
 
     def block(self) -> DenseBlock:
         """The matrix."""
         return DenseBlock(self._layout, self._sum.total()[0])
-
-
-def flat_gradients(gradients: Mapping[str, Tensor], layout: Layout) -> Tensor:
-    """Gradients (v, n, p) in parameter order, zero for parameters that are missing.
-
-    Args:
-        gradients: parameter name to (v, n, *shape); at least one.
-        layout: names and shapes of all p entries.
-    """
-    some = next(iter(gradients.values()))
-    lead = some.shape[:2]
-    parts = [
-        gradients[name].reshape(*lead, -1)
-        if name in gradients
-        else some.new_zeros(*lead, shape.numel())
-        for name, shape in zip(layout.params, layout.shapes, strict=True)
-    ]
-    return torch.cat(parts, -1)

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from typing_extensions import Self
 from kfac_laplace.curvature.linalg.gram import Gram
 from kfac_laplace.curvature.linalg.spectrum import Spectrum, eigenbasis, eigenvalues
 from kfac_laplace.curvature.rows.layout import Layout
+
+#: Kronecker factors where rules give them, the diagonal, or the whole matrix
+Structure = Literal["kron", "diag", "full"]
+STRUCTURES = ("kron", "diag", "full")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,12 @@ class Block(ABC):
         """The block of the two data sets together."""
         mine, theirs = self.tensors(), other.tensors()
         return type(self)(self.layout, **{name: mine[name] + theirs[name] for name in mine})
+
+    def scaled(self, weight: float) -> Self:
+        """The block times a weight ≥ 0, as moving averages want it."""
+        return type(self)(
+            self.layout, **{name: weight * tensor for name, tensor in self.tensors().items()}
+        )
 
     def zero(self) -> Self:
         """The block of no data."""
@@ -142,6 +152,17 @@ class KroneckerBlock(Block):
         own = {name: tensor.clone() for name, tensor in self.tensors().items()}
         return type(self)(self.layout, **own).absorb(other)
 
+    def scaled(self, weight: float) -> Self:
+        """B times a weight; A keeps its value, and counts that much less in averages."""
+        return type(self)(
+            self.layout,
+            weight * self.input_sum,
+            weight**0.5 * self.input_rows,
+            weight * self.input_count,
+            weight * self.output_sum,
+            weight**0.5 * self.output_rows,
+        )
+
     def absorb(self, other: Self) -> Self:
         """Add another block into this one's own sums, which nobody else may hold."""
         if self._has_diagonal_input:
@@ -155,8 +176,13 @@ class KroneckerBlock(Block):
     def factors(self) -> KroneckerFactors:
         """A = Σ a aᵀ / count and B."""
         inputs = self.input_sum if self._has_diagonal_input else self.inputs.matrices()
-        count = self.input_count.clamp_min(1).reshape(-1, *[1] * (inputs.ndim - 1))
+        count = self._divisor.reshape(-1, *[1] * (inputs.ndim - 1))
         return KroneckerFactors(inputs / count.to(inputs.dtype), self.outputs.matrices())
+
+    @property
+    def _divisor(self) -> Tensor:
+        """The counts, and 1 where nothing was counted."""
+        return self.input_count.where(self.input_count > 0, 1)
 
     @property
     def _has_diagonal_input(self) -> bool:
@@ -174,7 +200,7 @@ class KroneckerBlock(Block):
     def spectrum(self) -> Spectrum:
         """Bases of B and A; values μ_i λ_j."""
         with torch.inference_mode(False):  # kept, so of use outside inference mode as well
-            count = self.input_count.clamp_min(1).double()[:, None]
+            count = self._divisor.double()[:, None]
             mu = self.outputs.eigenvalues(self.name)
             if self._has_diagonal_input:
                 lam = self.input_sum.double() / count

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from kfac_laplace.curvature.estimate.accumulators import Accumulator, KroneckerAccumulator
 from kfac_laplace.curvature.estimate.blocks import Block
-from kfac_laplace.curvature.gradients.forward_pass import Pass
+from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import accumulable, summable
 from kfac_laplace.curvature.linalg.gram import Gram
@@ -37,17 +37,18 @@ class Cut:
         weight: Wᵀ (d, c), or None likewise.
     """
 
-    passed: Pass
+    passed: ForwardPass
     head: frozenset[str]
     below: tuple[int, ...]
     h: GradientEdge | None
     weight: Tensor | None
 
-    def roots(self, likelihood: Likelihood, importance: Tensor | None) -> Iterator[Tensor]:
+    def roots(self) -> Iterator[Tensor]:
         """Vectors v (n, d) with Σ v vᵀ = Wᵀ D Λ_n D W for each example, from its eigenvalues."""
         if self.weight is None:
             return
         f, weight = self.passed.outputs.detach(), summable(self.weight.detach())
+        likelihood, importance = self.passed.likelihood, self.passed.weights
         pulled_back = torch.cat(
             [
                 _pulled_back(likelihood, *piece, weight)
@@ -63,13 +64,12 @@ class Cut:
         for k in used.nonzero()[:, 0].flip(0):
             yield scaled[..., k].to(self.weight.dtype)
 
-    def with_head(
-        self, made: Mapping[str, Accumulator], likelihood: Likelihood, importance: Tensor | None
-    ) -> dict[str, Accumulator]:
+    def with_head(self, made: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
         """The sums of a batch, with those of the head's groups finished."""
         if not self.head:
             return dict(made)
-        outputs = _head_factor(likelihood, self.passed.outputs.detach(), importance)
+        passed = self.passed
+        outputs = _head_factor(passed.likelihood, passed.outputs.detach(), passed.weights)
         found = dict(made)
         for name in self.head:
             inner = made[name]
@@ -97,12 +97,13 @@ class HeadAccumulator(Accumulator):
         return replace(inner, output_sum=outputs.packed, output_rows=outputs.rows)
 
 
-def find_cut(passed: Pass, groups: Sequence[Group]) -> Cut | None:
+def find_cut(passed: ForwardPass) -> Cut | None:
     """The cut of a pass whose output is the product of one linear layer, where it saves passes.
 
     The layer may be frozen. If it is not, its parameters are used nowhere else, have Kronecker
     factors, and all else that the output depends on is below h.
     """
+    groups = passed.knowledge.groups
     output, node = passed.recording.output, passed.recording.output.grad_fn
     if node is None or node.name() not in PRODUCTS or output.device.type == "mps":
         return None
@@ -136,7 +137,7 @@ def _is_alone(node: Node) -> bool:
     return reached[PRODUCTS[node.name()]] and sum(reached) == 1
 
 
-def _is_plain(passed: Pass, node: Node, use: int, head: Sequence[Group]) -> bool:
+def _is_plain(passed: ForwardPass, node: Node, use: int, head: Sequence[Group]) -> bool:
     """Whether the output reaches the head's groups by this product alone, and all else by h."""
     below, _ = node.next_functions[PRODUCTS[node.name()]]
     recorded, output = passed.recording.uses[use], passed.recording.output.detach()

@@ -1,30 +1,114 @@
-"""Gradients of parameters that layers use in ways without Kronecker factors, use by use."""
+"""Per-example gradients of a recorded pass, group by group.
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+Layer matrices have them in factors. Other uses of parameters in layers are pulled back to the
+parameters, use by use; what no rule covers gets them from copies of the parameters by example.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
+from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.recording.sources import Source
 from kfac_laplace.curvature.recording.tape import Use
-from kfac_laplace.curvature.rows.layout import unfold
-from kfac_laplace.curvature.rows.per_example import Factored, step_for
+from kfac_laplace.curvature.rows.layout import Layout, unfold
+from kfac_laplace.curvature.rows.per_example import Factored, joined, step_for
 
-if TYPE_CHECKING:
-    from kfac_laplace.curvature.gradients.forward_pass import Pass
+#: gradient rows (v, b, *lead, o) by index of the use
+Rows = Mapping[int, Tensor]
 
 
-def exact_pieces(passed: "Pass", group: Group, rows: Mapping[int, Tensor]) -> Iterator[Tensor]:
-    """Per-example gradients (v, m, b, o, i) of an exact group, m examples at a time, in order.
+def factored_gradient(passed: ForwardPass, group: Group, rows: Rows) -> Factored | None:
+    """Factored gradients of a group of layer matrices, all its uses together; None without any."""
+    parts = []
+    for term in passed.terms[group.name]:
+        if term.use in rows:
+            row_layout = passed.row_layout(term.use)
+            own = row_layout.by_example(group.own_rows(rows[term.use]), passed.n, block_axis=1)
+            parts.append((term.start, term.inputs.gradients(own, row_layout, passed.n)))
+    return joined(parts, group.layout.matrix[0]) if parts else None
 
-    They are sums over its uses, each pulled back to the parameters that it is made of.
+
+def gradient_pieces(
+    passed: ForwardPass, group: Group, rows: Rows, generic: Mapping[str, Tensor]
+) -> Iterator[Tensor]:
+    """Per-example gradients (v, m, b, o, i) of a group, m examples at a time, in order.
 
     Args:
         passed: the forward pass.
-        group: a group of role "exact".
-        rows: gradient rows (v, b, *lead, o) of the recorded uses.
+        group: a group of any role.
+        rows: gradient rows of the recorded uses.
+        generic: what `copied_gradients` gave.
+    """
+    if group.name in generic:
+        yield generic[group.name]
+    elif group.name in passed.without_rules:
+        return
+    elif group.role == "exact":
+        yield from _exact_pieces(passed, group, rows)
+    else:
+        factored = factored_gradient(passed, group, rows)
+        if factored is not None:
+            step = step_for(len(factored.left) * group.layout.size)
+            for piece in factored.pieces(step):
+                yield piece.dense()
+
+
+def gradients(
+    passed: ForwardPass, groups: Sequence[Group], rows: Rows, generic: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Per-example gradients (v, n, *shape) by parameter, of those that have any."""
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        pieces = list(gradient_pieces(passed, group, rows, generic))
+        if pieces:
+            found |= group.layout.unpack(torch.cat(pieces, 1))
+    return found
+
+
+def copied_gradients(passed: ForwardPass, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Per-example gradients (v, n, b, o, i) of the groups that no layer rule covers in this pass.
+
+    Args:
+        passed: the forward pass.
+        vectors: v backward vectors (n, t, c).
+    """
+    graph = passed.example_graph
+    if graph is None:
+        return {}
+    found = [graph.gradients(vector) for vector in vectors]
+    return {
+        group.name: accumulable(torch.stack([group.layout.pack(each) for each in found]))
+        for group in passed.knowledge.groups
+        if group.name in passed.without_rules and group.name in found[0]
+    }
+
+
+def flat_gradients(by_parameter: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """Gradients (v, n, p) in parameter order, zero for parameters that are missing.
+
+    Args:
+        by_parameter: parameter name to (v, n, *shape); at least one.
+        layout: names and shapes of all p entries.
+    """
+    some = next(iter(by_parameter.values()))
+    lead = some.shape[:2]
+    parts = [
+        by_parameter[name].reshape(*lead, -1)
+        if name in by_parameter
+        else some.new_zeros(*lead, shape.numel())
+        for name, shape in zip(layout.params, layout.shapes, strict=True)
+    ]
+    return torch.cat(parts, -1)
+
+
+def _exact_pieces(passed: ForwardPass, group: Group, rows: Rows) -> Iterator[Tensor]:
+    """Per-example gradients (v, m, b, o, i) of a group of role "exact", likewise.
+
+    They are sums over its uses, each pulled back to the parameters that it is made of.
     """
     uses = [u for u in passed.uses[group.name] if u in rows]
     if not uses:
@@ -32,8 +116,8 @@ def exact_pieces(passed: "Pass", group: Group, rows: Mapping[int, Tensor]) -> It
     vectors = len(rows[uses[0]])
     size = sum(passed.recording.uses[u].layer.weight.numel() for u in uses)
     step = step_for(vectors * max(size, group.layout.size))
-    gradients = [_use_gradient(passed, u, rows[u]).pieces(step) for u in uses]
-    for pieces in zip(*gradients, strict=True):
+    factored = [_use_gradient(passed, u, rows[u]).pieces(step) for u in uses]
+    for pieces in zip(*factored, strict=True):
         m = pieces[0].left.shape[2]
         total = {
             name: pieces[0].left.new_zeros(vectors, m, *shape)
@@ -44,14 +128,14 @@ def exact_pieces(passed: "Pass", group: Group, rows: Mapping[int, Tensor]) -> It
         yield group.layout.pack(total)
 
 
-def _use_gradient(passed: "Pass", u: int, rows: Tensor) -> Factored:
+def _use_gradient(passed: ForwardPass, u: int, rows: Tensor) -> Factored:
     """Factored per-example gradients with respect to the weight of a use."""
     row_layout = passed.row_layout(u)
     left = row_layout.by_example(rows, passed.n, block_axis=1)
     return passed.recording.uses[u].layer.inputs.gradients(left, row_layout, passed.n)
 
 
-def _pull_back(passed: "Pass", use: Use, piece: Factored, total: Mapping[str, Tensor]) -> None:
+def _pull_back(passed: ForwardPass, use: Use, piece: Factored, total: Mapping[str, Tensor]) -> None:
     """Add the gradients of a use to those of the parameters in `total`."""
     layer = use.layer
     v, m = piece.left.shape[0], piece.left.shape[2]
@@ -65,7 +149,9 @@ def _pull_back(passed: "Pass", use: Use, piece: Factored, total: Mapping[str, Te
         _add(passed, use.bias, sums.reshape(v, m, *layer.bias.shape), total)
 
 
-def _add(passed: "Pass", source: Source, gradients: Tensor, total: Mapping[str, Tensor]) -> None:
+def _add(
+    passed: ForwardPass, source: Source, gradients: Tensor, total: Mapping[str, Tensor]
+) -> None:
     """Take gradients (v, m, *shape) of a source to its parameters."""
     if source.is_parameter:
         total[source.params[0]].add_(gradients)

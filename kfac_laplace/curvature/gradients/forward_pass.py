@@ -1,65 +1,68 @@
-"""One recorded forward pass over a batch, and gradients of its outputs by group."""
+"""One recorded forward pass over a batch, as data: outputs, and where parameters met which rows."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.gradients.by_group import exact_pieces
 from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
 from kfac_laplace.curvature.gradients.groups import Group, Term
+from kfac_laplace.curvature.gradients.knowledge import Knowledge, UseKey
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.recording.live_rows import reachable_rows
 from kfac_laplace.curvature.recording.tape import Recording, Use
-from kfac_laplace.curvature.rows.per_example import Factored, joined, step_for
 from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout, Segments
 from kfac_laplace.errors import UnsupportedUse
-
-if TYPE_CHECKING:
-    from kfac_laplace.curvature.gradients.network import Network
-
-UseKey = tuple[tuple[str, ...], tuple[str, int, int]]
-Rows = Mapping[int, Tensor]
+from kfac_laplace.likelihoods import Likelihood
 
 
-class Pass:
-    """A forward pass over a batch: its outputs, and their gradients by group.
+@dataclass(frozen=True, eq=False)
+class ForwardPass:
+    """A forward pass over a batch, read in the light of what is known about the model.
 
     Args:
-        network: what is known about the model.
+        forward: runs the model.
+        likelihood: aligns its outputs.
         recording: what the tape recorded.
         batch: the inputs.
         params: the tracked parameters that were used.
+        knowledge: groups, class axis and row layouts.
+        weights: weights of the outputs in the loss, broadcastable to (n, t, c), where they differ.
     """
 
-    def __init__(
-        self,
-        network: "Network",
-        recording: Recording,
-        batch: AnyBatch,
-        params: Mapping[str, Tensor],
-    ):
-        self.network = network
-        self.recording = recording
-        self.batch = batch
-        self.params = params
-        self.counted: Tensor | None = None  # weights of the outputs in the loss, if they differ
-        self._graph: ExampleGraph | None = None
+    forward: Forward
+    likelihood: Likelihood
+    recording: Recording
+    batch: AnyBatch
+    params: Mapping[str, Tensor]
+    knowledge: Knowledge
+    weights: Tensor | None = None
 
-    @cached_property
-    def reachable(self) -> list[Tensor]:
-        """For each use a mask over the leading axes of its rows: those that outputs depend on."""
-        return reachable_rows(self.recording, self.outputs, self.counted)
+    def knowing(self, knowledge: Knowledge) -> "ForwardPass":
+        """The same pass in the light of more."""
+        return replace(self, knowledge=knowledge)
+
+    def weighted(self, weights: Tensor | None) -> "ForwardPass":
+        """The same pass with the weights of its outputs in the loss."""
+        return replace(self, weights=weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the outputs."""
+        return self.recording.output.device
 
     @property
     def n(self) -> int:
         """Number of examples."""
         return self.batch.n
+
+    # --- outputs -----------------------------------------------------------------------------
 
     @cached_property
     def output_segments(self) -> Segments | None:
@@ -73,7 +76,7 @@ class Pass:
     @cached_property
     def output_rows(self) -> Tensor:
         """Aligned outputs (rows, t, c), at least float32, in the graph, by example or node."""
-        f = self.network.likelihood.align(self.recording.output, self.network.class_axis)
+        f = self.likelihood.align(self.recording.output, self.knowledge.class_axis)
         return accumulable(f)
 
     @cached_property
@@ -89,26 +92,19 @@ class Pass:
         padded = self.output_segments.by_example(flat, self.n, block_axis=0)[0]
         return padded.reshape(*padded.shape[:2], *rows.shape[2:])
 
-    def rows(self, vectors: Sequence[Tensor], groups: Sequence[Group]) -> dict[int, Tensor]:
-        """Gradient rows (v, b, *lead, o) of the uses of `groups`, for vectors (n, t, c)."""
-        wanted = sorted({u for group in groups for u in self.uses[group.name]})
-        backward = Backward(self.recording, self.outputs, wanted)
-        found: dict[int, list[Tensor]] = {}
-        for vector in vectors:
-            backward(vector, lambda u, rows: found.setdefault(u, []).append(rows))
-        return {u: torch.cat(rows) if len(rows) > 1 else rows[0] for u, rows in found.items()}
+    # --- uses of parameters ------------------------------------------------------------------
 
     @cached_property
     def terms(self) -> dict[str, list[Term]]:
         """For each group of layer matrices its uses, with the input rows that meet it."""
         self._check_consistent()
-        return {group.name: group.terms(self.recording) for group in self.network.groups}
+        return {group.name: group.terms(self.recording) for group in self.knowledge.groups}
 
     @cached_property
     def uses(self) -> dict[str, list[int]]:
         """For each group the indices of its uses in the recording."""
         found = {name: [term.use for term in terms] for name, terms in self.terms.items()}
-        for group in self.network.groups:
+        for group in self.knowledge.groups:
             if group.role == "exact" and group.name not in self.without_rules:
                 found[group.name] = [
                     u
@@ -124,20 +120,19 @@ class Pass:
         Exact groups have the same blocks either way: what looks like a layer in one batch may not
         in another, where the number of examples is another.
         """
-        found = {group.name for group in self.network.groups if group.role == "generic"}
+        found = {group.name for group in self.knowledge.groups if group.role == "generic"}
         strange = set(self.recording.loose)
         for u, use in enumerate(self.recording.uses):
-            known = self.network.row_layouts.get(self.key(u), self._likely_row_layout(use))
-            if known is None:
+            if self._known_layout(u) is None:
                 strange.update(use.params)
-        for group in self.network.groups:
+        for group in self.knowledge.groups:
             if group.role == "exact" and strange.intersection(group.layout.params):
                 found.add(group.name)
         return frozenset(found)
 
     def _check_consistent(self) -> None:
         """A parameter grouped by its uses must be used in the same ways in every batch."""
-        for group in self.network.groups:
+        for group in self.knowledge.groups:
             names = set(group.layout.params)
             strange = group.factored and any(
                 not use.layer.kronecker or source.own_part is None
@@ -152,101 +147,66 @@ class Pass:
                     remedy="Use parameters in the same way in every batch, or freeze this one",
                 )
 
-    def gradient(self, group: Group, rows: Rows) -> Factored | None:
-        """Factored per-example gradients of a group of layer matrices, all its uses together."""
-        parts = []
-        for term in self.terms[group.name]:
-            if term.use in rows:
-                row_layout = self.row_layout(term.use)
-                own = row_layout.by_example(group.own_rows(rows[term.use]), self.n, block_axis=1)
-                parts.append((term.start, term.inputs.gradients(own, row_layout, self.n)))
-        return joined(parts, group.layout.matrix[0]) if parts else None
-
-    def pieces(self, group: Group, rows: Rows, generic: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """Per-example gradients (v, m, b, o, i) of a group, m examples at a time, in order."""
-        if group.name in generic:
-            yield generic[group.name]
-        elif group.name in self.without_rules:
-            return
-        elif group.role == "exact":
-            yield from exact_pieces(self, group, rows)
-        else:
-            factored = self.gradient(group, rows)
-            if factored is not None:
-                step = step_for(len(factored.left) * group.layout.size)
-                for piece in factored.pieces(step):
-                    yield piece.dense()
-
-    def gradients(
-        self, groups: Sequence[Group], rows: Rows, generic: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Per-example gradients (v, n, *shape) by parameter, of those that have any."""
-        found: dict[str, Tensor] = {}
-        for group in groups:
-            pieces = list(self.pieces(group, rows, generic))
-            if pieces:
-                found |= group.layout.unpack(torch.cat(pieces, 1))
-        return found
-
-    def generic_gradients(
-        self, groups: Sequence[Group], vectors: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        """Per-example gradients (v, n, b, o, i) of those groups that have no layer rule.
-
-        Args:
-            groups: groups of any role; layers and unused parameters are passed over.
-            vectors: v backward vectors (n, t, c).
-        """
-        graph = self._example_graph(groups)
-        if graph is None:
-            return {}
-        passes = [graph.gradients(vector) for vector in vectors]
-        return {
-            group.name: accumulable(
-                torch.stack([group.layout.pack(gradients) for gradients in passes])
-            )
-            for group in groups
-            if group.name in passes[0]
-        }
-
-    def _example_graph(self, groups: Sequence[Group]) -> ExampleGraph | None:
-        """The graph that gives the generic groups' gradients, made once a pass."""
-        reached = self._generic_parameters(groups)
-        if not reached:
-            return None
-        if self._graph is None:
-            self._graph = ExampleGraph(self._forward_one, reached, self.batch)
-            eps = torch.finfo(self.recording.output.dtype).eps
-            self._graph.check(self.outputs.detach(), eps)
-        return self._graph
+    def key(self, u: int) -> UseKey:
+        """A use's parameters and how often they were used before in this pass."""
+        return self._keys[u]
 
     @cached_property
-    def _held(self) -> dict[str, Tensor]:
-        # With gradients, as in the model itself: a checkpoint that is recomputed in the backward
-        # pass must save the same tensors in the same order.
-        return {name: p.detach().requires_grad_() for name, p in self.params.items()}
+    def _keys(self) -> list[UseKey]:
+        seen: Counter[tuple[object, ...]] = Counter()
+        keys = []
+        for use in self.recording.uses:
+            kind = (use.params, type(use.layer.inputs).__name__, len(use.layer.inputs.lead))
+            keys.append((use.params, (*kind[1:], seen[kind])))
+            seen[kind] += 1
+        return keys
 
-    def _forward_one(self, chosen: Mapping[str, Tensor], x: object) -> Tensor:
-        """Aligned outputs (rows, t, c) at inputs x with some parameters replaced."""
-        network = self.network
-        output = network.forward(x, {**self._held, **chosen})
-        return accumulable(network.likelihood.align(output, network.class_axis))
+    # --- examples on their own ---------------------------------------------------------------
 
-    def _generic_parameters(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Parameters of the generic groups that this pass used."""
-        used = {name for use in self.recording.uses for name in use.params}
-        used |= self.recording.loose
-        return {
+    @cached_property
+    def example_graph(self) -> ExampleGraph | None:
+        """Outputs by copies of those parameters whose gradients no rule gives; None without any."""
+        used = {name for use in self.recording.uses for name in use.params} | self.recording.loose
+        copied = {
             name: self.params[name].detach()
-            for group in groups
+            for group in self.knowledge.groups
             if group.name in self.without_rules and used.intersection(group.layout.params)
             for name in group.layout.params
         }
+        if not copied:
+            return None
+        # With gradients, as in the model itself: a checkpoint that is recomputed in the backward
+        # pass must save the same tensors in the same order. Made here: not under vectorisation.
+        held = {name: p.detach().requires_grad_() for name, p in self.params.items()}
+
+        def aligned(chosen: Mapping[str, Tensor], x: object) -> Tensor:
+            output = self.forward(x, {**held, **chosen})
+            return accumulable(self.likelihood.align(output, self.knowledge.class_axis))
+
+        graph = ExampleGraph(aligned, copied, self.batch)
+        graph.check(self.outputs.detach(), torch.finfo(self.recording.output.dtype).eps)
+        return graph
+
+    # --- rows --------------------------------------------------------------------------------
+
+    def rows(self, vectors: Sequence[Tensor], groups: Sequence[Group]) -> dict[int, Tensor]:
+        """Gradient rows (v, b, *lead, o) of the uses of `groups`, for vectors (n, t, c)."""
+        wanted = sorted({u for group in groups for u in self.uses[group.name]})
+        backward = Backward(self.recording, self.outputs, wanted)
+        found: dict[int, list[Tensor]] = {}
+        for vector in vectors:
+            backward(vector, lambda u, rows: found.setdefault(u, []).append(rows))
+        return {u: torch.cat(rows) if len(rows) > 1 else rows[0] for u, rows in found.items()}
+
+    @cached_property
+    def reachable(self) -> list[Tensor]:
+        """For each use a mask over the leading axes of its rows: those that outputs depend on."""
+        return reachable_rows(self.recording, self.outputs, self.weights)
 
     def row_layout(self, u: int) -> RowLayout:
         """Row layout of a use, or an error that asks for it."""
         use = self.recording.uses[u]
-        row_layout = self.network.row_layouts.get(self.key(u), self._likely_row_layout(use))
+        row_layout = self._known_layout(u)
         if row_layout is None:
             raise UnsupportedUse(
                 "cannot tell which rows belong to which example",
@@ -267,24 +227,14 @@ class Pass:
             )
         return row_layout
 
-    def _likely_row_layout(self, use: Use) -> RowLayout:
+    def _known_layout(self, u: int) -> RowLayout | None:
+        known = self.knowledge.row_layouts
+        return known.get(self.key(u), self._likely_layout(self.recording.uses[u]))
+
+    def _likely_layout(self, use: Use) -> RowLayout:
         """What to take for the layout of rows while one example is all that was seen."""
         lead = use.layer.inputs.lead
         for kind, index in self.batch.segments.items():
             if self.n > 1 and lead and lead[0] == len(index):
                 return Segments(kind)
         return Axis(0)
-
-    def key(self, u: int) -> UseKey:
-        """A use's parameters and how often they were used before in this pass."""
-        return self._keys[u]
-
-    @cached_property
-    def _keys(self) -> list[UseKey]:
-        seen: Counter[tuple[object, ...]] = Counter()
-        keys = []
-        for use in self.recording.uses:
-            kind = (use.params, type(use.layer.inputs).__name__, len(use.layer.inputs.lead))
-            keys.append((use.params, (*kind[1:], seen[kind])))
-            seen[kind] += 1
-        return keys

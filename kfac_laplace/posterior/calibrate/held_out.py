@@ -38,10 +38,10 @@ def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -
         loader: batches as `fit` takes them.
         key_y: name of the targets in mappings.
     """
-    network, likelihood = posterior.curvature.network, posterior.curvature.likelihood
+    network, likelihood = posterior.network, posterior.ggn.likelihood
     means, covariances, targets = [], [], []
     for raw in loader:
-        x, y = split_batch(raw, key_y, posterior.curvature.batch_fn)
+        x, y = split_batch(raw, key_y, posterior.ggn.options.batch_fn)
         outputs = output_gaussian(posterior, network.batch(x)).double()
         means.append(outputs.mean)
         covariances.append(outputs.covariance)

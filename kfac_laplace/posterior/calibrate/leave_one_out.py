@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.ggn import Curvature
+from kfac_laplace.curvature.backend import with_batch
+from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.posterior.calibrate.held_out import HeldOut
@@ -49,12 +50,12 @@ def leave_one_out_points(
     if rest.n_data:
         log.info(
             "leaving out %d of %d points",
-            posterior.curvature.n_data - rest.n_data,
-            posterior.curvature.n_data,
+            posterior.ggn.n_data - rest.n_data,
+            posterior.ggn.n_data,
         )
     outputs = [output_gaussian(posterior, batch).double() for batch, _ in picked]
     mean = torch.cat([part.mean for part in outputs])  # (m, t, c)
-    align = posterior.curvature.likelihood.align_target
+    align = posterior.ggn.likelihood.align_target
     target = torch.cat([align(y, part.mean) for (_, y), part in zip(picked, outputs, strict=True)])
     own = torch.cat([part.covariance for part in outputs])  # (m, t, c, c)
     hessian, score = _scaled(posterior, mean, target)
@@ -85,18 +86,18 @@ def leave_out(covariance: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
 
 def _divided(
     posterior: Posterior, loader: Iterable[Any], key_y: str, seed: int
-) -> tuple[list[tuple[AnyBatch, Tensor]], Curvature]:
+) -> tuple[list[tuple[AnyBatch, Tensor]], GGN]:
     """The points to look at, batch by batch with their targets, and the curvature of the others."""
-    curvature = posterior.curvature
-    network, rest = curvature.network, curvature.empty()
-    rows = min(MAX_ROWS, MAX_FEATURES // posterior.prior.size)
-    count = min(curvature.n_data, max(1, rows * curvature.n_data // curvature.n_outputs))
+    ggn, network = posterior.ggn, posterior.network
+    rest, draws = ggn.without_data(), torch.Generator().manual_seed(ggn.options.seed)
+    n_data, rows = int(ggn.n_data), min(MAX_ROWS, MAX_FEATURES // posterior.prior.size)
+    count = min(n_data, max(1, rows * n_data // int(ggn.n_outputs)))
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.zeros(curvature.n_data, dtype=torch.bool)
-    chosen[torch.randperm(curvature.n_data, generator=generator)[:count]] = True
+    chosen = torch.zeros(n_data, dtype=torch.bool)
+    chosen[torch.randperm(n_data, generator=generator)[:count]] = True
     picked, seen = [], 0
     for raw in loader:
-        x, y = split_batch(raw, key_y, curvature.batch_fn)
+        x, y = split_batch(raw, key_y, ggn.options.batch_fn)
         batch = network.batch(x)
         if len(y) != batch.n:
             raise UnsupportedUse(
@@ -107,19 +108,19 @@ def _divided(
             )
         here = chosen[seen : seen + batch.n]
         seen += batch.n
-        if seen > curvature.n_data:
+        if seen > n_data:
             break
         looked_at, others = here.nonzero()[:, 0], (~here).nonzero()[:, 0]
         if len(looked_at):
             picked.append((batch.select(looked_at), y[looked_at.to(y.device)].to(network.device)))
         if len(others):
-            part = batch.select(others)
-            rest.accumulate(part, y[others.to(y.device)], parameters=posterior.parameters)
-    if seen != curvature.n_data:
+            part = batch.select(others), y[others.to(y.device)]
+            rest = with_batch(rest, network, part, draws, posterior.parameters)
+    if seen != n_data:
         raise InvalidValue(
             "leave-one-out needs the data of the fit, all of them",
             where="loader",
-            got=f"{seen} examples where the fit saw {curvature.n_data}",
+            got=f"{seen} examples where the fit saw {n_data}",
             remedy="Pass the training loader (a generator can be read only once), or use "
             "method='validation'",
         )
@@ -128,7 +129,7 @@ def _divided(
 
 def _scaled(posterior: Posterior, mean: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Scaled D Λ D (m, k, k) and score (m, k) of each point, k = t·c."""
-    likelihood, scale = posterior.curvature.likelihood, posterior.scale.detach()
+    likelihood, scale = posterior.ggn.likelihood, posterior.scale.detach()
     n, t, c = mean.shape
     by_row = scale * likelihood.hessian(mean)  # (m, t, c, c)
     importance = likelihood.importance(target)
@@ -141,12 +142,12 @@ def _scaled(posterior: Posterior, mean: Tensor, target: Tensor) -> tuple[Tensor,
 
 
 def _exact_covariances(
-    posterior: Posterior, batches: list[AnyBatch], hessian: Tensor, others: Curvature
+    posterior: Posterior, batches: list[AnyBatch], hessian: Tensor, others: GGN
 ) -> Tensor:
     """Output covariance (m, k, k) of each point; the points' own curvature enters exactly."""
     count, k = hessian.shape[:2]
     # The other data keep the posterior's structure; without any, the base is the prior alone.
-    base = posterior.without_data() if not others.n_data else posterior.with_curvature(others)
+    base = posterior.without_data() if not others.n_data else posterior.with_ggn(others)
     kernel = hessian.new_zeros(())
     pieces = [output_features(base, batch) for batch in batches]
     for parts in zip(*pieces, strict=True):

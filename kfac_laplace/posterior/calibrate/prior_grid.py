@@ -50,8 +50,6 @@ def grid_search(
         moved = posterior.at(replace(hyper, prior_precision=posterior.prior.full(delta)))
         points = validation_points(moved, batches, key_y)
         losses.append(
-            negative_log_likelihood(
-                posterior.curvature.likelihood, points, hyper.sigma_noise, kappa
-            )
+            negative_log_likelihood(posterior.ggn.likelihood, points, hyper.sigma_noise, kappa)
         )
     return candidates[losses.index(min(losses))]

@@ -10,10 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.accumulators import flat_gradients
-from kfac_laplace.curvature.gradients.forward_pass import Pass
+from kfac_laplace.curvature.ggn import GGN
+from kfac_laplace.curvature.gradients.by_group import (
+    copied_gradients,
+    factored_gradient,
+    flat_gradients,
+    gradient_pieces,
+    gradients,
+)
+from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
-from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
@@ -54,10 +60,9 @@ def output_gaussian(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
         posterior: the posterior; the model runs at its mode, whatever its weights are now.
         batch: the inputs.
     """
-    network, parameters = posterior.curvature.network, posterior.parameters
-    with undisturbed(network.model):
+    with undisturbed(posterior.network.model):
         parts = [
-            _moments(posterior, network.run(piece, parameters))
+            _moments(posterior, _recorded(posterior, piece))
             for piece in batch.split(_inputs_at_once(posterior, batch))
         ]
     means, covariances, shapes = zip(*parts, strict=True)
@@ -72,18 +77,22 @@ def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
         posterior: the posterior.
         batch: the inputs.
     """
-    network = posterior.curvature.network
-    with undisturbed(network.model):
-        passed = network.run(batch, posterior.parameters)
-        learn_row_layouts(passed)
+    with undisturbed(posterior.network.model):
+        passed = _recorded(posterior, batch)
         vectors = _unit_vectors(passed.outputs)
         return [
-            _by_row(passed, normal.features(gradients).movedim(1, 0)).flatten(0, 1)
-            for normal, gradients in _matrices(posterior, passed, vectors)
+            _by_row(passed, normal.features(found).movedim(1, 0)).flatten(0, 1)
+            for normal, found in _matrices(posterior, passed, vectors)
         ]
 
 
-def _by_row(passed: Pass, features: Tensor) -> Tensor:
+def _recorded(posterior: Posterior, batch: AnyBatch) -> ForwardPass:
+    """A pass at the mode, with the layouts of its rows known."""
+    passed = posterior.network.record(batch, posterior.ggn.knowledge, posterior.parameters)
+    return passed.knowing(learn_row_layouts(passed))
+
+
+def _by_row(passed: ForwardPass, features: Tensor) -> Tensor:
     """Features (n, t c, d) of each example as (rows, c, d) where output rows are nodes."""
     if passed.output_segments is None:
         return features
@@ -93,16 +102,16 @@ def _by_row(passed: Pass, features: Tensor) -> Tensor:
 
 def _inputs_at_once(posterior: Posterior, batch: AnyBatch) -> int:
     """How many inputs to run together, so that one output row of each stays under the budget."""
-    curvature = posterior.curvature
-    network, outputs = curvature.network, max(1, curvature.n_outputs // curvature.n_data)
+    ggn, network = posterior.ggn, posterior.network
+    outputs = max(1, int(ggn.n_outputs // ggn.n_data))
     some = next(iter(posterior.parameters.values()))
-    budget = _row_budget(some) // _entries(network)
+    budget = _row_budget(some) // _entries(ggn)
     if batch.n <= budget // outputs:
         return batch.n
     with torch.no_grad():  # one output row of several
         alone: Iterator[AnyBatch] = batch.split(1)
         one = network.forward(next(alone).x, posterior.parameters)
-    c = network.likelihood.align(one, network.class_axis).shape[-1]
+    c = ggn.likelihood.align(one, ggn.knowledge.class_axis).shape[-1]
     return max(1, budget // c)
 
 
@@ -112,18 +121,17 @@ def _row_budget(like: Tensor) -> int:
     return size // max(4, like.element_size())
 
 
-def _entries(network: Network) -> int:
+def _entries(ggn: GGN) -> int:
     """Entries that an example and a backward vector hold, over all uses of parameters."""
-    generic = sum(g.layout.size for g in network.groups if g.role == "generic")
-    return network.row_entries + generic
+    generic = sum(g.layout.size for g in ggn.groups if g.role == "generic")
+    return ggn.knowledge.row_entries + generic
 
 
-def _moments(posterior: Posterior, passed: Pass) -> tuple[Tensor, Tensor, torch.Size]:
+def _moments(posterior: Posterior, passed: ForwardPass) -> tuple[Tensor, Tensor, torch.Size]:
     """Mean (rows, t, c) and covariance (rows, t, c, c) at the inputs of one pass, and its shape."""
-    learn_row_layouts(passed)
     f = passed.outputs
     n, t, c = f.shape
-    step = max(1, _row_budget(f) // (n * c * _entries(passed.network)))
+    step = max(1, _row_budget(f) // (n * c * _entries(posterior.ggn)))
     rows = []
     for start in range(0, t, step):
         vectors = _unit_vectors(f, start * c, (start + step) * c)
@@ -134,70 +142,71 @@ def _moments(posterior: Posterior, passed: Pass) -> tuple[Tensor, Tensor, torch.
     return passed.output_rows.detach(), covariance, passed.recording.output.shape
 
 
-def _covariances(posterior: Posterior, passed: Pass, vectors: list[Tensor], width: int) -> Tensor:
+def _covariances(
+    posterior: Posterior, passed: ForwardPass, vectors: list[Tensor], width: int
+) -> Tensor:
     """Covariances (n, v / width, width, width) of those outputs that the vectors pick."""
     total = passed.outputs.new_zeros(passed.n, len(vectors) // width, width, width).detach()
     with without_autocast(total.device):
-        if posterior.curvature.hessian_structure == "full":
-            for normal, gradients in _matrices(posterior, passed, vectors):
-                total += covariance(normal, gradients, width)
+        if posterior.ggn.options.hessian_structure == "full":
+            for normal, found in _matrices(posterior, passed, vectors):
+                total += covariance(normal, found, width)
             return total
-        groups = passed.network.groups
-        rows = passed.rows(vectors, groups)
-        generic = passed.generic_gradients(groups, vectors)
-        for group in groups:
-            _add_group(posterior, passed, group, (rows, generic), total)
+        rows = passed.rows(vectors, posterior.ggn.groups)
+        copied = copied_gradients(passed, vectors)
+        for group in posterior.ggn.groups:
+            _add_group(posterior, passed, group, (rows, copied), total)
     return total
 
 
 def _add_group(
     posterior: Posterior,
-    passed: Pass,
+    passed: ForwardPass,
     group: Group,
-    gradients: tuple[Mapping[int, Tensor], Mapping[str, Tensor]],
+    known: tuple[Mapping[int, Tensor], Mapping[str, Tensor]],
     total: Tensor,
 ) -> None:
     """Add a group's share to the covariances (n, v / width, width, width) in `total`."""
     width = total.shape[-1]
     if group.factored:
-        factored = passed.gradient(group, gradients[0])
+        factored = factored_gradient(passed, group, known[0])
         if factored is not None:
             normal = _normal(posterior, group.name, factored.left)
             assert isinstance(normal, SpectralNormal)
             total += factored_covariance(normal, factored, width)
         return
     start = 0
-    for piece in passed.pieces(group, *gradients):
+    for piece in gradient_pieces(passed, group, *known):
         stop = start + piece.shape[1]
         total[start:stop] += covariance(_normal(posterior, group.name, piece), piece, width)
         start = stop
 
 
 def _matrices(
-    posterior: Posterior, passed: Pass, vectors: list[Tensor]
+    posterior: Posterior, passed: ForwardPass, vectors: list[Tensor]
 ) -> Iterator[tuple[BlockNormal, Tensor]]:
     """Each block's posterior with the gradients (v, n, b, o, i) of v backward vectors."""
-    f, groups = passed.outputs, passed.network.groups
+    f, groups = passed.outputs, posterior.ggn.groups
     rows = passed.rows(vectors, groups)
-    generic = passed.generic_gradients(groups, vectors)
-    if posterior.curvature.hessian_structure == "full":
-        gradients = passed.gradients(groups, rows, generic)
-        flat = flat_gradients(gradients, posterior.curvature.full_layout)
+    copied = copied_gradients(passed, vectors)
+    if posterior.ggn.options.hessian_structure == "full":
+        found = gradients(passed, groups, rows, copied)
+        flat = flat_gradients(found, posterior.ggn.knowledge.full_layout)
         yield _normal(posterior, "full", flat), flat[:, :, None, None]
         return
     for group in groups:
-        gradients = passed.gradients([group], rows, generic)
-        if not gradients:  # the outputs do not depend on this group
+        found = gradients(passed, [group], rows, copied)
+        if not found:  # the outputs do not depend on this group
             empty = f.new_zeros(len(vectors), passed.n, *group.layout.matrix)
             yield _normal(posterior, group.name, empty), empty
         else:
-            packed = group.layout.pack(gradients)
+            packed = group.layout.pack(found)
             yield _normal(posterior, group.name, packed), packed
 
 
-def _normal(posterior: Posterior, name: str, gradients: Tensor) -> BlockNormal:
+def _normal(posterior: Posterior, name: str, like: Tensor) -> BlockNormal:
     """A block's posterior in the precision of its gradients."""
-    return posterior.blocks_in(gradients.dtype)[name]
+    return posterior.blocks_in(like.dtype)[name]
 
 
 def _unit_vectors(f: Tensor, first: int = 0, last: int | None = None) -> list[Tensor]:

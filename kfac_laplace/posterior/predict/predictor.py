@@ -49,18 +49,18 @@ class Predictor:
                 "unknown link", where="link_approx", got=repr(link), remedy=f"Choose from {LINKS}"
             )
         check_whole("n_samples", n_samples, 1)
-        curvature, source = self.posterior.curvature, self.source(generator)
-        axis, sigma = curvature.network.class_axis, self._sigma
+        ggn, source = self.posterior.ggn, self.source(generator)
+        axis, sigma = ggn.knowledge.class_axis, self._sigma
         if pred_type != "glm":
             samples = self.functions(x, n_samples, pred_type, source)
-            return from_samples(curvature.likelihood, samples, axis, sigma)
+            return from_samples(ggn.likelihood, samples, axis, sigma)
         outputs = output_gaussian(self.posterior, self._batch(x))
         covariance = outputs.covariance * self.scale.to(outputs.mean)
         drawn = None
         if link == "mc":
             drawn = sample_outputs(outputs.mean, covariance, n_samples, source)
         return Predictive(
-            curvature.likelihood,
+            ggn.likelihood,
             outputs.mean,
             covariance,
             outputs.shape,
@@ -74,7 +74,7 @@ class Predictor:
 
     def joint(self, x: Any, pred_type: str) -> tuple[Tensor, Tensor]:
         """Regression mean (N·C,) and covariance (N·C, N·C) over all inputs together."""
-        if pred_type != "glm" or not isinstance(self.posterior.curvature.likelihood, Gaussian):
+        if pred_type != "glm" or not isinstance(self.posterior.ggn.likelihood, Gaussian):
             raise InvalidValue(
                 "a joint covariance belongs to regression by 'glm'",
                 where="joint",
@@ -88,7 +88,7 @@ class Predictor:
     def _batch(self, x: Any) -> AnyBatch:
         if isinstance(x, Mapping):
             x = {key: value for key, value in x.items() if key != self.key_y}
-        return self.posterior.curvature.network.batch(x)
+        return self.posterior.network.batch(x)
 
     def parameters(self, n: int, generator: Generator | None) -> Tensor:
         """Draws (n, P) in the order of the parameters."""
@@ -118,14 +118,14 @@ class Predictor:
         """Draws of class probabilities, or of y with its noise, shape (n, *output shape)."""
         source = self.source(generator)
         f = self.functions(x, n, pred_type, source)
-        curvature = self.posterior.curvature
-        if isinstance(curvature.likelihood, Gaussian):
+        ggn = self.posterior.ggn
+        if isinstance(ggn.likelihood, Gaussian):
             noise = torch.randn(f.shape, dtype=f.dtype, generator=source, device=source.device)
             return f + self._sigma.to(f) * noise.to(f.device)
-        axis = curvature.network.class_axis
+        axis = ggn.knowledge.class_axis
         flat = f.flatten(0, 1)
-        aligned = curvature.likelihood.align(flat, axis)
-        probs = restore(activation(curvature.likelihood, aligned), flat.shape, axis)
+        aligned = ggn.likelihood.align(flat, axis)
+        probs = restore(activation(ggn.likelihood, aligned), flat.shape, axis)
         return probs.reshape(f.shape)
 
     @property

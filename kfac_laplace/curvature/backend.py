@@ -1,0 +1,374 @@
+"""The curvature backend: the GGN of a model, batch by batch."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+from typing_extensions import Self
+
+from kfac_laplace.curvature.estimate.blocks import Block, Structure
+from kfac_laplace.curvature.estimate.estimator import Plan, estimate
+from kfac_laplace.curvature.estimate.fisher import Fisher
+from kfac_laplace.curvature.estimate.settings import KfacApprox, Setting, resolve_settings
+from kfac_laplace.curvature.ggn import GGN
+from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
+from kfac_laplace.curvature.gradients.groups import Group, Subset
+from kfac_laplace.curvature.gradients.knowledge import Knowledge
+from kfac_laplace.curvature.gradients.network import Network, check_examples, learn_groups
+from kfac_laplace.curvature.gradients.probing import learn_row_layouts
+from kfac_laplace.curvature.linalg.dtypes import FactorDtype, sums_in
+from kfac_laplace.curvature.model.batches import AnyBatch, Batch, BatchFn, split_batch
+from kfac_laplace.curvature.model.forward import ForwardFn
+from kfac_laplace.curvature.model.unchanged import undisturbed
+from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.errors import (
+    InvalidType,
+    InvalidValue,
+    KfacLaplaceError,
+    NotFitted,
+    UnsupportedUse,
+)
+from kfac_laplace.likelihoods import Likelihood, check_finite
+
+log = logging.getLogger("kfac_laplace")
+
+
+class Curvature:
+    """The GGN Σ_n J_nᵀ Λ_n J_n of a model as blocks, at σ = 1 and T = 1 [KFAC23].
+
+    What it has found so far is `ggn`, a frozen object that each batch replaces.
+
+    Args:
+        model: the network; it is never changed. Passes run in evaluation mode.
+        likelihood: "classification", "regression", "binary" or a `Likelihood`.
+        kfac_approx: "auto", "expand", "reduce", or patterns of layer names to these (the first
+            match counts).
+        fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
+        hessian_structure: "kron", "diag" or "full".
+        subset_of_weights: "all", "last_layer" or parameter-name patterns.
+        joint_bias: whether a weight and its bias share a block.
+        uncovered: "diag", "error" or "freeze", for parameters without a layer rule under "kron".
+        seed: seed of labels and signs.
+        factor_dtype: precision in which products of rows are summed; `CurvatureOptions` says what
+            each of "auto", torch.float64 and torch.float32 costs.
+        forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
+        batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
+
+    Raises:
+        InvalidValue: an unknown option or a pattern that matches nothing.
+        UnsupportedUse: a scripted or compiled module, or parameters on several devices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        *,
+        kfac_approx: KfacApprox = "auto",
+        fisher: str | Fisher = "exact",
+        hessian_structure: Structure = "kron",
+        subset_of_weights: Subset = "all",
+        joint_bias: bool = True,
+        uncovered: str = "diag",
+        seed: int = 0,
+        factor_dtype: FactorDtype = "auto",
+        forward_fn: ForwardFn | None = None,
+        batch_fn: BatchFn | None = None,
+    ):
+        options = CurvatureOptions.of(
+            likelihood,
+            kfac_approx=kfac_approx,
+            fisher=fisher,
+            hessian_structure=hessian_structure,
+            subset_of_weights=subset_of_weights,
+            joint_bias=joint_bias,
+            uncovered=uncovered,
+            seed=seed,
+            factor_dtype=factor_dtype,
+            forward_fn=forward_fn,
+            batch_fn=batch_fn,
+        )
+        self._start(model, options)
+
+    def _start(self, model: nn.Module, options: CurvatureOptions) -> None:
+        self.options = options
+        self.network = Network.of(model, options.likelihood, options.forward_fn)
+        self.ggn = GGN(options, Knowledge(self.network.select(options.subset_of_weights)))
+        self.generator = Generator().manual_seed(options.seed)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, options: CurvatureOptions, known: Knowledge | None = None
+    ) -> Self:
+        """A curvature of no data by options that are an object.
+
+        Args:
+            model: the network.
+            options: checked already.
+            known: of the same model; how its rows lie need not be found out again.
+        """
+        made = cls.__new__(cls)
+        made._start(model, options)
+        if known is not None:
+            rows = known.rows_alone(made.ggn.knowledge.tracked)
+            made.ggn = replace(made.ggn, knowledge=rows)
+        return made
+
+    # --- what was found ----------------------------------------------------------------------
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """p(y | f)."""
+        return self.options.likelihood
+
+    @property
+    def blocks(self) -> Mapping[str, Block]:
+        """Blocks by name of their group, or one block "full"."""
+        return self.ggn.blocks
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Groups of parameters that share a prior precision by layer, in model order."""
+        return self.ggn.groups
+
+    @property
+    def settings(self) -> Mapping[str, Setting]:
+        """Expand or reduce, by name of the groups with Kronecker factors."""
+        return self.ggn.settings
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the parameters inside the posterior, in model order."""
+        return self.ggn.params
+
+    @property
+    def n_data(self) -> int:
+        """Number of examples seen."""
+        return int(self.ggn.n_data)
+
+    @property
+    def coverage(self) -> dict[str, str]:
+        """How each parameter of the model is treated: "kron", "diag", "dense" or "frozen"."""
+        kinds = {name: block.kind for block in self.blocks.values() for name in block.params}
+        return {
+            name: kinds.get(name, "frozen") for name, _ in self.network.model.named_parameters()
+        }
+
+    # --- data --------------------------------------------------------------------------------
+
+    def fit(self, loader: Iterable[Any], *, key_y: str = "labels", progress: bool = False) -> Self:
+        """Add every batch of a loader.
+
+        Args:
+            loader: yields pairs (x, y) or mappings that hold the targets under `key_y`.
+            key_y: name of the targets in mappings.
+            progress: show a progress bar.
+
+        Raises:
+            InvalidValue: the loader is empty, or a batch is bad. Batches before it stay counted.
+        """
+        if not isinstance(loader, Iterable):
+            raise InvalidType(
+                "not an iterable of batches",
+                where="train_loader",
+                got=type(loader).__name__,
+                remedy="Pass a DataLoader or a list of batches",
+            )
+        batches = 0
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+            for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):
+                self.accumulate(*split_batch(batch, key_y, self.options.batch_fn))
+                batches += 1
+        if not batches:
+            raise InvalidValue(
+                "the loader yielded no batch",
+                where="train_loader",
+                got="0 batches",
+                remedy="Check its length; a generator can be read only once",
+            )
+        return self
+
+    def accumulate(
+        self, x: Any, y: Tensor, *, parameters: Mapping[str, Tensor] | None = None
+    ) -> Self:
+        """Add one batch; after an exception nothing has been added.
+
+        Args:
+            x: inputs: a tensor (n, ...), a mapping (keyword arguments) or a sequence.
+            y: targets that fit the likelihood.
+            parameters: weights by name at which to take the curvature; the model's own by default.
+
+        Raises:
+            InvalidValue: non-finite outputs or curvature, targets of a wrong shape or range.
+            InvalidType: targets of a wrong dtype.
+            UnsupportedUse: a use of a parameter that cannot be treated correctly.
+        """
+        draws = self.generator.get_state()
+        try:
+            self.ggn = with_batch(self.ggn, self.network, (x, y), self.generator, parameters)
+        except BaseException:
+            self.generator.set_state(draws)
+            raise
+        return self
+
+    def merge(self, other: "Curvature") -> Self:
+        """Add the curvature of other data, computed on the same model with the same options.
+
+        Raises:
+            NotFitted: `other` has seen no data.
+            InvalidValue: the two have different blocks or settings.
+        """
+        if not other.blocks:
+            raise NotFitted("nothing to merge", where="other", remedy="Fit it first")
+        self.ggn = self.ggn + other.ggn
+        return self
+
+    def empty(self) -> Self:
+        """A curvature of no data with the same options, which knows the model's groups already."""
+        fresh = self.of(self.network.model, self.options)
+        fresh.ggn = self.ggn.without_data()
+        return fresh
+
+
+def with_batch(
+    ggn: GGN,
+    network: Network,
+    data: tuple[Any, Tensor],
+    generator: Generator,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> GGN:
+    """A GGN and one batch more.
+
+    Args:
+        ggn: that of earlier batches, or of none; it stays as it is.
+        network: the model.
+        data: inputs and targets.
+        generator: source of labels and signs.
+        parameters: weights by name at which to take the curvature; the model's own by default.
+    """
+    x, y = data
+    with undisturbed(network.model), sums_in(ggn.options.factor_dtype):
+        batch = network.batch(x, len(y) if y.ndim else None)
+        draws = generator.get_state()
+        try:
+            return _of_batch(ggn, network, batch, y, generator, parameters).after(ggn)
+        except RuntimeError as error:
+            # A backward pass of the model's own may mean the order in memory as well.
+            if isinstance(error, KfacLaplaceError) or not ggn.knowledge.reorders:
+                raise
+            generator.set_state(draws)
+            ggn = replace(ggn, knowledge=replace(ggn.knowledge, reorders=False))
+            return _of_batch(ggn, network, batch, y, generator, parameters).after(ggn)
+
+
+def _of_batch(
+    ggn: GGN,
+    network: Network,
+    batch: AnyBatch,
+    y: Tensor,
+    generator: Generator,
+    parameters: Mapping[str, Tensor] | None,
+) -> GGN:
+    """The GGN of one batch, by what is known and what this batch teaches."""
+    passed = network.record(batch, ggn.knowledge, parameters)
+    passed, f, y = _aligned(passed, y.to(network.device), first=not ggn.n_data)
+    statistic = ggn.likelihood.statistic(f, y)
+    targets = passed.by_example(y)
+    passed = passed.weighted(ggn.likelihood.importance(targets))
+    passed = passed.knowing(learn_row_layouts(passed))
+    settings = ggn.settings
+    if not passed.knowledge.groups:
+        check_examples(passed)
+        passed = passed.knowing(_with_groups(passed, ggn.options))
+        settings = _settings(passed, ggn.options)
+    idle = _idle_examples(passed.weights)
+    # Examples whose labels are all ignored would enter the input factors alone.
+    if bool(idle.any()) and not bool(idle.all()) and isinstance(batch, Batch):
+        kept = (~idle).nonzero()[:, 0]
+        targets = targets[kept]
+        passed = network.record(batch.select(kept), passed.knowledge, parameters)
+        passed = passed.weighted(ggn.likelihood.importance(targets))
+    plan = Plan(ggn.options.hessian_structure, settings, ggn.options.fisher)
+    blocks, cancelling = estimate(passed, plan, targets, generator)
+    if cancelling:
+        _warn_of_cancellation(cancelling)
+    if bool(idle.all()):
+        blocks = {name: block.zero() for name, block in blocks.items()}
+    for name, block in blocks.items():
+        if not block.is_finite():
+            raise InvalidValue(
+                "non-finite curvature",
+                where=name,
+                remedy="Check inputs and weights; half precision may overflow",
+            )
+    known = replace(passed.knowledge, watched=True)
+    return GGN(ggn.options, known, settings, blocks, statistic, batch.n, len(f), f.numel())
+
+
+def _aligned(passed: ForwardPass, y: Tensor, first: bool) -> tuple[ForwardPass, Tensor, Tensor]:
+    """The pass with its class axis known, outputs (rows, t, c) without graph, and targets."""
+    output = passed.recording.output
+    rows = (output.ndim and output.shape[0], y.ndim and y.shape[0])
+    nodes = output.ndim > 0 and passed.output_segments is not None
+    if rows[0] != rows[1] or not rows[0] or not (nodes or rows[0] == passed.n):
+        raise InvalidValue(
+            "inputs, outputs and targets differ in their number of examples",
+            where="batch",
+            got=f"{passed.n} inputs, output {tuple(output.shape)}, target {tuple(y.shape)}",
+            remedy="The first axis must run over the examples",
+        )
+    axis = passed.likelihood.class_axis(output, y)
+    if first:
+        passed = passed.knowing(replace(passed.knowledge, class_axis=axis))
+    f = passed.output_rows.detach()
+    check_finite(f)
+    return passed, f, passed.likelihood.align_target(y, f)
+
+
+def _with_groups(passed: ForwardPass, options: CurvatureOptions) -> Knowledge:
+    """The groups of a first pass, the uncovered ones treated as asked for."""
+    known = learn_groups(passed, options.subset_of_weights, options.joint_bias)
+    uncovered = [group.name for group in known.groups if not group.covered]
+    if not uncovered or options.hessian_structure != "kron":
+        return known
+    if options.uncovered == "error":
+        raise UnsupportedUse(
+            "no layer rule gives these parameters Kronecker factors",
+            where=", ".join(uncovered),
+            remedy="Choose uncovered='diag' or 'freeze', or register a rule",
+        )
+    if not known.listed:
+        names = ", ".join(uncovered)
+        log.info("without Kronecker factors, treated as '%s': %s", options.uncovered, names)
+    if options.uncovered == "freeze":
+        known = replace(known, groups=tuple(group for group in known.groups if group.covered))
+    return replace(known, listed=True)
+
+
+def _settings(passed: ForwardPass, options: CurvatureOptions) -> dict[str, Setting]:
+    """Expand or reduce for each group with Kronecker factors."""
+    layers = [group.name for group in passed.knowledge.groups if group.treatment == "kron"]
+    shared = passed.recording.output.ndim > 2 or passed.output_segments is not None
+    return resolve_settings(options.kfac_approx, layers, shared)
+
+
+def _idle_examples(weights: Tensor | None) -> Tensor:
+    """Mask (n,) of the examples without an output that counts, shape (1,) where all count."""
+    if weights is None:
+        return torch.zeros(1, dtype=torch.bool)
+    return (weights == 0).flatten(1).all(1)
+
+
+def _warn_of_cancellation(blind: tuple[str, ...]) -> None:
+    """Say where reduce sees no curvature although there is some."""
+    log.warning(
+        "K-FAC-reduce sees no curvature in %s: an example's gradients cancel over the "
+        "shared axis, as those of attention keys do. Give each of them the setting "
+        "'expand', as in kfac_approx={'%s': 'expand', '*': 'auto'}",
+        ", ".join(blind),
+        blind[0],
+    )

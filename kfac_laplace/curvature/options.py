@@ -1,0 +1,199 @@
+"""The curvature's options as one frozen object: fields, checks, plain data, and what they bind."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypedDict, TypeVar
+
+from kfac_laplace import likelihoods
+from kfac_laplace.curvature.estimate import fisher as fishers
+from kfac_laplace.curvature.estimate.blocks import STRUCTURES, Structure
+from kfac_laplace.curvature.estimate.fisher import Fisher
+from kfac_laplace.curvature.estimate.settings import KfacApprox, check_kfac_approx
+from kfac_laplace.curvature.gradients.groups import Subset
+from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype
+from kfac_laplace.curvature.model.batches import BatchFn
+from kfac_laplace.curvature.model.forward import ForwardFn
+from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.options import check_choice, check_whole
+
+UNCOVERED = ("diag", "error", "freeze")
+#: What stands in plain data for a function, which they cannot hold.
+GIVEN = "given"
+
+
+class CurvatureKeywords(TypedDict, total=False):
+    """`CurvatureOptions` as keywords, for signatures that hand them on: `Unpack` spells them.
+
+    The structure is not among them: laplace-torch's `marglik_training` takes it by position.
+    """
+
+    kfac_approx: KfacApprox
+    fisher: str | Fisher
+    subset_of_weights: Subset
+    joint_bias: bool
+    uncovered: str
+    seed: int
+    factor_dtype: FactorDtype
+    forward_fn: ForwardFn | None
+    batch_fn: BatchFn | None
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """Which curvature of a model is wanted, and how it is computed.
+
+    Args:
+        likelihood: "classification", "regression", "binary" or another name of a likelihood, or a
+            `Likelihood`.
+        kfac_approx: "auto", "expand", "reduce", or patterns of layer names to these (the first
+            match counts).
+        fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
+        hessian_structure: "kron", "diag" or "full".
+        subset_of_weights: "all", "last_layer" or parameter-name patterns.
+        joint_bias: whether a weight and its bias share a block.
+        uncovered: what happens to trainable parameters without a layer rule under "kron":
+            an exact diagonal block ("diag"), an error ("error"), or they stay out ("freeze").
+        seed: seed of labels and signs.
+        factor_dtype: precision in which products of rows are summed. "auto": in float64, except
+            that on the CPU rows of layers that share their weights are multiplied in their own
+            precision before. torch.float64: all of it. torch.float32: nothing, which is fastest on
+            devices that are slow in float64, and loses small eigenvalues (more so under TF32):
+            trust the evidence then only where prior precisions are not small.
+        forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
+        batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
+
+    Raises:
+        InvalidValue: an unknown option.
+        InvalidType: an option of a wrong kind.
+    """
+
+    likelihood: Likelihood
+    kfac_approx: KfacApprox = "auto"
+    fisher: Fisher = fishers.Exact()
+    hessian_structure: Structure = "kron"
+    subset_of_weights: Subset = "all"
+    joint_bias: bool = True
+    uncovered: str = "diag"
+    seed: int = 0
+    factor_dtype: FactorDtype = "auto"
+    forward_fn: ForwardFn | None = None
+    batch_fn: BatchFn | None = None
+
+    @classmethod
+    def of(cls, likelihood: str | Likelihood, **keywords: Any) -> "CurvatureOptions":
+        """Options from what users write: names instead of objects where there are names."""
+        keywords["fisher"] = fishers.resolve(keywords.get("fisher", "exact"))
+        return cls(likelihoods.resolve(likelihood), **keywords)
+
+    def __post_init__(self) -> None:
+        """Check each option."""
+        check_choice("hessian_structure", self.hessian_structure, STRUCTURES)
+        check_choice("uncovered", self.uncovered, UNCOVERED)
+        check_kfac_approx(self.kfac_approx)
+        check_whole("seed", self.seed)
+        if self.factor_dtype not in FACTOR_DTYPES:
+            raise InvalidValue(
+                "unknown option",
+                where="factor_dtype",
+                got=self.factor_dtype,
+                remedy=f"Choose one of {FACTOR_DTYPES}",
+            )
+
+    def keywords(self) -> dict[str, Any]:
+        """All but the likelihood, as keywords of `Curvature` and whatever hands them on."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "likelihood"}
+
+    def seeded(self, seed: int) -> "CurvatureOptions":
+        """The same with another seed."""
+        return replace(self, seed=seed)
+
+    # --- equality ----------------------------------------------------------------------------
+
+    @property
+    def loss(self) -> tuple[type[Likelihood], dict[str, Any]]:
+        """The likelihood by kind and options: objects of one's own have no equality."""
+        return type(self.likelihood), self.likelihood.options()
+
+    @property
+    def binding(self) -> tuple[Any, ...]:
+        """What curvatures must share to be added: settings are compared group by group."""
+        return self.hessian_structure, *self.loss
+
+    # --- plain data --------------------------------------------------------------------------
+
+    def to_plain(self) -> dict[str, Any]:
+        """The options as plain data; objects that have no name become None, functions "given"."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Keywords (with the likelihood) from plain data.
+
+        Args:
+            plain: what `to_plain` made.
+            overrides: keywords that count instead.
+
+        Raises:
+            InvalidValue: an object or function of the user's own, which only `overrides` can give.
+        """
+        found = {f.name: plain[f.name] for f in fields(cls) if f.name in plain} | dict(overrides)
+        named: dict[str, Mapping[str, type]] = {
+            "likelihood": likelihoods.NAMED,
+            "fisher": fishers.NAMED,
+        }
+        for name, value in found.items():
+            if name not in overrides and (value == GIVEN or (value is None and name in named)):
+                raise InvalidValue(
+                    "an object of your own is not stored in the file",
+                    where=name,
+                    remedy=f"Pass it: Laplace.load(path, model, {name}=...)",
+                )
+        for name, kinds in named.items():
+            if isinstance(found.get(name), list):
+                kind, given = found[name]
+                found[name] = kinds[kind](**given)
+        return found
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as plain data."""
+    if isinstance(value, Likelihood):
+        name = _name_of(value, likelihoods.NAMED)
+        return None if name is None else [name, value.options()]
+    if hasattr(value, "vectors"):
+        name = _name_of(value, fishers.NAMED)
+        return None if name is None else [name, asdict(value)]  # all with a name are dataclasses
+    if isinstance(value, Mapping):
+        return dict(value)
+    if callable(value):
+        return GIVEN
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _name_of(value: object, named: Mapping[str, type]) -> str | None:
+    return next((name for name, kind in named.items() if type(value) is kind), None)
+
+
+Callee = TypeVar("Callee", bound=Callable[..., Any])
+
+
+def spelled(function: Callee) -> Callee:
+    """Let `help` and `inspect.signature` show the keywords that `**options` stands for."""
+    signature = inspect.signature(function)
+    shown = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+    for field in fields(CurvatureOptions):
+        if field.name in signature.parameters or field.name == "likelihood":
+            continue
+        default = "exact" if field.name == "fisher" else field.default
+        shown.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=CurvatureKeywords.__annotations__[field.name],
+            )
+        )
+    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function
