@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases import SETTINGS, Case
 from benchmarks.tasks import Setting, Task, make, rehearsal
 from kfac_laplace import Curvature
-from kfac_laplace.curvature import ggn
+from kfac_laplace.curvature import backend
 from kfac_laplace.curvature.estimate import accumulators as sums
 from kfac_laplace.curvature.estimate import blocks as factors
 from kfac_laplace.curvature.gradients import network
@@ -36,8 +36,8 @@ from kfac_laplace.posterior.predict import glm
 
 #: label → where the function is that does this part. Parts may lie inside others.
 PARTS: dict[str, tuple[Any, str]] = {
-    "curvature pass": (ggn.Curvature, "accumulate"),
-    "forward": (network.Network, "run"),
+    "curvature pass": (backend.Curvature, "accumulate"),
+    "forward": (network.Network, "record"),
     "backward": (backward.Backward, "__call__"),
     "B": (sums.KroneckerAccumulator, "receive"),
     "A, expand": (sums.KroneckerAccumulator, "_rows"),
@@ -45,7 +45,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "eigenvalues": (grams, "eigenvalues"),
     "eigenvectors": (factors, "eigenbasis"),
     "table of logarithms": (gaussian.LogTable, "of"),
-    "gradient rows": (glm.Pass, "rows"),
+    "gradient rows": (glm.ForwardPass, "rows"),
     "covariances": (glm, "factored_covariance"),
 }
 #: Parts that others are inside of: their own time is what is left.

@@ -20,7 +20,6 @@ from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions
-from kfac_laplace.curvature.state import ggn_from_state, ggn_to_state
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Gaussian, Likelihood, check_finite
 from kfac_laplace.options import check_whole
@@ -143,10 +142,11 @@ class Laplace:
             UnsupportedUse: a use of a parameter that cannot be treated correctly.
             After an exception the posterior is as it was before.
         """
-        curvature = Curvature.of(self.model, self.options, self.curvature.ggn.knowledge)
         if not override and self._mode:
-            curvature.merge(self.curvature)
-            curvature.generator.set_state(self.curvature.generator.get_state())
+            curvature = self.curvature.copy()
+        else:
+            afresh = Curvature.of(self.model, self.options)
+            curvature = afresh.remember(self.curvature.ggn.knowledge)
         curvature.fit(train_loader, key_y=self.dict_key_y, progress=progress_bar)
         live = curvature.network.parameters(curvature.params)
         with torch.inference_mode(False):
@@ -433,8 +433,7 @@ class Laplace:
         return {
             "format": state.FORMAT,
             "options": self._plain_options(),
-            "curvature": ggn_to_state(posterior.ggn),
-            "draws": self.curvature.generator.get_state(),
+            "curvature": self.curvature.state_dict(),
             "mode": dict(self._mode),
             "hyperparameters": asdict(posterior.hyperparameters.detached()),
             "posterior_scale": self._scale,
@@ -458,9 +457,7 @@ class Laplace:
         state.check_state(state_dict)
         state.check_options(state_dict["options"], self._plain_options())
         with state.refusing_damage():
-            curvature = Curvature.of(self.model, self.options)
-            curvature.ggn = ggn_from_state(state_dict["curvature"], curvature.network, self.options)
-            curvature.generator.set_state(state_dict["draws"].cpu())
+            curvature = Curvature.from_state(state_dict["curvature"], self.model, self.options)
             device = curvature.network.device
             mode = {name: state_dict["mode"][name].to(device) for name in curvature.params}
             stored = state_dict["hyperparameters"]

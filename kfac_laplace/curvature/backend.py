@@ -25,6 +25,7 @@ from kfac_laplace.curvature.model.batches import AnyBatch, Batch, BatchFn, split
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.curvature.state import ggn_from_state, ggn_to_state
 from kfac_laplace.errors import (
     InvalidType,
     InvalidValue,
@@ -101,21 +102,29 @@ class Curvature:
         self.generator = Generator().manual_seed(options.seed)
 
     @classmethod
-    def of(
-        cls, model: nn.Module, options: CurvatureOptions, known: Knowledge | None = None
-    ) -> Self:
-        """A curvature of no data by options that are an object.
-
-        Args:
-            model: the network.
-            options: checked already.
-            known: of the same model; how its rows lie need not be found out again.
-        """
+    def of(cls, model: nn.Module, options: CurvatureOptions) -> Self:
+        """A curvature of no data by options that are an object."""
         made = cls.__new__(cls)
         made._start(model, options)
-        if known is not None:
-            rows = known.rows_alone(made.ggn.knowledge.tracked)
-            made.ggn = replace(made.ggn, knowledge=rows)
+        return made
+
+    def remember(self, known: Knowledge) -> Self:
+        """Take over how rows lie in the same model: it need not be found out again."""
+        rows = known.rows_alone(self.ggn.knowledge.tracked)
+        self.ggn = replace(self.ggn, knowledge=rows)
+        return self
+
+    def copy(self) -> Self:
+        """The same data so far, to which each of the two adds its own."""
+        made = self.of(self.network.model, self.options)
+        made.ggn = self.ggn
+        made.generator.set_state(self.generator.get_state())
+        return made
+
+    def empty(self) -> Self:
+        """A curvature of no data with the same options, which knows the model's groups already."""
+        made = self.of(self.network.model, self.options)
+        made.ggn = self.ggn.without_data()
         return made
 
     # --- what was found ----------------------------------------------------------------------
@@ -149,6 +158,21 @@ class Curvature:
     def n_data(self) -> int:
         """Number of examples seen."""
         return int(self.ggn.n_data)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of output rows seen: examples, or nodes that have outputs of their own."""
+        return int(self.ggn.n_rows)
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of scalar outputs seen."""
+        return int(self.ggn.n_outputs)
+
+    @property
+    def statistic(self) -> Tensor:
+        """The likelihood's sum over the data, float64."""
+        return self.ggn.statistic
 
     @property
     def coverage(self) -> dict[str, str]:
@@ -227,11 +251,25 @@ class Curvature:
         self.ggn = self.ggn + other.ggn
         return self
 
-    def empty(self) -> Self:
-        """A curvature of no data with the same options, which knows the model's groups already."""
-        fresh = self.of(self.network.model, self.options)
-        fresh.ggn = self.ggn.without_data()
-        return fresh
+    # --- state -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        return {"ggn": ggn_to_state(self.ggn), "draws": self.generator.get_state()}
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Any], model: nn.Module, options: CurvatureOptions
+    ) -> Self:
+        """The curvature of a state, on the same model with the same options.
+
+        Raises:
+            InvalidValue: the state belongs to another model or to other options.
+        """
+        made = cls.of(model, options)
+        made.ggn = ggn_from_state(state["ggn"], made.network, options)
+        made.generator.set_state(state["draws"].cpu())
+        return made
 
 
 def with_batch(

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.linalg.dtypes import accumulable
@@ -238,11 +237,11 @@ class MarglikTuner:
         start = time.perf_counter()
         # Another seed each round, so that Monte-Carlo labels are not the same ones again.
         la = self._blank(self.options.seeded(self.options.seed + epoch)).fit(loader)
-        if la.curvature.ggn.n_rows != self.n_data and not self.history:
+        if la.curvature.n_rows != self.n_data and not self.history:
             log.warning(
                 "the loader holds %d examples where n_data=%d was promised: the loss weighs the "
                 "prior by n_data",
-                la.curvature.ggn.n_rows,
+                la.curvature.n_rows,
                 self.n_data,
             )
         self._synchronise()
@@ -276,7 +275,7 @@ class MarglikTuner:
             **self._fixed,
             **(options or self.options).keywords(),
         )
-        blank.curvature = Curvature.of(self.model, blank.options, self._known)
+        blank.curvature.remember(self._known)
         return blank
 
     def _synchronise(self) -> None:

@@ -15,9 +15,7 @@ FORMAT = 4
 
 def check_state(state: Mapping[str, Any]) -> None:
     """Raise `InvalidValue` unless the state is one of ours."""
-    keys = {
-        "format", "options", "curvature", "draws", "mode", "hyperparameters", "posterior_scale",
-    }  # fmt: skip
+    keys = {"format", "options", "curvature", "mode", "hyperparameters", "posterior_scale"}
     if not isinstance(state, Mapping) or keys - set(state):
         raise InvalidValue(
             "not the state of a Laplace posterior",

@@ -45,7 +45,9 @@ def network_rows(name: str) -> Rows:
     for parameter, kind in curvature.coverage.items():
         counts[kind] += sizes[parameter]
     generic = sum(group.layout.size for group in curvature.groups if group.role == "generic")
-    layouts = Counter(_place(row_layout) for row_layout in curvature.network.row_layouts.values())
+    layouts = Counter(
+        _place(row_layout) for row_layout in curvature.ggn.knowledge.row_layouts.values()
+    )
     places = ", ".join(f"{place} ({uses})" for place, uses in layouts.most_common())
     kinds = [counts["kron"], counts["dense"], counts["diag"] - generic, generic, counts["frozen"]]
     return [(name, *map(str, kinds), places)]

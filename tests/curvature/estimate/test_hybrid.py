@@ -247,13 +247,13 @@ def test_own_likelihoods_keep_the_order_of_their_roots():
 
 def test_name_and_state_round_trip(tmp_path):
     example = build("mlp-tanh")
-    assert Curvature(example.model, "classification", fisher="hybrid").fisher == Hybrid()
+    assert Curvature(example.model, "classification", fisher="hybrid").options.fisher == Hybrid()
     fisher = Hybrid(passes=1, tolerance=0.2)
     la = Laplace(example.model, "classification", fisher=fisher, seed=5)
     la.fit(example.batches[:1])
     la.save(tmp_path / "posterior.pt")
     loaded = Laplace.load(tmp_path / "posterior.pt", build("mlp-tanh").model)
-    assert loaded.curvature.fisher == fisher
+    assert loaded.curvature.options.fisher == fisher
     for posterior in (la, loaded):  # the draws go on where they were
         posterior.fit(example.batches[1:], override=False)
     assert_same_blocks(dense_blocks(loaded.curvature), dense_blocks(la.curvature), 0.0)

@@ -10,6 +10,7 @@ from laws import EXACT, assert_same_blocks, dense_blocks, relative_error
 from torch import Tensor, nn
 
 from kfac_laplace import Curvature
+from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.rows.row_layout import Axis
@@ -88,11 +89,11 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, structure: str, step: int) -> Cu
 
 def known_layouts(model: nn.Module, x: Tensor) -> tuple[list[object], int]:
     """The layouts that one batch shows, in forward order, and how many of them are settled."""
-    network = Network(model.double(), resolve("classification"), "all", True)
-    passed = network.run(network.batch(x))
-    learn_row_layouts(passed)
-    found = [network.row_layouts[passed.key(u)] for u in range(len(passed.recording.uses))]
-    return found, len(network.settled)
+    network = Network.of(model.double(), resolve("classification"))
+    passed = network.record(network.batch(x), Knowledge(network.select("all")))
+    known = learn_row_layouts(passed)
+    found = [known.row_layouts[passed.key(u)] for u in range(len(passed.recording.uses))]
+    return found, len(known.settled)
 
 
 @pytest.mark.parametrize("n", [7, 8, 33])

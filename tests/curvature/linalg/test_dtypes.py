@@ -46,8 +46,8 @@ def assert_identical(got: Curvature, want: Curvature, *names: str) -> None:
 
 
 def test_auto_is_the_default():
-    assert Curvature(nn.Linear(2, 2), "classification").factor_dtype == "auto"
-    assert Laplace(nn.Linear(2, 2)).curvature.factor_dtype == "auto"
+    assert Curvature(nn.Linear(2, 2), "classification").options.factor_dtype == "auto"
+    assert Laplace(nn.Linear(2, 2)).curvature.options.factor_dtype == "auto"
 
 
 @pytest.mark.parametrize("setting", ["expand", "reduce"])

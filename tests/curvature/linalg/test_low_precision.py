@@ -150,7 +150,10 @@ def test_the_precision_of_factors_is_stored(tmp_path):
     example = build("cnn")
     la = Laplace(example.model, "classification", factor_dtype=torch.float32)
     la.fit(example.batches).save(tmp_path / "la.pt")
-    assert Laplace.load(tmp_path / "la.pt", example.model).curvature.factor_dtype == torch.float32
+    assert (
+        Laplace.load(tmp_path / "la.pt", example.model).curvature.options.factor_dtype
+        == torch.float32
+    )
 
 
 def test_stacks_grow_apart_and_together():

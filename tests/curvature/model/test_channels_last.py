@@ -101,7 +101,7 @@ def test_single_precision_gives_the_blocks_of_double(middle, n):
     model = Images(in_line, MIDDLES[middle]())
     for setting in ("expand", "reduce"):
         curvature = assert_same_in_double(model, batch(n), kfac_approx=setting)
-        assert curvature.network.reorders
+        assert curvature.ggn.knowledge.reorders
     assert_same_in_double(model, batch(n), hessian_structure="diag")
 
 
@@ -111,7 +111,7 @@ def test_other_wirings(wire):
     for setting in ("expand", "reduce"):
         assert assert_same_in_double(
             model, batch(5), batch(1), kfac_approx=setting
-        ).network.reorders
+        ).ggn.knowledge.reorders
 
 
 ORDERS = (torch.contiguous_format, torch.channels_last)

@@ -152,7 +152,7 @@ BY_MEMORY = (
 def test_models_that_mean_the_order_in_memory_keep_it(wire):
     model = Images(wire)
     curvature = assert_same_in_double(model, batch(5), batch(4), batch(1), batch(3))
-    assert not curvature.network.reorders
+    assert not curvature.ggn.knowledge.reorders
 
 
 def test_errors_of_the_model_arrive_and_leave_the_curvature_as_it_was():
@@ -170,13 +170,13 @@ def test_errors_of_the_model_arrive_and_leave_the_curvature_as_it_was():
     model = Images(breaks, CHANNELS)
     good, bad = batch(3), batch(2)
     curvature = Curvature(model, "classification").fit([good])
-    before, known = dense_blocks(curvature), curvature.network.reorders
+    before, known = dense_blocks(curvature), curvature.ggn.knowledge.reorders
     while errors:
         with pytest.raises(type(errors[0])) as caught:
             curvature.accumulate(*bad)
         assert caught.value is errors.pop(0)
         assert_same_blocks(dense_blocks(curvature), before, 0)
-        assert curvature.n_data == 3 and curvature.network.reorders is known is True
+        assert curvature.n_data == 3 and curvature.ggn.knowledge.reorders is known is True
 
 
 def test_a_view_that_fits_no_order_is_the_models_error():
