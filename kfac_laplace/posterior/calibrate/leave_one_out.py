@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.backend import with_batch
+from kfac_laplace.curvature.accumulate import with_batch
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
