@@ -17,7 +17,7 @@ from kfac_laplace.curvature.linalg.dtypes import summable
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Categorical, Likelihood
 from kfac_laplace.likelihoods.categorical import StickBreaking
-from kfac_laplace.options import check_whole
+from kfac_laplace.options import check_whole, unknown
 
 
 class Fisher(Protocol):
@@ -220,12 +220,7 @@ def resolve(fisher: str | Fisher) -> Fisher:
     """The estimator named by a string, or the object itself."""
     if isinstance(fisher, str):
         if fisher not in NAMED:
-            raise InvalidValue(
-                "unknown estimator",
-                where="fisher",
-                got=repr(fisher),
-                remedy=f"Choose one of {sorted(NAMED)} or pass an object such as MonteCarlo(4)",
-            )
+            raise unknown("fisher", fisher, NAMED, "pass an object such as MonteCarlo(4)")
         return NAMED[fisher]()
     if not hasattr(fisher, "vectors"):
         raise InvalidType(
