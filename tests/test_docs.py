@@ -1,10 +1,14 @@
 """Every example in the documentation runs; every link and every source key leads somewhere."""
 
 import ast
+import doctest
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+from kfac_laplace.curvature.layers import RULES
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -79,6 +83,36 @@ def test_examples_run(page, tmp_path, monkeypatch):
         # Blank lines in front, so that a traceback names the line of the page.
         source = "\n" * (text[: block.start(1)].count("\n")) + block[1]
         exec(compile(source, str(page), "exec"), namespace)
+
+
+def prompts(path):
+    """Number of statements of the examples in a file's docstrings."""
+    return sum(text.count(">>> ") for text in docstrings(path))
+
+
+@pytest.fixture
+def rules():
+    """Puts the table of layer rules back, to which an example may add."""
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if prompts(path)], ids=name)
+@pytest.mark.usefixtures("rules")
+def test_examples_in_docstrings_run(path):
+    """All that there are: those of what doctest does not find would only look as if they ran."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+    result = doctest.testmod(module)
+    assert result == doctest.TestResults(failed=0, attempted=prompts(path))
+
+
+def test_examples_in_docstrings_are_prompts():
+    """What stands in a fence would not run."""
+    assert any(prompts(path) for path in SOURCES)
+    assert not any("```" in text for path in SOURCES for text in docstrings(path))
 
 
 @pytest.mark.parametrize("page", LINKED, ids=name)
