@@ -26,6 +26,8 @@ OPTIONAL = re.compile(r"^from (transformers|peft|torch_geometric)\b", re.MULTILI
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # [KFAC23], [ML21, eq. 6], [MacKay 1992], [Hobbhahn et al. 2022, eq. 3]
 KEY = re.compile(r"\[([A-Z][A-Za-z]*\d\d|[A-Z]\w+(?: et al\.)? \d{4})(?:, [^\]]*)?\]")
+# | `Gram` | the field's word | `curvature/linalg/gram.py` |
+WORD = re.compile(r"^\| `(\w+)` \| .* \| `([\w/.]+)` \|$", re.MULTILINE)
 DEFINED = re.compile(r"^\* \*\*\[(.+?)\]\*\*", re.MULTILINE)
 
 
@@ -131,6 +133,20 @@ def test_every_page_is_in_the_index():
     index = ROOT / "docs" / "index.md"
     linked = set(LINK.findall(prose(index)))
     assert {page.name for page in DOCS if page != index} <= linked
+
+
+def test_words_stand_where_the_page_says():
+    """In a file, or in some file of a folder, as a whole word."""
+    rows = WORD.findall((ROOT / "docs" / "words.md").read_text(encoding="utf-8"))
+    assert len(rows) > 40
+    lost = []
+    for word, where in rows:
+        place = ROOT / "kfac_laplace" / where
+        files = place.rglob("*.py") if place.is_dir() else [place] if place.exists() else []
+        found = re.compile(rf"\b{re.escape(word)}\b")
+        if not any(found.search(path.read_text(encoding="utf-8")) for path in files):
+            lost.append(f"{word}: {where}")
+    assert not lost, "\n".join(lost)
 
 
 def test_source_keys_are_in_the_references():
