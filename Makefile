@@ -13,7 +13,7 @@ STAMP = $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
-.PHONY: help install demo test test-slow test-all lint types format clean distclean
+.PHONY: help install demo test test-slow test-all lint types format hooks clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ types: $(STAMP)  ## static types
 format: $(STAMP)  ## rewrite the files as `make lint` wants them, where that is safe
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
+
+hooks: $(STAMP)  ## check style and types at every commit, by pre-commit
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt pre-commit
+	@$(BIN)/pre-commit install
 
 clean:  ## remove caches and build products
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

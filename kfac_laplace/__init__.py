@@ -1,4 +1,23 @@
-"""K-FAC Laplace approximations and marginal-likelihood training for PyTorch."""
+"""K-FAC Laplace approximations and marginal-likelihood training for PyTorch.
+
+A posterior around trained weights, then hyperparameters that choose themselves during training:
+
+>>> import torch
+>>> from kfac_laplace import Laplace, MarglikTuner
+>>> x, y = torch.eye(4).repeat(5, 1), torch.arange(4).repeat(5)
+>>> model = torch.nn.Linear(4, 4)
+>>> la = Laplace(model, "classification").fit([(x, y)])  # one pass over batches
+>>> la = la.optimize_prior()  # by the evidence, without another pass
+>>> la(x[:3]).shape  # probabilities of 3 inputs
+torch.Size([3, 4])
+>>> la.coverage
+{'weight': 'kron', 'bias': 'kron'}
+>>> tuner = MarglikTuner(model, "classification", n_data=20)
+>>> loss = tuner.loss(model(x), y)  # for your optimiser
+>>> record = tuner.step([(x, y)])  # each epoch: curvature, and steps of the hyperparameters
+>>> list(record.hyperparameters)
+['prior_precision']
+"""
 
 __version__ = "0.1.0"
 

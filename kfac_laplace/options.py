@@ -1,17 +1,29 @@
 """Checks of options that are one of some names, or whole numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 
 from kfac_laplace.errors import InvalidType, InvalidValue
 
 
-def check_choice(where: str, value: object, choices: Sequence[str]) -> None:
-    """Raise `InvalidValue` unless a value is one of some names."""
+def unknown(where: str, got: object, choices: Iterable[object], or_else: str = "") -> InvalidValue:
+    """The error for a value that is none of some choices, to be raised by the caller.
+
+    Args:
+        where: name of the option.
+        got: the value.
+        choices: what there is to choose from, in the order in which it is told.
+        or_else: what else would do, as it follows "or": "pass a Likelihood".
+    """
+    named = ", ".join(map(repr, choices))
+    remedy = f"Choose one of {named}" + (f", or {or_else}" if or_else else "")
+    return InvalidValue("unknown option", where=where, got=repr(got), remedy=remedy)
+
+
+def check_choice(where: str, value: object, choices: Collection[str], or_else: str = "") -> None:
+    """Raise `InvalidValue` unless a value is one of some names; arguments as for `unknown`."""
     if not isinstance(value, str) or value not in choices:
-        raise InvalidValue(
-            "unknown option", where=where, got=repr(value), remedy=f"Choose one of {choices}"
-        )
+        raise unknown(where, value, choices, or_else)
 
 
 def check_whole(where: str, value: object, least: int | None = None) -> None:

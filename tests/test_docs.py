@@ -1,10 +1,14 @@
 """Every example in the documentation runs; every link and every source key leads somewhere."""
 
 import ast
+import doctest
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+from kfac_laplace.curvature.layers import RULES
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -22,6 +26,8 @@ OPTIONAL = re.compile(r"^from (transformers|peft|torch_geometric)\b", re.MULTILI
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # [KFAC23], [ML21, eq. 6], [MacKay 1992], [Hobbhahn et al. 2022, eq. 3]
 KEY = re.compile(r"\[([A-Z][A-Za-z]*\d\d|[A-Z]\w+(?: et al\.)? \d{4})(?:, [^\]]*)?\]")
+# | `Gram` | the field's word | `curvature/linalg/gram.py` |
+WORD = re.compile(r"^\| `(\w+)` \| .* \| `([\w/.]+)` \|$", re.MULTILINE)
 DEFINED = re.compile(r"^\* \*\*\[(.+?)\]\*\*", re.MULTILINE)
 
 
@@ -81,6 +87,36 @@ def test_examples_run(page, tmp_path, monkeypatch):
         exec(compile(source, str(page), "exec"), namespace)
 
 
+def prompts(path):
+    """Number of statements of the examples in a file's docstrings."""
+    return sum(text.count(">>> ") for text in docstrings(path))
+
+
+@pytest.fixture
+def rules():
+    """Puts the table of layer rules back, to which an example may add."""
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if prompts(path)], ids=name)
+@pytest.mark.usefixtures("rules")
+def test_examples_in_docstrings_run(path):
+    """All that there are: those of what doctest does not find would only look as if they ran."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+    result = doctest.testmod(module)
+    assert result == doctest.TestResults(failed=0, attempted=prompts(path))
+
+
+def test_examples_in_docstrings_are_prompts():
+    """What stands in a fence would not run."""
+    assert any(prompts(path) for path in SOURCES)
+    assert not any("```" in text for path in SOURCES for text in docstrings(path))
+
+
 @pytest.mark.parametrize("page", LINKED, ids=name)
 def test_relative_links_resolve(page):
     """To a file that exists and, behind a #, to one of its headings."""
@@ -97,6 +133,20 @@ def test_every_page_is_in_the_index():
     index = ROOT / "docs" / "index.md"
     linked = set(LINK.findall(prose(index)))
     assert {page.name for page in DOCS if page != index} <= linked
+
+
+def test_words_stand_where_the_page_says():
+    """In a file, or in some file of a folder, as a whole word."""
+    rows = WORD.findall((ROOT / "docs" / "words.md").read_text(encoding="utf-8"))
+    assert len(rows) > 40
+    lost = []
+    for word, where in rows:
+        place = ROOT / "kfac_laplace" / where
+        files = place.rglob("*.py") if place.is_dir() else [place] if place.exists() else []
+        found = re.compile(rf"\b{re.escape(word)}\b")
+        if not any(found.search(path.read_text(encoding="utf-8")) for path in files):
+            lost.append(f"{word}: {where}")
+    assert not lost, "\n".join(lost)
 
 
 def test_source_keys_are_in_the_references():

@@ -12,7 +12,7 @@ from kfac_laplace import Curvature, KfacLaplaceError, Laplace, MarglikTuner
 
 NAMES = (
     "Laplace MarglikTuner marglik_training Curvature Predictive Exact Hybrid MonteCarlo Empirical "
-    "Categorical Gaussian Bernoulli KfacLaplaceError __version__"
+    "Categorical Gaussian Bernoulli Likelihood layer_rule KfacLaplaceError __version__"
 ).split()
 
 LAPLACE = {
@@ -54,6 +54,12 @@ CALL = {
 @pytest.mark.parametrize("name", NAMES)
 def test_names_import_from_the_top(name):
     assert hasattr(kfac_laplace, name)
+
+
+def test_nothing_else_is_public():
+    modules = {name for name, value in vars(kfac_laplace).items() if inspect.ismodule(value)}
+    public = {name for name in vars(kfac_laplace) if not name.startswith("_")} - modules
+    assert public | {"__version__"} == set(NAMES)
 
 
 def options_of(function):

@@ -17,7 +17,7 @@ from kfac_laplace.curvature.linalg.dtypes import summable
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Categorical, Likelihood
 from kfac_laplace.likelihoods.categorical import StickBreaking
-from kfac_laplace.options import check_whole
+from kfac_laplace.options import check_whole, unknown
 
 
 class Fisher(Protocol):
@@ -62,6 +62,16 @@ class MonteCarlo:
 
     Args:
         samples: number of label draws for each example.
+
+    Example:
+        One backward pass a draw, however many classes there are:
+
+        >>> import torch
+        >>> from kfac_laplace import Curvature, MonteCarlo
+        >>> model, x, y = torch.nn.Linear(3, 1000), torch.ones(2, 3), torch.tensor([7, 999])
+        >>> curvature = Curvature(model, "classification", fisher=MonteCarlo(samples=4))
+        >>> curvature.accumulate(x, y).n_data
+        2
     """
 
     samples: int = 1
@@ -105,6 +115,19 @@ class Hybrid:
     Args:
         passes: number k of vectors, k − 1 of which are roots; by default `tolerance` decides.
         tolerance: share of the trace of D Λ D over a batch that may be left to random signs.
+
+    Example:
+        The model wavers between two of six classes, so that a single root holds nearly all:
+
+        >>> import torch
+        >>> from kfac_laplace import Categorical, Exact, Hybrid
+        >>> f, y = torch.tensor([[[6.0, 5.0, 0.0, 0.0, 0.0, 0.0]]]), torch.tensor([[1]])
+        >>> draws = torch.Generator().manual_seed(0)
+        >>> for fisher in (Exact(), Hybrid(), Hybrid(passes=3)):
+        ...     len(list(fisher.vectors(Categorical(), f, y, draws)))
+        5
+        2
+        3
     """
 
     passes: int | None = None
@@ -220,12 +243,7 @@ def resolve(fisher: str | Fisher) -> Fisher:
     """The estimator named by a string, or the object itself."""
     if isinstance(fisher, str):
         if fisher not in NAMED:
-            raise InvalidValue(
-                "unknown estimator",
-                where="fisher",
-                got=repr(fisher),
-                remedy=f"Choose one of {sorted(NAMED)} or pass an object such as MonteCarlo(4)",
-            )
+            raise unknown("fisher", fisher, NAMED, "pass an object such as MonteCarlo(4)")
         return NAMED[fisher]()
     if not hasattr(fisher, "vectors"):
         raise InvalidType(

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.options import check_choice
 
 Setting = Literal["expand", "reduce"]
 SETTINGS = ("auto", "expand", "reduce")
@@ -12,7 +13,7 @@ KfacApprox = str | Mapping[str, str]
 
 
 def check_kfac_approx(kfac_approx: KfacApprox) -> None:
-    """Raise `InvalidValue` for an unknown setting."""
+    """Raise `InvalidValue` for an unknown setting, `InvalidType` for what cannot hold one."""
     if not isinstance(kfac_approx, str | Mapping):
         raise InvalidType(
             "not a setting",
@@ -20,15 +21,8 @@ def check_kfac_approx(kfac_approx: KfacApprox) -> None:
             got=repr(kfac_approx),
             remedy=f"Choose one of {SETTINGS}, or a mapping from name patterns to them",
         )
-    values = [kfac_approx] if isinstance(kfac_approx, str) else kfac_approx.values()
-    for value in values:
-        if value not in SETTINGS:
-            raise InvalidValue(
-                "unknown setting",
-                where="kfac_approx",
-                got=repr(value),
-                remedy=f"Choose one of {SETTINGS}, or a mapping from name patterns to them",
-            )
+    for value in [kfac_approx] if isinstance(kfac_approx, str) else kfac_approx.values():
+        check_choice("kfac_approx", value, SETTINGS, "a mapping from name patterns to them")
 
 
 def resolve_settings(

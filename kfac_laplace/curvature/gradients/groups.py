@@ -13,8 +13,10 @@ from kfac_laplace.curvature.recording.tape import Recording, Use
 from kfac_laplace.curvature.rows.inputs import Inputs, Ones, WithOne
 from kfac_laplace.curvature.rows.layout import Chain, Layout, flat_layout
 from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.options import check_choice
 
 Subset = str | Sequence[str]
+SUBSETS = ("all", "last_layer")
 Role = Literal["joint", "weight", "bias", "exact", "generic"]
 Treatment = Literal["kron", "dense", "diag"]
 
@@ -105,13 +107,7 @@ def select_parameters(
     "last_layer" is left open here: only a forward pass can tell which layer is used last.
     """
     if isinstance(subset, str):
-        if subset not in ("all", "last_layer"):
-            raise InvalidValue(
-                "unknown subset",
-                where="subset_of_weights",
-                got=repr(subset),
-                remedy="Choose 'all', 'last_layer' or a list of parameter-name patterns",
-            )
+        check_choice("subset_of_weights", subset, SUBSETS, "a list of parameter-name patterns")
         return list(trainable)
     if not isinstance(subset, Sequence) or not all(isinstance(p, str) for p in subset):
         raise InvalidType(

@@ -75,6 +75,29 @@ def layer_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
     Args:
         functions: the functions, as `torch.overrides` sees them (`F.linear`, `F.conv2d`, …).
+
+    Example:
+        With a rule the weight of `torch.inner` has Kronecker factors, without one a diagonal:
+
+        >>> import torch
+        >>> from kfac_laplace import Curvature, layer_rule
+        >>> from kfac_laplace.curvature.layers import Layer, Rows
+        >>> @layer_rule(torch.inner)
+        ... def inner(output, input, weight):  # (n, o) from (n, i) and (o, i)
+        ...     return Layer(
+        ...         weight=weight,
+        ...         bias=None,
+        ...         matrix=(1, *weight.shape),  # (b, o, i)
+        ...         data=(input,),
+        ...         inputs=Rows(input.detach()[None]),  # (b, n, i)
+        ...         output_rows=lambda grad: grad[:, None],  # (v, n, o) to (v, b, n, o)
+        ...     )
+        >>> class Inner(torch.nn.Linear):
+        ...     def forward(self, input):
+        ...         return torch.inner(input, self.weight)
+        >>> model, x, y = Inner(3, 2, bias=False), torch.ones(2, 3), torch.tensor([0, 1])
+        >>> Curvature(model, "classification").accumulate(x, y).coverage
+        {'weight': 'kron'}
     """
     return _registering(RULES, functions)
 
