@@ -32,7 +32,10 @@ from kfac_laplace.laplace import Laplace as Laplace
 from kfac_laplace.likelihoods import Bernoulli as Bernoulli
 from kfac_laplace.likelihoods import Categorical as Categorical
 from kfac_laplace.likelihoods import Gaussian as Gaussian
+from kfac_laplace.likelihoods import Heteroscedastic as Heteroscedastic
 from kfac_laplace.likelihoods import Likelihood as Likelihood
+from kfac_laplace.likelihoods import Poisson as Poisson
+from kfac_laplace.likelihoods import StudentT as StudentT
 from kfac_laplace.marglik.training import marglik_training as marglik_training
 from kfac_laplace.marglik.tuner import MarglikTuner as MarglikTuner
 from kfac_laplace.posterior.predict.predictive import Predictive as Predictive

@@ -21,7 +21,7 @@ from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue, NotFitted
-from kfac_laplace.likelihoods import Gaussian, Likelihood, check_finite
+from kfac_laplace.likelihoods import Likelihood, check_finite
 from kfac_laplace.options import check_whole
 from kfac_laplace.posterior import evidence, state
 from kfac_laplace.posterior.calibrate import scale as calibration
@@ -367,14 +367,14 @@ class Laplace:
 
         Returns:
             Classification and binary: probabilities, shaped like the output. Regression: the mean
-            (N, C) and the covariance (N, C, C) without noise.
+            (N, C) and the covariance (N, C, C) without noise. Other likelihoods: E[y].
         """
         if joint:
             return self._predictor.joint(x, pred_type)
         predictive = self.predict(x, pred_type, link_approx, n_samples, generator)
-        if isinstance(self.likelihood, Gaussian):
+        if self.likelihood.has_gaussian_noise:
             return predictive.mean, predictive.covariance
-        return predictive.probs
+        return predictive.mean
 
     def predict(
         self,

@@ -1,4 +1,4 @@
-"""Likelihoods p(y | f): log-densities, scores, label draws and roots of their curvature.
+"""Likelihoods p(y | f): densities, scores, draws, roots of their curvature, and predictives.
 
 Everything works on *aligned* outputs f (n, t, c): n examples, t positions that the loss keeps
 (1 for one output row an example), c outputs. Curvature is stored at σ = 1; the noise enters only
@@ -10,12 +10,19 @@ from kfac_laplace.likelihoods.bernoulli import Bernoulli as Bernoulli
 from kfac_laplace.likelihoods.categorical import Categorical as Categorical
 from kfac_laplace.likelihoods.checks import check_finite as check_finite
 from kfac_laplace.likelihoods.gaussian import Gaussian as Gaussian
+from kfac_laplace.likelihoods.heteroscedastic import Heteroscedastic as Heteroscedastic
+from kfac_laplace.likelihoods.latent import Latent as Latent
 from kfac_laplace.likelihoods.likelihood import Likelihood as Likelihood
+from kfac_laplace.likelihoods.poisson import Poisson as Poisson
+from kfac_laplace.likelihoods.studentt import StudentT as StudentT
 
 NAMED: dict[str, type[Likelihood]] = {
     "classification": Categorical,
     "regression": Gaussian,
     "binary": Bernoulli,
+    "poisson": Poisson,
+    "studentt": StudentT,
+    "heteroscedastic": Heteroscedastic,
 }
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.distributions import Bernoulli as BernoulliDistribution
+from torch.distributions import Distribution, Independent
 
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods.checks import (
@@ -14,7 +16,11 @@ from kfac_laplace.likelihoods.checks import (
     elementwise_target,
     loss_weight,
 )
+from kfac_laplace.likelihoods.latent import Latent
 from kfac_laplace.likelihoods.likelihood import Likelihood
+from kfac_laplace.likelihoods.links import probit
+from kfac_laplace.likelihoods.predictive import ClassPredictive, Restore
+from kfac_laplace.likelihoods.roots import diagonal_roots
 
 
 class Bernoulli(Likelihood):
@@ -34,6 +40,10 @@ class Bernoulli(Likelihood):
 
     def __init__(self, *, pos_weight: Tensor | Sequence[float] | float | None = None):
         self.pos_weight = None if pos_weight is None else loss_weight(pos_weight, "pos_weight")
+
+    def distribution(self, f: Tensor, sigma: Tensor) -> Distribution:
+        """Zeros and ones of probabilities sigmoid(f), without the weight."""
+        return Independent(BernoulliDistribution(logits=f), 1)
 
     def class_axis(self, output: Tensor, target: Tensor) -> int:
         """The last axis."""
@@ -83,11 +93,7 @@ class Bernoulli(Likelihood):
     def roots(self, f: Tensor) -> Iterator[Tensor]:
         """One column for each logit: √(p (1 − p))."""
         # σ(f) σ(−f) keeps its digits where 1 − σ(f) rounds to zero.
-        spread = (f.sigmoid() * (-f).sigmoid()).sqrt()
-        for c in range(f.shape[-1]):
-            column = torch.zeros_like(f)
-            column[..., c] = spread[..., c]
-            yield column
+        return diagonal_roots((f.sigmoid() * (-f).sigmoid()).sqrt())
 
     def sample(self, f: Tensor, generator: Generator) -> Tensor:
         """Draw zeros and ones."""
@@ -106,6 +112,65 @@ class Bernoulli(Likelihood):
         """w y + 1 − y for each logit, (n, t, c)."""
         return None if self.pos_weight is None else self.positive(y) + (1 - y)
 
+    def predict(self, latent: Latent, sigma: Tensor, link: str) -> "LogisticPredictive":
+        """Probabilities by the probit link, or by averages over samples."""
+        return LogisticPredictive(self, latent, link)
+
+    def predictive_draws(self, f: Tensor, sigma: Tensor, generator: Generator) -> Tensor:
+        """Probabilities: those of functions, without the draw of a label."""
+        return f.sigmoid()
+
     def options(self) -> dict[str, Any]:
         """`pos_weight` as a list."""
         return {"pos_weight": None if self.pos_weight is None else self.pos_weight.tolist()}
+
+
+class LogisticPredictive(ClassPredictive):
+    """Probabilities of a one, each output on its own.
+
+    Args:
+        likelihood: for the weights of targets.
+        latent: the Gaussian over f, or samples.
+        link: "probit", for the Gaussian.
+    """
+
+    def __init__(self, likelihood: Bernoulli, latent: Latent, link: str):
+        super().__init__(latent, torch.sigmoid)
+        self._likelihood, self._link = likelihood, link
+
+    def linked(self) -> Tensor:
+        """Probabilities (n, t, c) by the probit link.
+
+        Raises:
+            InvalidValue: the Laplace bridge, which single logits do not have.
+        """
+        if self._link == "bridge":
+            raise InvalidValue(
+                "the Laplace bridge needs at least two logits",
+                where="link_approx",
+                got="'bridge' with a binary likelihood",
+                remedy="Use 'probit' or 'mc'",
+            )
+        return probit(self.latent.mean, self.latent.covariance).sigmoid()
+
+    def distribution(self, restore: Restore) -> Distribution:
+        """A Bernoulli distribution for each output, shaped as the output."""
+        return BernoulliDistribution(probs=restore(self.probs))
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """w y log p + (1 − y) log(1 − p) with its weight, shape (n, t, c)."""
+        # Products of the logits keep the complement's digits: 1 − p loses them.
+        p, other = self.probs, self._complement()
+        tiny = torch.finfo(p.dtype).tiny
+        weight = self._likelihood.positive(y)
+        return weight * p.clamp_min(tiny).log() + (1 - y) * other.clamp_min(tiny).log()
+
+    def entropy_of(self, probs: Tensor) -> Tensor:
+        """−Σ p log p + (1 − p) log(1 − p) over the outputs, (..., t)."""
+        return super().entropy_of(probs) + torch.special.entr(1 - probs).sum(-1)
+
+    def _complement(self) -> Tensor:
+        """1 − p."""
+        if self.latent.samples is not None:
+            return (-self.latent.samples).sigmoid().mean(0)
+        return probit(-self.latent.mean, self.latent.covariance).sigmoid()

@@ -6,10 +6,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.distributions import Categorical as CategoricalDistribution
+from torch.distributions import Distribution
 
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods.checks import check_length, loss_weight
+from kfac_laplace.likelihoods.latent import Latent
 from kfac_laplace.likelihoods.likelihood import Likelihood
+from kfac_laplace.likelihoods.links import bridge, probit
+from kfac_laplace.likelihoods.predictive import ClassPredictive
 
 
 class Categorical(Likelihood):
@@ -46,6 +51,10 @@ class Categorical(Likelihood):
         self.ignore_index = ignore_index
         self.weight = None if weight is None else loss_weight(weight, "weight")
         self.label_smoothing = float(label_smoothing)
+
+    def distribution(self, f: Tensor, sigma: Tensor) -> Distribution:
+        """Labels of probabilities softmax(f), without weights and smoothing."""
+        return CategoricalDistribution(logits=f)
 
     def class_axis(self, output: Tensor, target: Tensor) -> int:
         """The last axis where `output.shape[:-1] == target.shape`, else axis 1."""
@@ -145,6 +154,10 @@ class Categorical(Likelihood):
         for c in range(f.shape[-1] - 1):
             yield columns.column(c)
 
+    def softmax_probabilities(self, f: Tensor) -> Tensor | None:
+        """softmax(f), but None for a subclass with roots of its own."""
+        return f.softmax(-1) if type(self).roots is Categorical.roots else None
+
     def sample(self, f: Tensor, generator: Generator) -> Tensor:
         """Labels (n, t) drawn from softmax(f) by the Gumbel-max trick."""
         noise = torch.rand(f.shape, generator=generator, device=generator.device, dtype=f.dtype)
@@ -171,6 +184,14 @@ class Categorical(Likelihood):
         spread = self.label_smoothing * self.weight.mean().to(own)
         return torch.where(kept, own + spread, 0)[..., None]
 
+    def predict(self, latent: Latent, sigma: Tensor, link: str) -> "SoftmaxPredictive":
+        """Probabilities by the probit link or the bridge, or by averages over samples."""
+        return SoftmaxPredictive(self, latent, link)
+
+    def predictive_draws(self, f: Tensor, sigma: Tensor, generator: Generator) -> Tensor:
+        """Probabilities: those of functions, without the draw of a label."""
+        return f.softmax(-1)
+
     def options(self) -> dict[str, Any]:
         """The three options, `weight` as a list."""
         return {
@@ -178,6 +199,44 @@ class Categorical(Likelihood):
             "weight": None if self.weight is None else self.weight.tolist(),
             "label_smoothing": self.label_smoothing,
         }
+
+
+class SoftmaxPredictive(ClassPredictive):
+    """Class probabilities by a link, or over samples.
+
+    Args:
+        likelihood: for the weights of labels.
+        latent: the Gaussian over f, or samples.
+        link: "probit" or "bridge", for the Gaussian.
+    """
+
+    def __init__(self, likelihood: Categorical, latent: Latent, link: str):
+        super().__init__(latent, lambda f: f.softmax(-1))
+        self._likelihood, self._link = likelihood, link
+
+    def linked(self) -> Tensor:
+        """Probabilities (n, t, c) in closed form."""
+        mean, covariance = self.latent.mean, self.latent.covariance
+        if self._link == "bridge":
+            return bridge(mean, covariance)
+        return probit(mean, covariance).softmax(-1)
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """w_y log p_y, 0 for ignored labels, shape (n, t).
+
+        Raises:
+            InvalidValue: no label counts.
+        """
+        weights = self._likelihood.label_weights(y)
+        if not bool(weights.any()):
+            raise InvalidValue(
+                "no target counts",
+                where="target",
+                got="labels that are ignored or of weight zero, all of them",
+                remedy="Pass data with labels that count",
+            )
+        _, labels = self._likelihood.kept(y)
+        return weights * super().log_prob(labels)
 
 
 class StickBreaking:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from kfac_laplace.errors import InvalidType, InvalidValue
 
@@ -28,6 +29,61 @@ def check_same_layout(output: Tensor, target: Tensor) -> None:
             got=f"{tuple(target.shape)} for an output {tuple(output.shape)}",
             remedy="Give them the output's shape",
         )
+
+
+def check_leading_axes(output: Tensor, target: Tensor) -> None:
+    """Targets share the output's axes, up to its last and those of length 1: no broadcasting."""
+    shape = output.shape if output.ndim == 1 else output.shape[:-1]
+    lead, own = ([s for s in sizes if s != 1] for sizes in (shape, target.shape))
+    if own[: len(lead)] != lead:
+        raise InvalidValue(
+            "targets do not match the output",
+            where="target",
+            got=f"{tuple(target.shape)} for an output {tuple(output.shape)}",
+            remedy="Give them the output's shape, up to the last axis",
+        )
+
+
+def target_of(distribution: Distribution, target: Tensor, f: Tensor) -> Tensor:
+    """Check that `target` can be a draw from a distribution of rows, and view it as one.
+
+    Args:
+        distribution: p(y | f), of batch shape (n, t).
+        target: values of any real dtype, as many as a draw has for each example.
+        f: the outputs (n, t, c).
+    """
+    shape = distribution.batch_shape + distribution.event_shape
+    if target.shape[:1] != shape[:1] or target.numel() != shape.numel():
+        n, t = f.shape[:2]
+        raise InvalidValue(
+            "targets do not match the output",
+            where="target",
+            got=tuple(target.shape),
+            remedy=f"The output has {n} examples, {t} positions and targets {tuple(shape[2:])}",
+        )
+    if target.is_complex():
+        raise InvalidType("targets must be real", where="target", got=target.dtype)
+    y = target.reshape(shape).to(f.dtype)
+    check_finite(y, where="target")
+    allowed = _in_support(distribution, y)
+    if not bool(allowed.all()):
+        raise InvalidValue(
+            "targets outside the support of the likelihood",
+            where="target",
+            got=f"{int((~allowed).sum())} of {allowed.numel()} rows, "
+            f"values {float(y.min()):.6g}..{float(y.max()):.6g}",
+            remedy=f"They must be draws of {distribution}",
+        )
+    return y
+
+
+def _in_support(distribution: Distribution, y: Tensor) -> Tensor:
+    """Mask of the rows that can be draws; of all where the distribution names no support."""
+    try:
+        support = distribution.support
+    except NotImplementedError:
+        support = None
+    return torch.ones((), dtype=torch.bool) if support is None else support.check(y)
 
 
 def elementwise_target(target: Tensor, f: Tensor) -> Tensor:

@@ -5,15 +5,24 @@ from collections.abc import Iterator
 
 import torch
 from torch import Generator, Tensor
+from torch.distributions import Distribution, Independent, Normal
 
 from kfac_laplace.likelihoods.checks import check_same_layout, elementwise_target
+from kfac_laplace.likelihoods.latent import Latent
 from kfac_laplace.likelihoods.likelihood import Likelihood
+from kfac_laplace.likelihoods.predictive import NormalPredictive
+from kfac_laplace.likelihoods.roots import diagonal_roots
 
 
 class Gaussian(Likelihood):
     """N(y | f, σ² I): Λ = I at σ = 1."""
 
     has_noise = True
+    has_gaussian_noise = True
+
+    def distribution(self, f: Tensor, sigma: Tensor) -> Distribution:
+        """N(f, σ² I)."""
+        return Independent(Normal(f, sigma), 1)
 
     def class_axis(self, output: Tensor, target: Tensor) -> int:
         """The last axis; every output has the same curvature, so none is special."""
@@ -42,17 +51,17 @@ class Gaussian(Likelihood):
         """The residual f − y."""
         return f - y
 
+    def score_with_noise(self, f: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+        """(f − y)/σ²."""
+        return self.precision(sigma) * self.score(f, y)
+
     def roots(self, f: Tensor) -> Iterator[Tensor]:
         """The c unit vectors."""
-        for c in range(f.shape[-1]):
-            column = torch.zeros_like(f)
-            column[..., c] = 1
-            yield column
+        return diagonal_roots(torch.ones_like(f))
 
     def sample(self, f: Tensor, generator: Generator) -> Tensor:
         """Add standard normal noise to f."""
-        noise = torch.randn(f.shape, generator=generator, device=generator.device, dtype=f.dtype)
-        return f + noise.to(f.device)
+        return f + _noise(f, generator)
 
     def hessian(self, f: Tensor) -> Tensor:
         """The identity."""
@@ -61,3 +70,17 @@ class Gaussian(Likelihood):
     def precision(self, sigma: Tensor) -> Tensor:
         """1/σ²."""
         return sigma**-2
+
+    def predict(self, latent: Latent, sigma: Tensor, link: str) -> NormalPredictive:
+        """Gaussian, in closed form."""
+        return NormalPredictive(latent, sigma)
+
+    def predictive_draws(self, f: Tensor, sigma: Tensor, generator: Generator) -> Tensor:
+        """y = f + σ ε."""
+        return f + sigma.to(f) * _noise(f, generator)
+
+
+def _noise(f: Tensor, generator: Generator) -> Tensor:
+    """Standard normal noise, shaped as f."""
+    noise = torch.randn(f.shape, generator=generator, device=generator.device, dtype=f.dtype)
+    return noise.to(f.device)

@@ -1,4 +1,4 @@
-"""What a likelihood has to say about itself."""
+"""What a likelihood has to say about itself, and what follows from its distribution."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -6,10 +6,22 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.distributions import Categorical, Distribution
+
+from kfac_laplace.errors import UnsupportedUse
+from kfac_laplace.likelihoods.checks import check_leading_axes, target_of
+from kfac_laplace.likelihoods.distributions import by_row, draw
+from kfac_laplace.likelihoods.latent import Latent
+from kfac_laplace.likelihoods.predictive import ClassPredictive, Mixture, RowPredictive
+from kfac_laplace.likelihoods.roots import eigen_roots
 
 
 class Likelihood(ABC):
     """p(y | f) for one output row f, independent over examples and positions.
+
+    `distribution` and `hessian` are all that is needed; what else there is follows from them and is
+    overridden where a closed form is better. A likelihood with a noise σ also sets `has_noise`, and
+    overrides `precision`, `statistic` and `log_likelihood`.
 
     The curvature of a row is D Λ(f) D: Λ comes from `roots`, `random_root` and `hessian` and does
     not depend on the target; D = diag √m(y) comes from `importance` and is 1 unless overridden.
@@ -17,10 +29,67 @@ class Likelihood(ABC):
 
     #: whether the likelihood has an observation noise σ
     has_noise = False
+    #: whether y | f ~ N(f, σ² I): MacKay's formula for σ holds, and the moments of f say all
+    has_gaussian_noise = False
+
+    # --- the density -------------------------------------------------------------------------
 
     @abstractmethod
+    def distribution(self, f: Tensor, sigma: Tensor) -> Distribution:
+        """p(y | f, σ).
+
+        Args:
+            f: outputs of any leading shape, (..., c).
+            sigma: the noise, shape (), of f's dtype; 1 without one.
+
+        Returns:
+            A distribution of batch shape (...), or (..., c) where each output has a y of its own.
+            `torch.distributions.Categorical` means classes: E[y] are then their probabilities.
+        """
+
+    @abstractmethod
+    def hessian(self, f: Tensor) -> Tensor:
+        """Λ for each row at σ = 1, shape (n, t, c, c): the Fisher information of y in f."""
+
+    def rows(self, f: Tensor, sigma: Tensor) -> Distribution:
+        """`distribution` with a batch shape (...) for outputs (..., c)."""
+        return by_row(self.distribution(f, sigma.to(f)), f)
+
+    def log_prob(self, f: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+        """log p(y | f, σ) summed over positions and outputs, normalisers included, shape (n,)."""
+        return self.rows(f, sigma).log_prob(y).sum(1)
+
+    def statistic(self, f: Tensor, y: Tensor) -> Tensor:
+        """Σ over the batch of what `log_likelihood` needs, float64, of one shape for all batches.
+
+        Without a noise the log-likelihood itself.
+
+        Raises:
+            UnsupportedUse: a noise, and no statistic of the likelihood's own.
+        """
+        if self.has_noise:
+            raise UnsupportedUse(
+                "how the log-likelihood moves with σ must be known without another data pass",
+                where=type(self).__name__,
+                remedy="Override statistic and log_likelihood, or make the noise an option",
+            )
+        y = y.double() if y.is_floating_point() else y
+        return self.log_prob(f.double(), y, _one(f)).sum()
+
+    def log_likelihood(self, statistic: Tensor, count: int, sigma: Tensor) -> Tensor:
+        """log p(D | f, σ) from the summed statistic over `count` scalar outputs, shape ()."""
+        return statistic
+
+    # --- targets and outputs -----------------------------------------------------------------
+
     def class_axis(self, output: Tensor, target: Tensor) -> int:
-        """Axis of `output` that holds the c outputs of one row, -1 or 1."""
+        """Axis of `output` that holds the c outputs of one row, -1 or 1; the last by default.
+
+        Raises:
+            InvalidValue: the target's leading axes are not the output's.
+        """
+        check_leading_axes(output, target)
+        return -1
 
     def align(self, output: Tensor, class_axis: int) -> Tensor:
         """View `output` as f (n, t, c), differentiably."""
@@ -30,33 +99,53 @@ class Likelihood(ABC):
             output = output.movedim(1, -1)
         return output.flatten(1, -2) if output.ndim > 2 else output[:, None]
 
-    @abstractmethod
     def align_target(self, target: Tensor, f: Tensor) -> Tensor:
-        """Check `target` against f (n, t, c) and view it as (n, t) labels or (n, t, c) values."""
+        """Check `target` against f (n, t, c) and view it as (n, t) labels or (n, t, ·) values.
 
-    @abstractmethod
-    def log_prob(self, f: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        """log p(y | f, σ) summed over positions and outputs, normalisers included, shape (n,)."""
+        By default it has the shape of a draw, any real dtype and values in the support of the
+        distribution; nothing is broadcast.
 
-    @abstractmethod
-    def statistic(self, f: Tensor, y: Tensor) -> Tensor:
-        """Σ over the batch of what `log_likelihood` needs, float64, shape ()."""
+        Raises:
+            InvalidValue: another shape, values that are not finite or outside the support.
+        """
+        with torch.no_grad():
+            return target_of(self.rows(f, _one(f)), target, f)
 
-    @abstractmethod
-    def log_likelihood(self, statistic: Tensor, count: int, sigma: Tensor) -> Tensor:
-        """log p(D | f, σ) from the summed statistic over `count` scalar outputs, shape ()."""
+    # --- curvature ---------------------------------------------------------------------------
 
-    @abstractmethod
     def score(self, f: Tensor, y: Tensor) -> Tensor:
-        """∂(−log p(y | f))/∂f at σ = 1, shape (n, t, c)."""
+        """∂(−log p(y | f))/∂f at σ = 1, shape (n, t, c); by autograd unless overridden."""
+        return self._gradient(f, y, _one(f))
 
-    @abstractmethod
+    def score_with_noise(self, f: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+        """∂(−log p(y | f, σ))/∂f, shape (n, t, c)."""
+        return self._gradient(f, y, sigma.to(f)) if self.has_noise else self.score(f, y)
+
+    def _gradient(self, f: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            at = f.detach().clone().requires_grad_()
+            loss = -self.log_prob(at, y.clone(), sigma.detach().clone()).sum()
+            (gradient,) = torch.autograd.grad(loss, at)
+        return gradient
+
     def roots(self, f: Tensor) -> Iterator[Tensor]:
-        """Columns S_k (n, t, c) with Σ_k S_k S_kᵀ = Λ for each row, at σ = 1."""
+        """Columns S_k (n, t, c) with Σ_k S_k S_kᵀ = Λ for each row, at σ = 1.
 
-    @abstractmethod
+        The eigenvectors of `hessian` unless overridden.
+        """
+        return eigen_roots(self.hessian(f))
+
+    def softmax_probabilities(self, f: Tensor) -> Tensor | None:
+        """p (..., c) where Λ = diag(p) − p pᵀ, whose roots have short forms; None for any other."""
+        return None
+
     def sample(self, f: Tensor, generator: Generator) -> Tensor:
         """Draw aligned targets y ~ p(y | f) at σ = 1."""
+        return self._draw(f, _one(f), generator)
+
+    def _draw(self, f: Tensor, sigma: Tensor, generator: Generator) -> Tensor:
+        """y ~ p(y | f, σ)."""
+        return draw(self.rows(f.detach().cpu(), sigma), generator).to(f.device)
 
     def random_root(self, f: Tensor, generator: Generator) -> Tensor:
         """A vector v (n, t, c) with E v vᵀ = Λ, independent between rows: the score of a draw.
@@ -64,10 +153,6 @@ class Likelihood(ABC):
         Where `importance` is overridden, this has to stay the score without it.
         """
         return self.score(f, self.sample(f, generator))
-
-    @abstractmethod
-    def hessian(self, f: Tensor) -> Tensor:
-        """Λ for each row at σ = 1, shape (n, t, c, c)."""
 
     def importance(self, y: Tensor) -> Tensor | None:
         """Factors m ≥ 0 on the curvature of targets y, or None where all are 1.
@@ -82,6 +167,43 @@ class Likelihood(ABC):
         """Factor 1/σ² by which the stored curvature is scaled; 1 without noise."""
         return torch.ones_like(sigma)
 
+    # --- predictions -------------------------------------------------------------------------
+
+    def predict(self, latent: Latent, sigma: Tensor, link: str) -> RowPredictive:
+        """p(y | x) with the outputs integrated out, by averages over points of f.
+
+        Args:
+            latent: the Gaussian over outputs, or samples of them.
+            sigma: the noise, shape ().
+            link: how class probabilities come from the Gaussian; of no meaning here.
+        """
+        components = self.rows(latent.points[0], sigma)
+        if isinstance(components, Categorical):
+            return ClassPredictive(latent, lambda f: _probs(self.rows(f, sigma)))
+        mean = None
+        if latent.samples is None:
+            mean = self.predictive_mean(latent.mean, latent.covariance)
+        return Mixture(latent, lambda f: self.rows(f, sigma), mean)
+
+    def predictive_mean(self, mean: Tensor, covariance: Tensor) -> Tensor | None:
+        """E[y] (n, t, ·) for f ~ N(mean, covariance) where it has a closed form, else None."""
+        return None
+
+    def predictive_draws(self, f: Tensor, sigma: Tensor, generator: Generator) -> Tensor:
+        """What samples of the predictive show at outputs f (n, t, c): draws of y."""
+        return self._draw(f, sigma, generator)
+
     def options(self) -> dict[str, Any]:
         """Constructor arguments as plain data, which tell likelihoods of one class apart."""
         return {}
+
+
+def _one(f: Tensor) -> Tensor:
+    """σ = 1."""
+    return torch.ones((), dtype=f.dtype, device=f.device)
+
+
+def _probs(distribution: Distribution) -> Tensor:
+    """Class probabilities of a categorical distribution."""
+    assert isinstance(distribution, Categorical)
+    return distribution.probs

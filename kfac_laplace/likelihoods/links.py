@@ -1,41 +1,32 @@
-"""From a Gaussian over outputs to class probabilities: probit, Laplace bridge, Monte Carlo.
+"""From a Gaussian over outputs to class probabilities: probit, Laplace bridge, and draws.
 
-All take means (n, t, c) and covariances (n, t, c, c) and return probabilities (n, t, c).
+All take means (..., c) and covariances (..., c, c).
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from kfac_laplace.errors import InvalidValue, UnsupportedUse
-from kfac_laplace.likelihoods import Bernoulli, Categorical, Likelihood
-
-Link = Literal["probit", "bridge", "mc"]
 LINKS = ("probit", "bridge", "mc")
 
 
-def probit(likelihood: Likelihood, mean: Tensor, covariance: Tensor) -> Tensor:
-    """Probabilities at mean/√(1 + π/8 · variance) [MacKay 1992]."""
+def probit(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Outputs mean/√(1 + π/8 · variance), whose probabilities are averages [MacKay 1992]."""
     variance = covariance.diagonal(dim1=-2, dim2=-1)
-    return activation(likelihood, mean / (1 + math.pi / 8 * variance).sqrt())
+    return mean / (1 + math.pi / 8 * variance).sqrt()
 
 
-def bridge(likelihood: Likelihood, mean: Tensor, covariance: Tensor) -> Tensor:
+def bridge(mean: Tensor, covariance: Tensor) -> Tensor:
     """Mean of the Dirichlet that matches the Gaussian on the simplex [Hobbhahn et al. 2022].
 
     The Gaussian is first conditioned on logits that sum to zero, since softmax does not see their
     common shift.
+
+    Returns:
+        Probabilities (..., c).
     """
-    if isinstance(likelihood, Bernoulli):
-        raise InvalidValue(
-            "the Laplace bridge needs at least two logits",
-            where="link_approx",
-            got="'bridge' with a binary likelihood",
-            remedy="Use 'probit' or 'mc'",
-        )
-    ones = covariance.sum(-1)  # Σ 1, shape (n, t, c)
+    ones = covariance.sum(-1)  # Σ 1, shape (..., c)
     total = ones.sum(-1, keepdim=True)  # 1ᵀ Σ 1
     # A degenerate Gaussian (κ = 0) has nothing to condition on.
     gain = torch.where(total > 0, ones / total.where(total > 0, torch.ones_like(total)), 0.0)
@@ -58,20 +49,3 @@ def sample_outputs(mean: Tensor, covariance: Tensor, n: int, generator: Generato
         n, *mean.shape, dtype=mean.dtype, generator=generator, device=generator.device
     ).to(mean.device)
     return mean + (root @ noise[..., None])[..., 0]
-
-
-def activation(likelihood: Likelihood, f: Tensor) -> Tensor:
-    """Class probabilities of outputs f (..., c): sigmoid of each logit, or softmax.
-
-    Raises:
-        UnsupportedUse: a likelihood without classes.
-    """
-    if isinstance(likelihood, Bernoulli):
-        return f.sigmoid()
-    if isinstance(likelihood, Categorical):
-        return f.softmax(-1)
-    raise UnsupportedUse(
-        "this likelihood has no class probabilities",
-        where=type(likelihood).__name__,
-        remedy="Use functional_samples, or predict(x).mean_f and .covariance, and your own link",
-    )

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
-from kfac_laplace.likelihoods import Gaussian
 from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
 
 log = logging.getLogger("kfac_laplace")
@@ -162,7 +161,7 @@ class FixedPoint:
 
     def __init__(self, posterior: Posterior, noise: bool):
         likelihood = posterior.ggn.likelihood
-        if noise and not isinstance(likelihood, Gaussian):
+        if noise and not likelihood.has_gaussian_noise:
             raise UnsupportedUse(
                 "MacKay's formula for the noise holds for Gaussian noise alone",
                 where=type(likelihood).__name__,

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from cases import build
+from torch.distributions import Normal
 
 from kfac_laplace import Gaussian, Laplace, Likelihood, MarglikTuner
 from kfac_laplace.errors import UnsupportedUse
@@ -17,30 +18,14 @@ class HalfVariance(Likelihood):
 
     has_noise = True
 
-    def class_axis(self, output, target):
-        return -1
-
-    def align_target(self, target, f):
-        return target.reshape(f.shape)
-
-    def log_prob(self, f, y, sigma):
-        return Gaussian().log_prob(f, y, sigma / 2**0.5)
+    def distribution(self, f, sigma):
+        return Normal(f, sigma / 2**0.5)
 
     def statistic(self, f, y):
         return 2 * (y - f).square().sum()
 
     def log_likelihood(self, statistic, count, sigma):
         return -0.5 * statistic / sigma**2 - 0.5 * count * (math.pi * sigma**2).log()
-
-    def score(self, f, y):
-        return 2 * (f - y)
-
-    def roots(self, f):
-        for root in Gaussian().roots(f):
-            yield 2**0.5 * root
-
-    def sample(self, f, generator):
-        return f + torch.randn(f.shape, dtype=f.dtype, generator=generator) / 2**0.5
 
     def hessian(self, f):
         return 2 * Gaussian().hessian(f)

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from kfac_laplace.curvature.linalg.dtypes import summable
 from kfac_laplace.errors import InvalidType, InvalidValue
-from kfac_laplace.likelihoods import Categorical, Likelihood
+from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.likelihoods.categorical import StickBreaking
 from kfac_laplace.options import check_whole, unknown
 
@@ -147,9 +147,8 @@ class Hybrid:
     ) -> Iterator[Tensor]:
         """The leading roots, then the signed sum of the others."""
         importance = likelihood.importance(y)
-        # A user's own roots replace the softmax's where a subclass overrides them.
-        softmax = type(likelihood).roots is Categorical.roots
-        columns = _ByProbability(f) if softmax else _InOrder(likelihood, f)
+        p = likelihood.softmax_probabilities(f)
+        columns = _InOrder(likelihood, f) if p is None else _ByProbability(p)
         traces = columns.traces(importance)
         coins = torch.randint(
             2, (*f.shape[:2], len(traces)), generator=generator, device=generator.device
@@ -180,9 +179,9 @@ class _Columns(Protocol):
 class _ByProbability:
     """Softmax roots, the most probable classes of each row first."""
 
-    def __init__(self, f: Tensor):
-        p, self._order = f.softmax(-1).sort(-1, descending=True)
-        self._columns = StickBreaking(p)
+    def __init__(self, p: Tensor):
+        ordered, self._order = p.sort(-1, descending=True)
+        self._columns = StickBreaking(ordered)
 
     def traces(self, importance: Tensor | None) -> Tensor:
         squares = summable(self._columns.squares())

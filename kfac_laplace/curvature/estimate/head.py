@@ -17,7 +17,7 @@ from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import accumulable, summable
 from kfac_laplace.curvature.linalg.gram import Gram
-from kfac_laplace.likelihoods import Categorical, Likelihood
+from kfac_laplace.likelihoods import Likelihood
 
 #: Matrix products by autograd node, and which of their operands is h (n, d).
 PRODUCTS = {"AddmmBackward0": 1, "MmBackward0": 0}
@@ -161,18 +161,13 @@ def _pieces(
     yield from zip(f.split(step), parts, strict=False)
 
 
-def _is_softmax(likelihood: Likelihood) -> bool:
-    """Whether Λ = diag(p) − p pᵀ: a subclass may have roots of its own."""
-    return type(likelihood).roots is Categorical.roots
-
-
 def _pulled_back(
     likelihood: Likelihood, f: Tensor, importance: Tensor | None, weight: Tensor
 ) -> Tensor:
     """Wᵀ D Λ D W of each example, shape (m, d, d), for `weight` Wᵀ (d, c)."""
-    if not _is_softmax(likelihood):
+    p = likelihood.softmax_probabilities(summable(f)[:, 0])
+    if p is None:
         return weight @ _hessian(likelihood, f, importance) @ weight.mT
-    p = summable(f)[:, 0].softmax(-1)
     # Σ_j p_j (W_j − w̄)(W_j − w̄)ᵀ, measured from the most probable class: where p is nearly
     # one-hot, W_j − w̄ would otherwise be lost in rounding.
     apart = weight.mT - weight.mT[p.argmax(-1)][:, None]  # (m, c, d)
@@ -184,12 +179,12 @@ def _pulled_back(
 
 def _head_factor(likelihood: Likelihood, f: Tensor, importance: Tensor | None) -> Tensor:
     """Σ_n D Λ_n D, shape (c, c)."""
-    if not _is_softmax(likelihood):
+    p = likelihood.softmax_probabilities(summable(f)[:, 0])
+    if p is None:
         total = summable(f.new_zeros(f.shape[-1], f.shape[-1]))
         for piece in _pieces(f, importance, total.numel()):
             total += _hessian(likelihood, *piece).sum(0)
         return total
-    p = summable(f)[:, 0].softmax(-1)
     weighted = p if importance is None else p * importance[:, 0].to(p)
     products = (weighted.mT @ p).fill_diagonal_(0)
     # Rows of Λ sum to zero. So found, the diagonal keeps the digits that p − p² loses.

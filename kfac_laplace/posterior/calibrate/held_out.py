@@ -9,8 +9,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from kfac_laplace.likelihoods.links import probit
+from kfac_laplace.likelihoods import Latent, Likelihood
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.glm import output_gaussian
 
@@ -62,34 +61,12 @@ def negative_log_likelihood(
     """Mean loss of the predictive over the points with the covariance times κ, by the probit link.
 
     The loss is −log p(y) with the likelihood's weights, ignored labels left out. Label smoothing is
-    left out too: it is a means of training, not what predictions are asked for.
+    left out too: it is a means of training, not what predictions are asked for. Where the
+    predictive is an average over draws of several outputs, they are the same for every κ.
 
     Raises:
         InvalidValue: no target counts.
-        UnsupportedUse: a likelihood without class probabilities.
     """
-    mean, covariance, y = points.mean, kappa * points.covariance, points.target
-    if isinstance(likelihood, Gaussian):
-        eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-        total = covariance + sigma.to(mean) ** 2 * eye
-        normal = torch.distributions.MultivariateNormal(mean, total)
-        return -float(normal.log_prob(y).sum()) / len(mean)
-    probs = probit(likelihood, mean, covariance)
-    tiny = torch.finfo(probs.dtype).tiny
-    if isinstance(likelihood, Bernoulli):
-        # Products of the logits keep the complement's digits: 1 − p loses them.
-        other = probit(likelihood, -mean, covariance).clamp_min(tiny)
-        terms = likelihood.positive(y) * probs.clamp_min(tiny).log() + (1 - y) * other.log()
-        return -float(terms.sum()) / len(mean)
-    assert isinstance(likelihood, Categorical)  # probit refuses the others
-    weights = likelihood.label_weights(y)
-    if not bool(weights.any()):
-        raise InvalidValue(
-            "no target counts",
-            where="target",
-            got="labels that are ignored or of weight zero, all of them",
-            remedy="Pass data with labels that count",
-        )
-    _, labels = likelihood.kept(y)
-    picked = probs.gather(-1, labels[..., None])[..., 0].clamp_min(tiny)
-    return -float((weights * picked.log()).sum()) / len(mean)
+    latent = Latent(points.mean, kappa * points.covariance)
+    log_prob = likelihood.predict(latent, sigma, "probit").log_prob(points.target)
+    return -float(log_prob.sum()) / len(points.mean)

@@ -130,6 +130,7 @@ def _divided(
 def _scaled(posterior: Posterior, mean: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Scaled D Λ D (m, k, k) and score (m, k) of each point, k = t·c."""
     likelihood, scale = posterior.ggn.likelihood, posterior.scale.detach()
+    hyper = posterior.hyperparameters.detached()
     n, t, c = mean.shape
     by_row = scale * likelihood.hessian(mean)  # (m, t, c, c)
     importance = likelihood.importance(target)
@@ -138,7 +139,8 @@ def _scaled(posterior: Posterior, mean: Tensor, target: Tensor) -> tuple[Tensor,
         by_row = root[..., :, None] * by_row * root[..., None, :]
     by_row = by_row.movedim(1, -1)  # (m, c, c, t)
     hessian = torch.diag_embed(by_row).permute(0, 3, 1, 4, 2).reshape(n, t * c, t * c)
-    return hessian, (scale * likelihood.score(mean, target)).flatten(1)
+    score = likelihood.score_with_noise(mean, target, hyper.sigma_noise)
+    return hessian, (score / hyper.temperature).flatten(1)
 
 
 def _exact_covariances(

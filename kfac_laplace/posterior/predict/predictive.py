@@ -1,15 +1,14 @@
 """Predictives: the Gaussian over outputs at new inputs, and what follows from it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli as BernoulliDistribution
-from torch.distributions import Categorical as CategoricalDistribution
-from torch.distributions import Distribution, MultivariateNormal
+from torch.distributions import Distribution
 
-from kfac_laplace.errors import InvalidValue
-from kfac_laplace.likelihoods import Bernoulli, Gaussian, Likelihood, links
+from kfac_laplace.likelihoods import Latent, Likelihood
+from kfac_laplace.likelihoods.predictive import RowPredictive
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Predictive:
         sigma: observation noise σ.
         link: "probit" or "bridge", for probabilities in closed form.
         samples: output samples (s, n, t, c); where given, averages are taken over them.
-        seed: seed of the samples drawn for the mutual information without given ones.
+        seed: seed of the samples drawn where averages need some and none are given.
         n_samples: their number.
     """
 
@@ -42,10 +41,12 @@ class Predictive:
 
     @property
     def mean(self) -> Tensor:
-        """E[y]: class probabilities, or the mean output for regression; shaped like the output."""
-        if isinstance(self.likelihood, Gaussian):
-            return self._restore(self.mean_f)
-        return self.probs
+        """E[y], for classes their probabilities; shaped like the output but for its last axis.
+
+        That one is as long as the output's for the library's likelihoods, and half as long for
+        "heteroscedastic", which has two outputs for each y.
+        """
+        return self._restore(self._rows.mean)
 
     @property
     def covariance(self) -> Tensor:
@@ -59,71 +60,40 @@ class Predictive:
         Raises:
             InvalidValue: the likelihood has no classes.
         """
-        return self._restore(self._probs())
+        return self._restore(self._rows.probs)
 
     def distribution(self) -> Distribution:
-        """p(y | x) as a `torch.distributions` object, observation noise included."""
-        if isinstance(self.likelihood, Gaussian):
-            noise = (
-                torch.eye(self.mean_f.shape[-1], dtype=self.mean_f.dtype) * self.sigma.cpu() ** 2
-            )
-            total = self.covariance_f + noise.to(self.covariance_f)
-            squeeze = self.mean_f.shape[1] == 1
-            mean = self.mean_f[:, 0] if squeeze else self.mean_f
-            return MultivariateNormal(mean, total[:, 0] if squeeze else total)
-        probs = self._probs()
-        if isinstance(self.likelihood, Bernoulli):
-            return BernoulliDistribution(probs=self._restore(probs))
-        return CategoricalDistribution(probs=probs[:, 0] if probs.shape[1] == 1 else probs)
+        """p(y | x) as a `torch.distributions` object, observation noise included.
+
+        A mixture over points of f where there is no closed form.
+        """
+        return self._rows.distribution(self._restore)
 
     @property
     def entropy(self) -> Tensor:
-        """Entropy of y in nats for each example (differential for regression), shape (n,)."""
-        if isinstance(self.likelihood, Gaussian):
-            entropy = self.distribution().entropy()
-        else:
-            entropy = self._entropy_of(self._probs())
-        return entropy.reshape(entropy.shape[0], -1).sum(1)
+        """Entropy of y in nats for each example (differential for densities), shape (n,)."""
+        return self._rows.entropy()
 
     @property
     def epistemic(self) -> Tensor:
         """Mutual information between y and the parameters in nats, ≥ 0, shape (n,).
 
-        Closed form for regression, ½ log det(I + Σ/σ²); otherwise H[E p] − E H[p] over samples.
+        Closed form for regression, ½ log det(I + Σ/σ²); otherwise averages over samples.
         """
-        if isinstance(self.likelihood, Gaussian):
-            eye = torch.eye(self.mean_f.shape[-1]).to(self.covariance_f)
-            ratio = eye + self.covariance_f / self.sigma.to(self.covariance_f) ** 2
-            return 0.5 * torch.linalg.slogdet(ratio).logabsdet.sum(1)
-        probs = links.activation(self.likelihood, self.output_samples())
-        information = self._entropy_of(probs.mean(0)) - self._entropy_of(probs).mean(0)
-        # Concavity makes this non-negative up to rounding.
-        return information.sum(1).clamp_min(0)
+        return self._rows.information()
 
     def output_samples(self) -> Tensor:
         """Samples of the outputs, shape (s, n, t, c)."""
-        if self.samples is not None:
-            return self.samples
-        generator = torch.Generator().manual_seed(self.seed)
-        return links.sample_outputs(self.mean_f, self.covariance_f, self.n_samples, generator)
+        return self._latent.draws
 
-    def _probs(self) -> Tensor:
-        """Class probabilities (n, t, c)."""
-        if isinstance(self.likelihood, Gaussian):
-            raise InvalidValue(
-                "regression has no class probabilities", where="probs", remedy="Use `mean`"
-            )
-        if self.samples is not None:
-            return links.activation(self.likelihood, self.output_samples()).mean(0)
-        link = links.bridge if self.link == "bridge" else links.probit
-        return link(self.likelihood, self.mean_f, self.covariance_f)
+    @cached_property
+    def _rows(self) -> RowPredictive:
+        """What the likelihood makes of the Gaussian, by output row."""
+        return self.likelihood.predict(self._latent, self.sigma, self.link)
 
-    def _entropy_of(self, probs: Tensor) -> Tensor:
-        """Entropy (..., t) of probabilities (..., t, c)."""
-        entropy = torch.special.entr(probs).sum(-1)
-        if isinstance(self.likelihood, Bernoulli):
-            entropy = entropy + torch.special.entr(1 - probs).sum(-1)
-        return entropy
+    @cached_property
+    def _latent(self) -> Latent:
+        return Latent(self.mean_f, self.covariance_f, self.samples, self.seed, self.n_samples)
 
     def _restore(self, aligned: Tensor) -> Tensor:
         """Shape (n, t, c) back into the shape of the model's output."""
@@ -131,12 +101,19 @@ class Predictive:
 
 
 def restore(aligned: Tensor, shape: torch.Size, class_axis: int) -> Tensor:
-    """Undo the likelihood's alignment: (n, t, c) to the model's output shape; (n,) gives (n, 1)."""
+    """Undo the likelihood's alignment: (n, t, c) to the model's output shape; (n,) gives (n, 1).
+
+    Args:
+        aligned: values (n, t, ·) of any number for each row, or one (n, t).
+        shape: shape of the model's output.
+        class_axis: where the c outputs of one row lie in it.
+    """
     if len(shape) <= 2:
         return aligned[:, 0]
     if class_axis == 1:
-        return aligned.unflatten(1, shape[2:]).movedim(-1, 1)
-    return aligned.reshape(shape)
+        values = aligned.unflatten(1, shape[2:])
+        return values.movedim(-1, 1) if aligned.ndim == 3 else values
+    return aligned.reshape(*shape[:-1], *aligned.shape[2:])
 
 
 def from_samples(

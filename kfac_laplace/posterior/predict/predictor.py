@@ -9,8 +9,7 @@ from torch import Generator, Tensor
 
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.likelihoods import Gaussian
-from kfac_laplace.likelihoods.links import LINKS, activation, sample_outputs
+from kfac_laplace.likelihoods.links import LINKS, sample_outputs
 from kfac_laplace.options import check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
@@ -74,7 +73,8 @@ class Predictor:
 
     def joint(self, x: Any, pred_type: str) -> tuple[Tensor, Tensor]:
         """Regression mean (N·C,) and covariance (N·C, N·C) over all inputs together."""
-        if pred_type != "glm" or not isinstance(self.posterior.ggn.likelihood, Gaussian):
+        likelihood = self.posterior.ggn.likelihood
+        if pred_type != "glm" or not likelihood.has_gaussian_noise:
             raise InvalidValue(
                 "a joint covariance belongs to regression by 'glm'",
                 where="joint",
@@ -115,18 +115,22 @@ class Predictor:
         )
 
     def targets(self, x: Any, n: int, pred_type: str, generator: Generator | None) -> Tensor:
-        """Draws of class probabilities, or of y with its noise, shape (n, *output shape)."""
+        """Draws of class probabilities, or of y with its noise, shape (n, *output shape).
+
+        Where y has another number of values than the output, its own shape.
+        """
         source = self.source(generator)
         f = self.functions(x, n, pred_type, source)
-        ggn = self.posterior.ggn
-        if isinstance(ggn.likelihood, Gaussian):
-            noise = torch.randn(f.shape, dtype=f.dtype, generator=source, device=source.device)
-            return f + self._sigma.to(f) * noise.to(f.device)
-        axis = ggn.knowledge.class_axis
+        likelihood, axis = self.posterior.ggn.likelihood, self._class_axis
         flat = f.flatten(0, 1)
-        aligned = ggn.likelihood.align(flat, axis)
-        probs = restore(activation(ggn.likelihood, aligned), flat.shape, axis)
-        return probs.reshape(f.shape)
+        drawn = likelihood.predictive_draws(likelihood.align(flat, axis), self._sigma, source)
+        if f.ndim == 2:  # one value for each input, without an axis of its own
+            return drawn.reshape(f.shape)
+        return restore(drawn, flat.shape, axis).unflatten(0, f.shape[:2])
+
+    @property
+    def _class_axis(self) -> int:
+        return self.posterior.ggn.knowledge.class_axis
 
     @property
     def _sigma(self) -> Tensor:
