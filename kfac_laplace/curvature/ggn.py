@@ -29,8 +29,9 @@ from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group, Subset
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.gradients.probing import learn_row_layouts
-from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype, sums_in
+from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype, SumDtype
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch, BatchFn, split_batch
+from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.rows.layout import Layout, flat_layout
@@ -74,6 +75,8 @@ class Curvature:
             trust the evidence then only where prior precisions are not small.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
+        memory_budget: bytes that temporary tensors may take, about, here and in what a posterior
+            computes; None: 1 GiB on a CPU, 8 GiB on other devices. Results do not depend on it.
 
     Raises:
         InvalidValue: an unknown option or a pattern that matches nothing.
@@ -95,6 +98,7 @@ class Curvature:
         factor_dtype: FactorDtype = "auto",
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
+        memory_budget: int | None = None,
     ):
         check_choice("hessian_structure", hessian_structure, STRUCTURES)
         check_choice("uncovered", uncovered, UNCOVERED)
@@ -108,8 +112,11 @@ class Curvature:
                 remedy=f"Choose one of {FACTOR_DTYPES}",
             )
         self.likelihood = likelihoods.resolve(likelihood)
-        self.network = Network(model, self.likelihood, subset_of_weights, joint_bias, forward_fn)
-        self.factor_dtype = factor_dtype
+        self.budget = Budget(memory_budget)
+        self.network = Network(
+            model, self.likelihood, subset_of_weights, joint_bias, forward_fn, self.budget
+        )
+        self.factor_dtype, self.sum_dtype = factor_dtype, SumDtype(factor_dtype)
         self.batch_fn = batch_fn
         self.kfac_approx = kfac_approx
         self.fisher = fishers.resolve(fisher)
@@ -200,7 +207,7 @@ class Curvature:
         draws, known = self.generator.get_state(), self.network.knowledge()
         settings = self.settings
         try:
-            with undisturbed(self.network.model), sums_in(self.factor_dtype):
+            with undisturbed(self.network.model):
                 batch = self.network.batch(x, len(y) if y.ndim else None)
                 try:
                     self._accumulate(batch, y, parameters)

@@ -14,8 +14,8 @@ from kfac_laplace.curvature.estimate.head import Cut, find_cut
 from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
+from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.curvature.recording.backward import Backward
-from kfac_laplace.curvature.rows.per_example import GRADIENT_BUDGET
 
 if TYPE_CHECKING:
     from kfac_laplace.curvature.ggn import Curvature
@@ -34,12 +34,13 @@ class Estimator:
 
     def __init__(self, curvature: "Curvature", passed: Pass):
         self._curvature, self._passed = curvature, passed
+        self._dtype = curvature.sum_dtype
 
     def blocks(self, y: Tensor) -> dict[str, Block]:
         """The blocks of the batch, for aligned targets y."""
         with without_autocast(self._passed.network.device):
             made = self._batch_sums()
-        cut = find_cut(self._passed, self._curvature.groups) if self._may_cut else None
+        cut = find_cut(self._passed, self._curvature.groups, self._dtype) if self._may_cut else None
         if cut is None:
             self._add_vectors(made, y)
         else:
@@ -125,7 +126,7 @@ class Estimator:
         if self._curvature.hessian_structure == "full":
             return {
                 "full": sums.DenseAccumulator(
-                    self._curvature.groups, self._curvature.full_layout, self._passed
+                    self._curvature.groups, self._curvature.full_layout, self._passed, self._dtype
                 )
             }
         return {group.name: self._batch_sum(group) for group in self._curvature.groups}
@@ -135,10 +136,10 @@ class Estimator:
         treatment = group.treatment if self._curvature.hessian_structure == "kron" else "diag"
         if treatment == "kron":
             return sums.KroneckerAccumulator(
-                group, self._passed, self._curvature.settings[group.name]
+                group, self._passed, self._curvature.settings[group.name], self._dtype
             )
         if treatment == "dense":
-            return sums.DenseAccumulator([group], group.layout, self._passed)
+            return sums.DenseAccumulator([group], group.layout, self._passed, self._dtype)
         return sums.DiagonalAccumulator(group, self._passed)
 
     def _piece_length(self) -> int:
@@ -148,7 +149,8 @@ class Estimator:
             for group in self._curvature.groups
             if group.name in self._passed.without_rules
         )
-        return max(1, GRADIENT_BUDGET // (self._passed.n * generic + self._passed.outputs.numel()))
+        f = self._passed.outputs
+        return at_once(self._passed.n * generic + f.numel(), self._passed.budget.gradients(f))
 
 
 def _pieces(vectors: Iterator[Tensor], length: int) -> Iterator[list[Tensor]]:

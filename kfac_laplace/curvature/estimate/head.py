@@ -15,14 +15,13 @@ from kfac_laplace.curvature.estimate.accumulators import Accumulator, KroneckerA
 from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.gradients.forward_pass import Pass
 from kfac_laplace.curvature.gradients.groups import Group
-from kfac_laplace.curvature.linalg.dtypes import accumulable, summable
+from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
 from kfac_laplace.curvature.linalg.gram import Gram
+from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.likelihoods import Categorical, Likelihood
 
 #: Matrix products by autograd node, and which of their operands is h (n, d).
 PRODUCTS = {"AddmmBackward0": 1, "MmBackward0": 0}
-#: So many entries of per-example matrices exist at a time.
-BUDGET = 2**21
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Cut:
         below: the uses whose gradient rows are wanted below the head.
         h: gradient edge of the head's input (n, d), or None where nothing is wanted below.
         weight: Wᵀ (d, c), or None likewise.
+        dtype: the precision of products and sums.
     """
 
     passed: Pass
@@ -42,17 +42,16 @@ class Cut:
     below: tuple[int, ...]
     h: GradientEdge | None
     weight: Tensor | None
+    dtype: SumDtype
 
     def roots(self, likelihood: Likelihood, importance: Tensor | None) -> Iterator[Tensor]:
         """Vectors v (n, d) with Σ v vᵀ = Wᵀ D Λ_n D W for each example, from its eigenvalues."""
         if self.weight is None:
             return
-        f, weight = self.passed.outputs.detach(), summable(self.weight.detach())
+        weight = self.dtype.summable(self.weight.detach())
+        pieces = self._pieces(importance, weight.numel())
         pulled_back = torch.cat(
-            [
-                _pulled_back(likelihood, *piece, weight)
-                for piece in _pieces(f, importance, weight.numel())
-            ]
+            [_pulled_back(likelihood, *piece, weight) for piece in pieces]
         )  # (n, d, d)
         values, vectors = torch.linalg.eigh(pulled_back)
         # Eigenvalues up to the matrix's own rounding errors are zeros: its rank may be below d.
@@ -69,13 +68,36 @@ class Cut:
         """The sums of a batch, with those of the head's groups finished."""
         if not self.head:
             return dict(made)
-        outputs = _head_factor(likelihood, self.passed.outputs.detach(), importance)
+        outputs = self._head_factor(likelihood, importance)
         found = dict(made)
         for name in self.head:
             inner = made[name]
             assert isinstance(inner, KroneckerAccumulator)
             found[name] = HeadAccumulator(inner, outputs)
         return found
+
+    def _head_factor(self, likelihood: Likelihood, importance: Tensor | None) -> Tensor:
+        """Σ_n D Λ_n D, shape (c, c)."""
+        f = self.dtype.summable(self.passed.outputs.detach())
+        if not _is_softmax(likelihood):
+            total = f.new_zeros(f.shape[-1], f.shape[-1])
+            for piece in self._pieces(importance, total.numel()):
+                total += _hessian(likelihood, *piece).sum(0)
+            return total
+        p = f[:, 0].softmax(-1)
+        weighted = p if importance is None else p * importance[:, 0].to(p)
+        products = (weighted.mT @ p).fill_diagonal_(0)
+        # Rows of Λ sum to zero. So found, the diagonal keeps the digits that p − p² loses.
+        return products.sum(-1).diag() - products
+
+    def _pieces(
+        self, importance: Tensor | None, entries: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Outputs (m, 1, c) and importance of a few examples, by the entries that each needs."""
+        f = self.dtype.summable(self.passed.outputs.detach())
+        step = at_once(entries, self.passed.budget.hessians(f))
+        parts = [None] * len(f) if importance is None else importance.split(step)
+        yield from zip(f.split(step), parts, strict=False)
 
 
 class HeadAccumulator(Accumulator):
@@ -97,7 +119,7 @@ class HeadAccumulator(Accumulator):
         return replace(inner, output_sum=outputs.packed, output_rows=outputs.rows)
 
 
-def find_cut(passed: Pass, groups: Sequence[Group]) -> Cut | None:
+def find_cut(passed: Pass, groups: Sequence[Group], dtype: SumDtype) -> Cut | None:
     """The cut of a pass whose output is the product of one linear layer, where it saves passes.
 
     The layer may be frozen. If it is not, its parameters are used nowhere else, have Kronecker
@@ -121,13 +143,13 @@ def find_cut(passed: Pass, groups: Sequence[Group]) -> Cut | None:
     names = frozenset(group.name for group in head)
     below = tuple(sorted({u for group in groups for u in passed.uses[group.name]} - {use}))
     if not below:
-        return Cut(passed, names, below, None, None)
+        return Cut(passed, names, below, None, None, dtype)
     weight: Tensor = node._saved_mat2  # type: ignore[attr-defined]
     if output.shape[1] - 1 <= len(weight):
         return None
     h, index = node.next_functions[PRODUCTS[node.name()]]
     assert h is not None
-    return Cut(passed, names, below, GradientEdge(h, index), weight)
+    return Cut(passed, names, below, GradientEdge(h, index), weight, dtype)
 
 
 def _is_alone(node: Node) -> bool:
@@ -151,15 +173,6 @@ def _is_plain(passed: Pass, node: Node, use: int, head: Sequence[Group]) -> bool
     )
 
 
-def _pieces(
-    f: Tensor, importance: Tensor | None, entries: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Outputs (m, 1, c) and importance of a few examples, by the entries that each will need."""
-    step = max(1, BUDGET // entries)
-    parts = [None] * len(f) if importance is None else importance.split(step)
-    yield from zip(f.split(step), parts, strict=False)
-
-
 def _is_softmax(likelihood: Likelihood) -> bool:
     """Whether Λ = diag(p) − p pᵀ: a subclass may have roots of its own."""
     return type(likelihood).roots is Categorical.roots
@@ -168,10 +181,10 @@ def _is_softmax(likelihood: Likelihood) -> bool:
 def _pulled_back(
     likelihood: Likelihood, f: Tensor, importance: Tensor | None, weight: Tensor
 ) -> Tensor:
-    """Wᵀ D Λ D W of each example, shape (m, d, d), for `weight` Wᵀ (d, c)."""
+    """Wᵀ D Λ D W of each example, shape (m, d, d), for `weight` Wᵀ (d, c) and outputs f alike."""
     if not _is_softmax(likelihood):
         return weight @ _hessian(likelihood, f, importance) @ weight.mT
-    p = summable(f)[:, 0].softmax(-1)
+    p = f[:, 0].softmax(-1)
     # Σ_j p_j (W_j − w̄)(W_j − w̄)ᵀ, measured from the most probable class: where p is nearly
     # one-hot, W_j − w̄ would otherwise be lost in rounding.
     apart = weight.mT - weight.mT[p.argmax(-1)][:, None]  # (m, c, d)
@@ -181,23 +194,9 @@ def _pulled_back(
     return apart.mT @ apart
 
 
-def _head_factor(likelihood: Likelihood, f: Tensor, importance: Tensor | None) -> Tensor:
-    """Σ_n D Λ_n D, shape (c, c)."""
-    if not _is_softmax(likelihood):
-        total = summable(f.new_zeros(f.shape[-1], f.shape[-1]))
-        for piece in _pieces(f, importance, total.numel()):
-            total += _hessian(likelihood, *piece).sum(0)
-        return total
-    p = summable(f)[:, 0].softmax(-1)
-    weighted = p if importance is None else p * importance[:, 0].to(p)
-    products = (weighted.mT @ p).fill_diagonal_(0)
-    # Rows of Λ sum to zero. So found, the diagonal keeps the digits that p − p² loses.
-    return products.sum(-1).diag() - products
-
-
 def _hessian(likelihood: Likelihood, f: Tensor, importance: Tensor | None) -> Tensor:
     """D Λ D of each example, shape (m, c, c)."""
-    hessian = likelihood.hessian(summable(f))[:, 0]
+    hessian = likelihood.hessian(f)[:, 0]
     if importance is None:
         return hessian
     d = importance[:, 0].to(hessian).sqrt()

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.gradients.groups import Group
+from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.curvature.recording.sources import Source
 from kfac_laplace.curvature.recording.tape import Use
 from kfac_laplace.curvature.rows.layout import unfold
-from kfac_laplace.curvature.rows.per_example import Factored, step_for
+from kfac_laplace.curvature.rows.per_example import Factored
 
 if TYPE_CHECKING:
     from kfac_laplace.curvature.gradients.forward_pass import Pass
@@ -31,7 +32,8 @@ def exact_pieces(passed: "Pass", group: Group, rows: Mapping[int, Tensor]) -> It
         return
     vectors = len(rows[uses[0]])
     size = sum(passed.recording.uses[u].layer.weight.numel() for u in uses)
-    step = step_for(vectors * max(size, group.layout.size))
+    limit = passed.budget.gradients(rows[uses[0]])
+    step = at_once(vectors * max(size, group.layout.size), limit)
     gradients = [_use_gradient(passed, u, rows[u]).pieces(step) for u in uses]
     for pieces in zip(*gradients, strict=True):
         m = pieces[0].left.shape[2]

@@ -13,10 +13,11 @@ from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
 from kfac_laplace.curvature.gradients.groups import Group, Term
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.model.budget import Budget, at_once
 from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.recording.live_rows import reachable_rows
 from kfac_laplace.curvature.recording.tape import Recording, Use
-from kfac_laplace.curvature.rows.per_example import Factored, joined, step_for
+from kfac_laplace.curvature.rows.per_example import Factored, joined
 from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout, Segments
 from kfac_laplace.errors import UnsupportedUse
 
@@ -55,6 +56,11 @@ class Pass:
     def reachable(self) -> list[Tensor]:
         """For each use a mask over the leading axes of its rows: those that outputs depend on."""
         return reachable_rows(self.recording, self.outputs, self.counted)
+
+    @property
+    def budget(self) -> Budget:
+        """How much memory gradients may take."""
+        return self.network.budget
 
     @property
     def n(self) -> int:
@@ -173,7 +179,8 @@ class Pass:
         else:
             factored = self.gradient(group, rows)
             if factored is not None:
-                step = step_for(len(factored.left) * group.layout.size)
+                limit = self.budget.gradients(factored.left)
+                step = at_once(len(factored.left) * group.layout.size, limit)
                 for piece in factored.pieces(step):
                     yield piece.dense()
 

@@ -20,6 +20,7 @@ from kfac_laplace.curvature.gradients.groups import (
 )
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, as_batch
+from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn
 from kfac_laplace.curvature.model.unchanged import device_of, unwrap
@@ -45,6 +46,7 @@ class Network:
         subset: `subset_of_weights`.
         joint_bias: whether weight and bias share a block.
         forward_fn: runs the model on the inputs of a batch, where calling it does not.
+        budget: how much memory gradients may take.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Network:
     subset: Subset
     joint_bias: bool
     forward_fn: ForwardFn | None = None
+    budget: Budget = Budget()
     groups: tuple[Group, ...] = ()
     class_axis: int = -1
     row_layouts: dict[UseKey, RowLayout | None] = field(default_factory=dict)
