@@ -133,7 +133,7 @@ class Network:
             self.reorders = False
             return None
         self.reorders = order.harmless and not (order.used and recording.has_python_functions)
-        return recording if self.reorders else None
+        return recording if self.reorders or not order.used else None
 
     def knowledge(self) -> dict[str, Any]:
         """What was learned so far, to be put back by `forget_since`."""
