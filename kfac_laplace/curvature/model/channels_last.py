@@ -33,6 +33,8 @@ BY_MEMORY = {
     Tensor.storage,
     Tensor.set_,
 }
+#: Calls that leave code of the model's own for the backward pass, where no order can be watched.
+HOOKS = {Tensor.register_hook}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,7 +60,7 @@ class ChannelsLast(TorchFunctionMode):
     ) -> Any:
         """Run the call, on another order of its input where it is a convolution."""
         kwargs = kwargs or {}
-        if func in NORMS:
+        if func in NORMS or func in HOOKS:
             self.harmless = False
         elif self.harmless and func in CONVOLUTIONS and args and _is_images(args[0]):
             args = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
