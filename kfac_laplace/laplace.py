@@ -59,6 +59,7 @@ class Laplace:
         dict_key_y: name of the targets where batches are mappings.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of a loader to (x, y), where it is no pair and no mapping.
+        memory_budget: bytes that temporary tensors may take; see `Curvature`.
 
     Raises:
         InvalidValue: an option out of range.
@@ -86,6 +87,7 @@ class Laplace:
         dict_key_y: str = "labels",
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
+        memory_budget: int | None = None,
     ):
         self.model = model
         self.options = CurvatureOptions.of(
@@ -100,6 +102,7 @@ class Laplace:
             factor_dtype=factor_dtype,
             forward_fn=forward_fn,
             batch_fn=batch_fn,
+            memory_budget=memory_budget,
         )
         check_sharing(prior_structure, hessian_structure)
         self.curvature = Curvature.of(model, self.options)

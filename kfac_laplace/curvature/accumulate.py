@@ -15,7 +15,7 @@ from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network, check_examples, learn_groups
 from kfac_laplace.curvature.gradients.probing import learn_row_layouts
-from kfac_laplace.curvature.linalg.dtypes import sums_in
+from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.options import CurvatureOptions
@@ -46,7 +46,7 @@ def with_batch(
         parameters: weights by name at which to take the curvature; the model's own by default.
     """
     x, y = data
-    with undisturbed(network.model), sums_in(ggn.options.factor_dtype):
+    with undisturbed(network.model):
         batch = network.batch(x, len(y) if y.ndim else None)
         draws = generator.get_state()
         try:
@@ -87,7 +87,9 @@ def _of_batch(
         targets = targets[kept]
         passed = network.record(batch.select(kept), passed.knowledge, parameters)
         passed = passed.weighted(ggn.likelihood.importance(targets))
-    plan = Plan(ggn.options.hessian_structure, settings, ggn.options.fisher)
+    options = ggn.options
+    dtype = SumDtype(options.factor_dtype)
+    plan = Plan(options.hessian_structure, settings, options.fisher, dtype)
     blocks, cancelling = estimate(passed, plan, targets, generator)
     if cancelling:
         _warn_of_cancellation(cancelling)

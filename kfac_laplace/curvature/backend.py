@@ -50,6 +50,8 @@ class Curvature:
             each of "auto", torch.float64 and torch.float32 costs.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
+        memory_budget: bytes that temporary tensors may take, about; None: 1 GiB on a CPU, 8 GiB on
+            other devices. Results do not depend on it.
 
     Raises:
         InvalidValue: an unknown option or a pattern that matches nothing.
@@ -71,6 +73,7 @@ class Curvature:
         factor_dtype: FactorDtype = "auto",
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
+        memory_budget: int | None = None,
     ):
         options = CurvatureOptions.of(
             likelihood,
@@ -84,12 +87,13 @@ class Curvature:
             factor_dtype=factor_dtype,
             forward_fn=forward_fn,
             batch_fn=batch_fn,
+            memory_budget=memory_budget,
         )
         self._start(model, options)
 
     def _start(self, model: nn.Module, options: CurvatureOptions) -> None:
         self.options = options
-        self.network = Network.of(model, options.likelihood, options.forward_fn)
+        self.network = Network.of(model, options.likelihood, options.forward_fn, options.budget)
         self.ggn = GGN(options, Knowledge(self.network.select(options.subset_of_weights)))
         self.generator = Generator().manual_seed(options.seed)
 

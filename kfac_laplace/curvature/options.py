@@ -13,6 +13,7 @@ from kfac_laplace.curvature.estimate.settings import KfacApprox, check_kfac_appr
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
+from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
@@ -38,6 +39,7 @@ class CurvatureKeywords(TypedDict, total=False):
     factor_dtype: FactorDtype
     forward_fn: ForwardFn | None
     batch_fn: BatchFn | None
+    memory_budget: int | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class CurvatureOptions:
             trust the evidence then only where prior precisions are not small.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
+        memory_budget: bytes that temporary tensors may take, about, here and in what a posterior
+            computes; None: 1 GiB on a CPU, 8 GiB on other devices. Results do not depend on it.
 
     Raises:
         InvalidValue: an unknown option.
@@ -80,6 +84,7 @@ class CurvatureOptions:
     factor_dtype: FactorDtype = "auto"
     forward_fn: ForwardFn | None = None
     batch_fn: BatchFn | None = None
+    memory_budget: int | None = None
 
     @classmethod
     def of(cls, likelihood: str | Likelihood, **keywords: Any) -> "CurvatureOptions":
@@ -93,6 +98,7 @@ class CurvatureOptions:
         check_choice("uncovered", self.uncovered, UNCOVERED)
         check_kfac_approx(self.kfac_approx)
         check_whole("seed", self.seed)
+        Budget(self.memory_budget)  # checks it
         if self.factor_dtype not in FACTOR_DTYPES:
             raise InvalidValue(
                 "unknown option",
@@ -100,6 +106,11 @@ class CurvatureOptions:
                 got=self.factor_dtype,
                 remedy=f"Choose one of {FACTOR_DTYPES}",
             )
+
+    @property
+    def budget(self) -> Budget:
+        """`memory_budget`, and what each computation gets of it."""
+        return Budget(self.memory_budget)
 
     def keywords(self) -> dict[str, Any]:
         """All but the likelihood, as keywords of `Curvature` and whatever hands them on."""

@@ -219,12 +219,15 @@ class Posterior:
         live = self.network.parameters(tuple(self.mode))
         return {name: value.to(live[name].dtype) for name, value in self.mode.items()}
 
-    def deviations(self, n: int, generator: Generator) -> dict[str, Tensor]:
+    def deviations(
+        self, n: int, generator: Generator, kept: slice = slice(None)
+    ) -> dict[str, Tensor]:
         """Draws of θ − θ* by parameter name, shape (n, *shape), float64.
 
         Args:
             n: number of draws.
             generator: source of the randomness.
+            kept: which of the draws are wanted: the others only use up their random numbers.
         """
         colours = {}
         for name, normal in self.blocks.items():
@@ -232,7 +235,7 @@ class Posterior:
             noise = torch.randn(
                 n, *shape, dtype=torch.float64, generator=generator, device=generator.device
             )
-            colours[name] = normal.colour(noise.to(self.device))
+            colours[name] = normal.colour(noise[kept].to(self.device))
         if "full" in colours:
             return self.prior.by_parameter(colours["full"][:, 0, 0])
         return self.prior.by_parameter(self.prior.flatten(colours))

@@ -16,7 +16,7 @@ from kfac_laplace.curvature.gradients.by_group import (
 )
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group, Term
-from kfac_laplace.curvature.linalg.dtypes import accumulable, rows_of
+from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
 from kfac_laplace.curvature.linalg.gram import Gram, GramSum
 from kfac_laplace.curvature.rows.inputs import Inputs
 from kfac_laplace.curvature.rows.layout import Layout
@@ -86,16 +86,16 @@ class KroneckerAccumulator(Accumulator):
     Positions on which no output depends do not enter A: padding, and tokens that nothing reads.
     """
 
-    def __init__(self, group: Group, passed: ForwardPass, setting: Setting):
-        self._group, self._passed, self._setting = group, passed, setting
+    def __init__(self, group: Group, passed: ForwardPass, setting: Setting, dtype: SumDtype):
+        self._group, self._passed, self._setting, self._dtype = group, passed, setting, dtype
         self._terms = passed.terms[group.name]
         self.uses = frozenset(term.use for term in self._terms)
         self._of_example: dict[int, Tensor] = {}  # of the vector at hand, by first block
         b, o, _ = group.layout.matrix
         device = passed.device
         self._device = device
-        with rows_of(shared=setting == "expand" and any(map(self._shared, self._terms))):
-            self._outputs = GramSum(b, o, passed.outputs.detach())
+        shared = setting == "expand" and any(map(self._shared, self._terms))
+        self._outputs = GramSum(b, o, passed.outputs.detach(), dtype.of_rows(shared))
         # Gradients that cancel are looked for in a network's first batch.
         self._watching = not passed.knowledge.watched
         self._before_summing = torch.zeros(b, device=device)
@@ -190,8 +190,8 @@ class KroneckerAccumulator(Accumulator):
         grams, count = [], torch.zeros((), dtype=torch.float64, device=self._device)
         for term in terms:
             inputs, live = self._inputs(term)
-            with rows_of(shared=self._shared(term)):
-                grams.append(inputs.gram() if inputs.diagonal else inputs.gram_sum().gram())
+            dtype = self._dtype.of_rows(self._shared(term))
+            grams.append(inputs.gram(dtype, self._passed.budget))
             count = count + (inputs.count if live is None else live.sum())
         return sum(grams[1:], grams[0]), count
 
@@ -212,7 +212,7 @@ class KroneckerAccumulator(Accumulator):
         means = means / number.to(means.dtype).clamp_min(1)[:, None]
         if terms[0].inputs.diagonal:
             return means.double().square().sum(1), (number > 0).sum()
-        total = GramSum(len(means), means.shape[-1], means)
+        total = GramSum(len(means), means.shape[-1], means, self._dtype)
         total.add(means)
         return total.gram(), (number > 0).sum()
 
@@ -246,7 +246,7 @@ class DiagonalAccumulator(WholeGradients):
         if self._group.factored:
             factored = factored_gradient(self._passed, self._group, rows)
             if factored is not None:
-                self._values += factored.squares()
+                self._values += factored.squares(self._passed.budget)
             return
         for piece in gradient_pieces(self._passed, self._group, rows, generic):
             self._values += piece.square().sum((0, 1))
@@ -259,10 +259,12 @@ class DiagonalAccumulator(WholeGradients):
 class DenseAccumulator(WholeGradients):
     """Σ_v Σ_n g gᵀ over some groups together, exact."""
 
-    def __init__(self, groups: Sequence[Group], layout: Layout, passed: ForwardPass):
+    def __init__(
+        self, groups: Sequence[Group], layout: Layout, passed: ForwardPass, dtype: SumDtype
+    ):
         super().__init__(groups, passed)
         self._groups, self._layout = groups, layout
-        self._sum = GramSum(1, layout.size, passed.params[layout.params[0]].detach())
+        self._sum = GramSum(1, layout.size, passed.params[layout.params[0]].detach(), dtype)
 
     def _add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
         """Add the outer products of whole gradients."""

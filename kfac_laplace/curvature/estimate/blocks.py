@@ -11,7 +11,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from kfac_laplace.curvature.linalg.gram import Gram
-from kfac_laplace.curvature.linalg.spectrum import Spectrum, eigenbasis, eigenvalues
+from kfac_laplace.curvature.linalg.spectrum import (
+    Spectrum,
+    eigenbasis,
+    eigenvalues,
+    eigenvalues_of_diagonal,
+)
 from kfac_laplace.curvature.rows.layout import Layout
 
 #: Kronecker factors where rules give them, the diagonal, or the whole matrix
@@ -203,7 +208,7 @@ class KroneckerBlock(Block):
             count = self._divisor.double()[:, None]
             mu = self.outputs.eigenvalues(self.name)
             if self._has_diagonal_input:
-                lam = self.input_sum.double() / count
+                lam = eigenvalues_of_diagonal(self.input_sum, self.name) / count
             else:
                 lam = self.inputs.eigenvalues(self.name) / count
             return Spectrum(mu[..., :, None] * lam[..., None, :], self._bases)
@@ -241,7 +246,7 @@ class DiagonalBlock(Block):
     def spectrum(self) -> Spectrum:
         """The diagonal itself."""
         with torch.inference_mode(False):
-            return Spectrum(self.values.double())
+            return Spectrum(eigenvalues_of_diagonal(self.values, self.name))
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.gradients.by_group import copied_gradients
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
-from kfac_laplace.curvature.linalg.dtypes import without_autocast
+from kfac_laplace.curvature.linalg.dtypes import SumDtype, without_autocast
+from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.curvature.recording.backward import Backward
-from kfac_laplace.curvature.rows.per_example import GRADIENT_BUDGET
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ class Plan:
         structure: "kron", "diag" or "full".
         settings: expand or reduce, by name of the groups with Kronecker factors.
         fisher: which backward vectors.
+        dtype: the precision of products and sums.
     """
 
     structure: Structure
     settings: Mapping[str, Setting]
     fisher: Fisher
+    dtype: SumDtype = SumDtype()
 
 
 class Estimate(NamedTuple):
@@ -64,7 +66,7 @@ def estimate(passed: ForwardPass, plan: Plan, y: Tensor, generator: Generator) -
     """
     with without_autocast(passed.device):
         made = _accumulators(passed, plan)
-    cut = find_cut(passed) if _may_cut(plan) else None
+    cut = find_cut(passed, plan.dtype) if _may_cut(plan) else None
     if cut is None:
         vectors = plan.fisher.vectors(passed.likelihood, passed.outputs.detach(), y, generator)
         _add_vectors(passed, vectors, made)
@@ -80,7 +82,7 @@ def _accumulators(passed: ForwardPass, plan: Plan) -> dict[str, Accumulator]:
     """An empty sum for each block."""
     groups = passed.knowledge.groups
     if plan.structure == "full":
-        return {"full": DenseAccumulator(groups, passed.knowledge.full_layout, passed)}
+        return {"full": DenseAccumulator(groups, passed.knowledge.full_layout, passed, plan.dtype)}
     return {group.name: _accumulator(passed, plan, group) for group in groups}
 
 
@@ -88,9 +90,9 @@ def _accumulator(passed: ForwardPass, plan: Plan, group: Group) -> Accumulator:
     """The sum for a group's block, by its structure."""
     treatment = group.treatment if plan.structure == "kron" else "diag"
     if treatment == "kron":
-        return KroneckerAccumulator(group, passed, plan.settings[group.name])
+        return KroneckerAccumulator(group, passed, plan.settings[group.name], plan.dtype)
     if treatment == "dense":
-        return DenseAccumulator([group], group.layout, passed)
+        return DenseAccumulator([group], group.layout, passed, plan.dtype)
     return DiagonalAccumulator(group, passed)
 
 
@@ -147,7 +149,8 @@ def _vectors_at_once(passed: ForwardPass) -> int:
     copied = sum(
         group.layout.size for group in passed.knowledge.groups if group.name in passed.without_rules
     )
-    return max(1, GRADIENT_BUDGET // (passed.n * copied + passed.outputs.numel()))
+    f = passed.outputs
+    return at_once(passed.n * copied + f.numel(), passed.budget.gradients(f))
 
 
 def _pieces(vectors: Iterator[Tensor], length: int) -> Iterator[list[Tensor]]:

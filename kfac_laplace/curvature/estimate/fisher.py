@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from kfac_laplace.curvature.linalg.dtypes import summable
+from kfac_laplace.curvature.linalg.dtypes import in_double
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.likelihoods.categorical import StickBreaking
@@ -184,7 +184,7 @@ class _ByProbability:
         self._columns = StickBreaking(ordered)
 
     def traces(self, importance: Tensor | None) -> Tensor:
-        squares = summable(self._columns.squares())
+        squares = in_double(self._columns.squares())
         return (squares if importance is None else importance.to(squares) * squares).sum((0, 1))
 
     def vectors(self, signs: Tensor, count: int) -> Iterator[Tensor]:
@@ -205,7 +205,9 @@ class _InOrder:
 
     def traces(self, importance: Tensor | None) -> Tensor:
         roots = self._likelihood.roots(self._f)
-        return torch.stack([summable(_weighted(root, importance)).square().sum() for root in roots])
+        return torch.stack(
+            [in_double(_weighted(root, importance)).square().sum() for root in roots]
+        )
 
     def vectors(self, signs: Tensor, count: int) -> Iterator[Tensor]:
         left = torch.zeros_like(self._f)

@@ -15,14 +15,13 @@ from kfac_laplace.curvature.estimate.accumulators import Accumulator, KroneckerA
 from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
-from kfac_laplace.curvature.linalg.dtypes import accumulable, summable
+from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
 from kfac_laplace.curvature.linalg.gram import Gram
+from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.likelihoods import Likelihood
 
 #: Matrix products by autograd node, and which of their operands is h (n, d).
 PRODUCTS = {"AddmmBackward0": 1, "MmBackward0": 0}
-#: So many entries of per-example matrices exist at a time.
-BUDGET = 2**21
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Cut:
         below: the uses whose gradient rows are wanted below the head.
         h: gradient edge of the head's input (n, d), or None where nothing is wanted below.
         weight: Wᵀ (d, c), or None likewise.
+        dtype: the precision of products and sums.
     """
 
     passed: ForwardPass
@@ -42,18 +42,16 @@ class Cut:
     below: tuple[int, ...]
     h: GradientEdge | None
     weight: Tensor | None
+    dtype: SumDtype
 
     def roots(self) -> Iterator[Tensor]:
         """Vectors v (n, d) with Σ v vᵀ = Wᵀ D Λ_n D W for each example, from its eigenvalues."""
         if self.weight is None:
             return
-        f, weight = self.passed.outputs.detach(), summable(self.weight.detach())
-        likelihood, importance = self.passed.likelihood, self.passed.weights
+        weight = self.dtype.summable(self.weight.detach())
+        likelihood, pieces = self.passed.likelihood, self._pieces(weight.numel())
         pulled_back = torch.cat(
-            [
-                _pulled_back(likelihood, *piece, weight)
-                for piece in _pieces(f, importance, weight.numel())
-            ]
+            [_pulled_back(likelihood, *piece, weight) for piece in pieces]
         )  # (n, d, d)
         values, vectors = torch.linalg.eigh(pulled_back)
         # Eigenvalues up to the matrix's own rounding errors are zeros: its rank may be below d.
@@ -68,14 +66,36 @@ class Cut:
         """The sums of a batch, with those of the head's groups finished."""
         if not self.head:
             return dict(made)
-        passed = self.passed
-        outputs = _head_factor(passed.likelihood, passed.outputs.detach(), passed.weights)
+        outputs = self._head_factor()
         found = dict(made)
         for name in self.head:
             inner = made[name]
             assert isinstance(inner, KroneckerAccumulator)
             found[name] = HeadAccumulator(inner, outputs)
         return found
+
+    def _head_factor(self) -> Tensor:
+        """Σ_n D Λ_n D, shape (c, c)."""
+        likelihood, importance = self.passed.likelihood, self.passed.weights
+        f = self.dtype.summable(self.passed.outputs.detach())
+        p = likelihood.softmax_probabilities(f[:, 0])
+        if p is None:
+            total = f.new_zeros(f.shape[-1], f.shape[-1])
+            for piece in self._pieces(total.numel()):
+                total += _hessian(likelihood, *piece).sum(0)
+            return total
+        weighted = p if importance is None else p * importance[:, 0].to(p)
+        products = (weighted.mT @ p).fill_diagonal_(0)
+        # Rows of Λ sum to zero. So found, the diagonal keeps the digits that p − p² loses.
+        return products.sum(-1).diag() - products
+
+    def _pieces(self, entries: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Outputs (m, 1, c) and weights of a few examples, by the entries that each needs."""
+        importance = self.passed.weights
+        f = self.dtype.summable(self.passed.outputs.detach())
+        step = at_once(entries, self.passed.budget.hessians(f))
+        parts = [None] * len(f) if importance is None else importance.split(step)
+        yield from zip(f.split(step), parts, strict=False)
 
 
 class HeadAccumulator(Accumulator):
@@ -97,7 +117,7 @@ class HeadAccumulator(Accumulator):
         return replace(inner, output_sum=outputs.packed, output_rows=outputs.rows)
 
 
-def find_cut(passed: ForwardPass) -> Cut | None:
+def find_cut(passed: ForwardPass, dtype: SumDtype) -> Cut | None:
     """The cut of a pass whose output is the product of one linear layer, where it saves passes.
 
     The layer may be frozen. If it is not, its parameters are used nowhere else, have Kronecker
@@ -122,13 +142,13 @@ def find_cut(passed: ForwardPass) -> Cut | None:
     names = frozenset(group.name for group in head)
     below = tuple(sorted({u for group in groups for u in passed.uses[group.name]} - {use}))
     if not below:
-        return Cut(passed, names, below, None, None)
+        return Cut(passed, names, below, None, None, dtype)
     weight: Tensor = node._saved_mat2  # type: ignore[attr-defined]
     if output.shape[1] - 1 <= len(weight):
         return None
     h, index = node.next_functions[PRODUCTS[node.name()]]
     assert h is not None
-    return Cut(passed, names, below, GradientEdge(h, index), weight)
+    return Cut(passed, names, below, GradientEdge(h, index), weight, dtype)
 
 
 def _is_alone(node: Node) -> bool:
@@ -152,20 +172,11 @@ def _is_plain(passed: ForwardPass, node: Node, use: int, head: Sequence[Group]) 
     )
 
 
-def _pieces(
-    f: Tensor, importance: Tensor | None, entries: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Outputs (m, 1, c) and importance of a few examples, by the entries that each will need."""
-    step = max(1, BUDGET // entries)
-    parts = [None] * len(f) if importance is None else importance.split(step)
-    yield from zip(f.split(step), parts, strict=False)
-
-
 def _pulled_back(
     likelihood: Likelihood, f: Tensor, importance: Tensor | None, weight: Tensor
 ) -> Tensor:
-    """Wᵀ D Λ D W of each example, shape (m, d, d), for `weight` Wᵀ (d, c)."""
-    p = likelihood.softmax_probabilities(summable(f)[:, 0])
+    """Wᵀ D Λ D W of each example, shape (m, d, d), for `weight` Wᵀ (d, c) and outputs f alike."""
+    p = likelihood.softmax_probabilities(f[:, 0])
     if p is None:
         return weight @ _hessian(likelihood, f, importance) @ weight.mT
     # Σ_j p_j (W_j − w̄)(W_j − w̄)ᵀ, measured from the most probable class: where p is nearly
@@ -177,23 +188,9 @@ def _pulled_back(
     return apart.mT @ apart
 
 
-def _head_factor(likelihood: Likelihood, f: Tensor, importance: Tensor | None) -> Tensor:
-    """Σ_n D Λ_n D, shape (c, c)."""
-    p = likelihood.softmax_probabilities(summable(f)[:, 0])
-    if p is None:
-        total = summable(f.new_zeros(f.shape[-1], f.shape[-1]))
-        for piece in _pieces(f, importance, total.numel()):
-            total += _hessian(likelihood, *piece).sum(0)
-        return total
-    weighted = p if importance is None else p * importance[:, 0].to(p)
-    products = (weighted.mT @ p).fill_diagonal_(0)
-    # Rows of Λ sum to zero. So found, the diagonal keeps the digits that p − p² loses.
-    return products.sum(-1).diag() - products
-
-
 def _hessian(likelihood: Likelihood, f: Tensor, importance: Tensor | None) -> Tensor:
     """D Λ D of each example, shape (m, c, c)."""
-    hessian = likelihood.hessian(summable(f))[:, 0]
+    hessian = likelihood.hessian(f)[:, 0]
     if importance is None:
         return hessian
     d = importance[:, 0].to(hessian).sqrt()

@@ -12,10 +12,11 @@ from torch import Tensor
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import accumulable
+from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.curvature.recording.sources import Source
 from kfac_laplace.curvature.recording.tape import Use
 from kfac_laplace.curvature.rows.layout import Layout, unfold
-from kfac_laplace.curvature.rows.per_example import Factored, joined, step_for
+from kfac_laplace.curvature.rows.per_example import Factored, joined
 
 #: gradient rows (v, b, *lead, o) by index of the use
 Rows = Mapping[int, Tensor]
@@ -52,7 +53,8 @@ def gradient_pieces(
     else:
         factored = factored_gradient(passed, group, rows)
         if factored is not None:
-            step = step_for(len(factored.left) * group.layout.size)
+            limit = passed.budget.gradients(factored.left)
+            step = at_once(len(factored.left) * group.layout.size, limit)
             for piece in factored.pieces(step):
                 yield piece.dense()
 
@@ -115,7 +117,8 @@ def _exact_pieces(passed: ForwardPass, group: Group, rows: Rows) -> Iterator[Ten
         return
     vectors = len(rows[uses[0]])
     size = sum(passed.recording.uses[u].layer.weight.numel() for u in uses)
-    step = step_for(vectors * max(size, group.layout.size))
+    limit = passed.budget.gradients(rows[uses[0]])
+    step = at_once(vectors * max(size, group.layout.size), limit)
     factored = [_use_gradient(passed, u, rows[u]).pieces(step) for u in uses]
     for pieces in zip(*factored, strict=True):
         m = pieces[0].left.shape[2]

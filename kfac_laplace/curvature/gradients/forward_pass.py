@@ -13,6 +13,7 @@ from kfac_laplace.curvature.gradients.groups import Group, Term
 from kfac_laplace.curvature.gradients.knowledge import Knowledge, UseKey
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.recording.live_rows import reachable_rows
@@ -34,6 +35,7 @@ class ForwardPass:
         params: the tracked parameters that were used.
         knowledge: groups, class axis and row layouts.
         weights: weights of the outputs in the loss, broadcastable to (n, t, c), where they differ.
+        budget: how much memory gradients may take.
     """
 
     forward: Forward
@@ -43,6 +45,7 @@ class ForwardPass:
     params: Mapping[str, Tensor]
     knowledge: Knowledge
     weights: Tensor | None = None
+    budget: Budget = Budget()
 
     def knowing(self, knowledge: Knowledge) -> "ForwardPass":
         """The same pass in the light of more."""

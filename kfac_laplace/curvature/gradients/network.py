@@ -20,6 +20,7 @@ from kfac_laplace.curvature.gradients.groups import (
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, as_batch
+from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn
 from kfac_laplace.curvature.model.unchanged import device_of, unwrap
@@ -36,22 +37,28 @@ class Network:
         model: the caller's model, unwrapped.
         likelihood: gives the class axis of the outputs.
         forward_fn: runs the model on the inputs of a batch, where calling it does not.
+        budget: how much memory gradients may take.
     """
 
     model: nn.Module
     likelihood: Likelihood
     forward_fn: ForwardFn | None = None
+    budget: Budget = Budget()
 
     @classmethod
     def of(
-        cls, model: nn.Module, likelihood: Likelihood, forward_fn: ForwardFn | None = None
+        cls,
+        model: nn.Module,
+        likelihood: Likelihood,
+        forward_fn: ForwardFn | None = None,
+        budget: Budget | None = None,
     ) -> "Network":
         """The network of a model that may be wrapped.
 
         Raises:
             UnsupportedUse: a scripted or compiled module, or parameters on several devices.
         """
-        return cls(unwrap(model), likelihood, forward_fn)
+        return cls(unwrap(model), likelihood, forward_fn, budget or Budget())
 
     @cached_property
     def forward(self) -> Forward:
@@ -100,14 +107,18 @@ class Network:
         else:
             used = {name: p.detach().requires_grad_() for name, p in params.items()}
         substitutes = None if params is None else used
-        recording = self._reordered(batch, used, substitutes) if knowledge.reorders else None
+        known, recording = knowledge, None
+        if knowledge.reorders:
+            recording, reorders = self._reordered(batch, used, substitutes)
+            known = replace(knowledge, reorders=reorders)
         return ForwardPass(
             self.forward,
             self.likelihood,
             recording or self._recorded(batch, used, substitutes),
             batch,
             used,
-            replace(knowledge, reorders=recording is not None),
+            known,
+            budget=self.budget,
         )
 
     def _recorded(
@@ -125,8 +136,8 @@ class Network:
 
     def _reordered(
         self, batch: AnyBatch, used: Mapping[str, Tensor], substitutes: Mapping[str, Tensor] | None
-    ) -> Recording | None:
-        """A recording with channels last, or None if the model means another order.
+    ) -> tuple[Recording | None, bool]:
+        """A recording with channels last, and whether to try it again; None if it does not count.
 
         A model that fails so is asked again without: an error of its own comes then.
         """
@@ -136,9 +147,9 @@ class Network:
         except Exception:  # models raise what they like at tensors in another order
             if not order.used:
                 raise
-            return None
+            return None, False
         harmless = order.harmless and not (order.used and recording.has_python_functions)
-        return recording if harmless else None
+        return (recording if harmless or not order.used else None), harmless
 
 
 def check_examples(passed: ForwardPass) -> None:

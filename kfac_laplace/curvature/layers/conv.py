@@ -11,13 +11,12 @@ from torch import Tensor
 
 from kfac_laplace.curvature.layers.lags import lag_products, lags_apply
 from kfac_laplace.curvature.layers.registry import Layer, layer_rule
-from kfac_laplace.curvature.linalg.dtypes import accumulable, product_dtype, sum_dtype, summable
-from kfac_laplace.curvature.linalg.gram import CACHED_ENTRIES, GramSum
+from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
+from kfac_laplace.curvature.linalg.gram import CACHED_ENTRIES, Gram
+from kfac_laplace.curvature.model.budget import Budget, at_once
 from kfac_laplace.curvature.rows.inputs import Inputs
 from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout
 
-#: Patches of so many bytes at most exist at a time while a Gram matrix is summed.
-PATCH_BUDGET = 64 * 2**20
 #: From so many channels on, products lag by lag are faster than products of patches.
 LAG_CHANNELS = 8
 
@@ -83,34 +82,35 @@ class Patches(Inputs):
             return False  # the last: rows so few are kept
         return lags_apply(self._positions, self.kernel, self.stride, self.dilation)
 
-    def gram_sum(self) -> GramSum:
+    def gram(self, dtype: SumDtype, budget: Budget) -> Gram | Tensor:
         """Σ a aᵀ, lag by lag where that is faster."""
         if not self._by_lags:
-            return super().gram_sum()
+            return super().gram(dtype, budget)
         i = self.data.shape[1] // self.groups * prod(self.kernel)
-        out = self.data.new_empty(self.groups, i, i, dtype=sum_dtype(self.data))
-        self._fill(out)
-        return GramSum.of(out)
+        out = self.data.new_empty(self.groups, i, i, dtype=dtype.sums(self.data))
+        self._fill(out, dtype, budget)
+        return Gram.of(out)
 
-    def bordered_gram_sum(self) -> GramSum | None:
+    def bordered_gram(self, dtype: SumDtype, budget: Budget) -> Gram | None:
         """[[Σ a aᵀ, Σ a], [Σ aᵀ, count]] where products go lag by lag."""
         if not self._by_lags:
             return None
-        border = self.row_sum()
+        border = self.row_sum(dtype)
         b, i = border.shape
-        out = self.data.new_empty(b, i + 1, i + 1, dtype=sum_dtype(self.data))
-        self._fill(out[:, :i, :i])
-        out[:, :i, i] = out[:, i, :i] = border
+        out = self.data.new_empty(b, i + 1, i + 1, dtype=dtype.sums(self.data))
+        self._fill(out[:, :i, :i], dtype, budget)
+        out[:, i, :i] = border  # what is above the diagonal does not matter
         out[:, i, i] = self.count
-        return GramSum.of(out)
+        return Gram.of(out)
 
-    def _fill(self, out: Tensor) -> None:
-        """Write Σ a aᵀ into `out` (b, i, i), some examples at a time under the byte budget."""
+    def _fill(self, out: Tensor, dtype: SumDtype, budget: Budget) -> None:
+        """Write Σ a aᵀ into `out` (b, i, i), copies of some examples at a time."""
         c, entries = self.data.shape[1] // self.groups, prod(self.kernel)
-        step = PATCH_BUDGET // (8 * max(1, self.data[:1].numel()))
+        step = at_once(self.data[:1].numel(), budget.patches(self.data))
         products: dict[tuple[int, int], Tensor] = {}
-        for piece in self.data.split(max(1, step)):
-            found = lag_products(self._places(piece), self.kernel, self.dilation, self.margins)
+        for piece in self.data.split(step):
+            places = self._places(piece, dtype.products(piece))
+            found = lag_products(places, self.kernel, self.dilation, self.margins)
             for one, other, total in found:
                 known = products.get((one, other))
                 products[one, other] = total if known is None else known.to(out.dtype) + total
@@ -122,27 +122,28 @@ class Patches(Inputs):
             ]
             table[:, :, one] = torch.stack(row, -1)  # (b, c, c, k)
 
-    def _places(self, data: Tensor) -> Tensor:
+    def _places(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """Inputs of some examples as (b, *space, n, c)."""
         places = data.unflatten(1, (self.groups, -1)).movedim(0, -1).movedim(1, -1)
-        return places.to(product_dtype(data)).contiguous()
+        return places.to(dtype).contiguous()
 
-    def pieces(self) -> Iterator[Tensor]:
+    def pieces(self, dtype: SumDtype, budget: Budget) -> Iterator[Tensor]:
         """Patches of some examples at a time, (b, n, t, i), in the precision of their products."""
-        # Where one product is added to in place, patches may stay in the cache.
-        budget = PATCH_BUDGET // 8 if self.groups > 1 else CACHED_ENTRIES
+        limit = budget.patches(self.data)
+        if self.groups == 1:  # one product is added to in place: patches may stay in the cache
+            limit = min(limit, CACHED_ENTRIES)
         example = self.lead[1] * self.data.shape[1] * prod(self.kernel)
-        for data in self.data.split(max(1, budget // max(1, example))):
+        for data in self.data.split(at_once(example, limit)):
             patches = self._view(data).unflatten(1, (self.groups, -1))
             dims = len(self.kernel)  # of (n, b, c, *kernel, *positions)
             rows = patches.permute(1, 0, *range(3 + dims, 3 + 2 * dims), *range(2, 3 + dims))
             width = self.data.shape[1] // self.groups * prod(self.kernel)
-            yield rows.to(product_dtype(data)).reshape(self.groups, len(data), -1, width)
+            yield rows.to(dtype.products(data)).reshape(self.groups, len(data), -1, width)
 
-    def row_sum(self) -> Tensor:
+    def row_sum(self, dtype: SumDtype) -> Tensor:
         """Σ a, shape (b, i), without patches."""
-        total = self.data.to(product_dtype(self.data)).sum(0, keepdim=True)
-        return replace(self, data=summable(total))._window_sums()[:, 0]
+        total = self.data.to(dtype.products(self.data)).sum(0, keepdim=True)
+        return replace(self, data=dtype.summable(total))._window_sums()[:, 0]
 
     def example_sums(self, row_layout: RowLayout, n: int) -> Tensor:
         """Σ_t a for each example, shape (b, n, i), without patches."""

@@ -15,6 +15,8 @@ from kfac_laplace.curvature.layers.registry import (
     operator_rule,
     repetition_rule,
 )
+from kfac_laplace.curvature.linalg.dtypes import SumDtype
+from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.rows.inputs import Inputs
 from kfac_laplace.curvature.rows.layout import Fold
 from kfac_laplace.curvature.rows.per_example import LookedUp
@@ -56,7 +58,7 @@ class OneHot(Inputs):
         """The rows in full, shape (1, *lead, V): for tests and small vocabularies."""
         return (F.one_hot(self.index, self.size) * self.live[..., None])[None].double()
 
-    def gram(self) -> Tensor:
+    def gram(self, dtype: SumDtype, budget: Budget) -> Tensor:
         """How often each entry is looked up, shape (1, V)."""
         counts = torch.bincount(
             self.index.flatten(), self.live.flatten().double(), minlength=self.size

@@ -1,8 +1,6 @@
 """In which precision curvature is summed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,55 +16,52 @@ def accumulable(tensor: Tensor) -> Tensor:
 FactorDtype = torch.dtype | Literal["auto"]
 FACTOR_DTYPES = ("auto", torch.float64, torch.float32)
 
-_CHOSEN: ContextVar[FactorDtype] = ContextVar("factor dtype", default="auto")
-_SHARED = ContextVar("shared rows", default=False)
 
+@dataclass(frozen=True)
+class SumDtype:
+    """The precision in which products of rows are made, and that in which they are summed.
 
-@contextmanager
-def sums_in(dtype: FactorDtype) -> Iterator[None]:
-    """Sum products of rows in this precision, or in that of the rows if that is higher."""
-    token = _CHOSEN.set(dtype)
-    try:
-        yield
-    finally:
-        _CHOSEN.reset(token)
+    Both are at least that of the rows. Products in float32 leave eigenvalue errors of about 1e-7
+    λ_max. A Kronecker product multiplies them by the other factor's largest eigenvalue, which
+    easily exceeds a small prior precision: on rank-deficient inputs the evidence is then wrong by
+    tens of nats and more.
 
-
-@contextmanager
-def rows_of(shared: bool) -> Iterator[None]:
-    """Say whether examples have many rows each, at shared positions."""
-    token = _SHARED.set(shared)
-    try:
-        yield
-    finally:
-        _SHARED.reset(token)
-
-
-def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision in which products of the tensor are summed, where the device has it.
-
-    Products in float32 leave eigenvalue errors of about 1e-7 λ_max. A Kronecker product multiplies
-    them by the other factor's largest eigenvalue, which easily exceeds a small prior precision:
-    on rank-deficient inputs the evidence is then wrong by tens of nats and more.
+    Args:
+        chosen: "auto", torch.float64 or torch.float32.
+        shared: whether examples have many rows each, at shared positions.
     """
-    in_double = tensor.device.type != "mps" and _CHOSEN.get() != torch.float32
-    return torch.float64 if in_double else accumulable(tensor.new_empty(0)).dtype
+
+    chosen: FactorDtype = "auto"
+    shared: bool = False
+
+    def of_rows(self, shared: bool) -> "SumDtype":
+        """The same choice for rows at shared positions, or for one row an example."""
+        return replace(self, shared=shared)
+
+    def sums(self, like: Tensor) -> torch.dtype:
+        """The precision of sums: float64 unless float32 was chosen, where the device has it."""
+        if self.chosen == torch.float32:
+            return accumulable(like.new_empty(0)).dtype
+        return in_double(like.new_empty(0)).dtype
+
+    def products(self, like: Tensor) -> torch.dtype:
+        """The precision of products before they are summed: by "auto" the rows' own if many.
+
+        Where every example has many rows, their errors average out and factors are rarely
+        rank-deficient. On the CPU alone: elsewhere float32 may mean TF32.
+        """
+        if self.chosen == "auto" and self.shared and like.device.type == "cpu":
+            return accumulable(like.new_empty(0)).dtype
+        return self.sums(like)
+
+    def summable(self, tensor: Tensor) -> Tensor:
+        """The tensor in the precision in which its products are summed."""
+        return tensor.to(self.sums(tensor))
 
 
-def product_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision of products before they are summed: by "auto" the rows' own if they are many.
-
-    Where every example has many rows, their errors average out and factors are rarely
-    rank-deficient. On the CPU alone: elsewhere float32 may mean TF32.
-    """
-    if _CHOSEN.get() == "auto" and _SHARED.get() and tensor.device.type == "cpu":
-        return accumulable(tensor.new_empty(0)).dtype
-    return sum_dtype(tensor)
-
-
-def summable(tensor: Tensor) -> Tensor:
-    """The tensor in the precision in which its products are summed."""
-    return tensor.to(sum_dtype(tensor))
+def in_double(tensor: Tensor) -> Tensor:
+    """The tensor in float64, or in the best that its device has."""
+    return accumulable(tensor) if tensor.device.type == "mps" else tensor.double()
 
 
 def without_autocast(device: torch.device) -> torch.autocast:

@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from scipy.linalg import blas
+from scipy.linalg import blas, lapack
 from torch import Tensor
 
-from kfac_laplace.curvature.linalg.dtypes import product_dtype, sum_dtype
-from kfac_laplace.curvature.linalg.packed import mirror_, pack, unpack
+from kfac_laplace.curvature.linalg.dtypes import SumDtype
+from kfac_laplace.curvature.linalg.packed import diagonals, pack, packed_zeros, unpack
 from kfac_laplace.curvature.linalg.spectrum import eigenvalues
 
 #: Symmetric products are halved down to so many columns where BLAS has no call for half of one.
 WHOLE_COLUMNS = 256
+#: Products of rows with more columns are added in packed storage, where LAPACK can: below, squares
+#: are small, and adding to them is up to a fifth faster where rows are many.
+SQUARE_COLUMNS = 1024
 #: So many entries are converted at a time: they stay in the cache until they are multiplied.
 CACHED_ENTRIES = 2**18
 #: Products in lower precision than that of the sums are of so many rows, or of one call's.
@@ -25,7 +28,7 @@ class Gram:
     """Σ row rowᵀ for each of b stacks. Few rows are kept as they are: they need less memory.
 
     Args:
-        packed: sums as by `symmetric.pack`, or (b, 0, 0) while there are none.
+        packed: sums as by `packed.pack`, or (b, 0, 0) while there are none.
         rows: rows that are not in the sums, shape (b, k, i).
     """
 
@@ -56,10 +59,10 @@ class Gram:
     def _multiplied(self) -> "Gram":
         """The same without rows."""
         b, k, i = self.rows.shape
-        sums = torch.zeros(b, i, i, dtype=self.packed.dtype, device=self.packed.device)
+        sums = _blank(b, i, self.packed)
         if k:
             add_products(sums, self.rows)
-        packed = pack(sums)
+        packed = _as_packed(sums, i)
         return Gram(
             packed.add_(self.packed) if self.packed.numel() else packed,
             self.rows.new_empty(b, 0, i),
@@ -93,33 +96,27 @@ class GramSum:
         b: number of stacks.
         i: width of the rows.
         like: a tensor on the device and in the precision of the rows.
+        dtype: the precision of products and sums.
     """
 
-    def __init__(self, b: int, i: int, like: Tensor):
-        self._shape = (b, i, i)
-        self._device, self._dtype = like.device, sum_dtype(like)
-        self._product_dtype = product_dtype(like)
+    def __init__(self, b: int, i: int, like: Tensor, dtype: SumDtype):
+        self._b, self._i = b, i
+        self._sum_like = like.new_empty(0, dtype=dtype.sums(like))
+        self._product_like = like.new_empty(0, dtype=dtype.products(like))
         self._rows: Tensor | None = None  # room for rows as long as they are few
         self._kept = 0  # how many there are
-        self._sums: Tensor | None = None  # lower triangles
-        self._packed: Tensor | None = None  # sums of products in lower precision
-        self._products: Tensor | None = None  # in that precision, not yet in the sums
+        self._products: Tensor | None = None  # not yet in the sums
         self._multiplied = 0  # rows in these products
-
-    @classmethod
-    def of(cls, matrices: Tensor) -> "GramSum":
-        """A sum that begins with symmetric matrices (b, i, i), which become its own."""
-        b, i = matrices.shape[:2]
-        total = cls(b, i, matrices)
-        total._sums = matrices
-        return total
+        self._packed: Tensor | None = None  # sums of products
+        self._ended = False
 
     def __len__(self) -> int:
         """Number of stacks."""
-        return self._shape[0]
+        return self._b
 
     def add(self, rows: Tensor, start: int = 0) -> None:
         """Add rows (b', *lead, i) to the stacks from `start` on."""
+        assert not self._ended, "the sums belong to a Gram already"
         if not rows.numel():
             return
         if self._keeps(rows):
@@ -131,7 +128,8 @@ class GramSum:
         """Keep rows if they and those before are few, and no products were made so far."""
         b, *lead, i = rows.shape
         k, room = prod(lead), most_rows(rows)
-        if b < len(self) or self._kept + k > room or self._has_products:
+        has_products = self._products is not None or self._packed is not None
+        if b < len(self) or self._kept + k > room or has_products:
             return False
         if self._rows is None:
             # In one piece: many small ones between large temporary ones would scatter the memory.
@@ -141,10 +139,6 @@ class GramSum:
         self._rows[:, self._kept : self._kept + k] = rows.reshape(b, k, i)
         self._kept += k
         return True
-
-    @property
-    def _has_products(self) -> bool:
-        return any(part is not None for part in (self._sums, self._packed, self._products))
 
     def _multiply_kept(self) -> None:
         """Turn rows that were kept into products."""
@@ -156,61 +150,65 @@ class GramSum:
 
     def _multiply(self, rows: Tensor, start: int) -> None:
         """Add the products of rows."""
-        stacks = slice(start, start + len(rows))
-        if self._product_dtype == self._dtype:
-            add_products(self._lower()[stacks], rows)
-            return
         if self._products is None:
-            self._products = self._zeros(self._product_dtype)
-        add_products(self._products[stacks], rows)
+            self._products = _blank(self._b, self._i, self._product_like)
+        add_products(self._products[start : start + len(rows)], rows)
         self._multiplied += rows[0, ..., 0].numel()
-        if self._multiplied >= MANY_ROWS:
+        lower = self._product_like.dtype != self._sum_like.dtype
+        if lower and self._multiplied >= MANY_ROWS:  # of many more rows their errors would grow
             self._sum_products()
 
-    def _lower(self) -> Tensor:
-        """Sums with valid lower triangles, made if there are none."""
-        if self._sums is None:
-            self._sums = self._zeros(self._dtype)
-        return self._sums
-
-    def _zeros(self, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(self._shape, dtype=dtype, device=self._device)
-
-    def _sum_products(self) -> None:
-        """Add the products to the sums: of many more rows their errors would grow."""
+    def _sum_products(self) -> Tensor:
+        """Add the products to the sums; the sums, packed."""
+        if self._products is None and self._packed is None:
+            self._products = _blank(self._b, self._i, self._sum_like)
         if self._products is not None:
-            packed = pack(self._products).to(self._dtype)
+            packed = _as_packed(self._products, self._i).to(self._sum_like.dtype)
             self._packed = packed if self._packed is None else self._packed.add_(packed)
             self._products, self._multiplied = None, 0
+        assert self._packed is not None
+        return self._packed
 
     def gram(self) -> Gram:
-        """The sum so far."""
-        b, i = self._shape[:2]
-        none = torch.empty(b, 0, i, dtype=self._dtype, device=self._device)
+        """The sum, which owns all that was summed: nothing can be added afterwards."""
+        self._ended = True
+        none = self._sum_like.new_empty(self._b, 0, self._i)
         if self._rows is not None:
             return Gram(none[..., :0], self._rows[:, : self._kept].clone())
-        self._sum_products()
-        return Gram(pack(self._lower()) if self._packed is None else self._packed, none)
+        return Gram(self._sum_products(), none)
 
     def total(self) -> Tensor:
         """The sum so far as symmetric matrices (b, i, i)."""
         self._multiply_kept()
-        self._sum_products()
-        if self._packed is not None:
-            return unpack(self._packed)
-        total = self._lower()
-        mirror_(total)
-        return total
+        return unpack(self._sum_products())
 
     def trace(self) -> Tensor:
         """Traces of the sum so far, shape (b,)."""
         if self._rows is not None:
             return self._rows[:, : self._kept].square().sum((1, 2))
-        return self.total().diagonal(dim1=-2, dim2=-1).sum(-1)
+        upper, lower = diagonals(self._sum_products())
+        return upper.sum(-1) + lower.sum(-1)
+
+
+def _blank(b: int, i: int, like: Tensor) -> Tensor:
+    """Zeros for sums of products of b stacks: packed where LAPACK can add to them so, or square."""
+    lapack_can = b == 1 and like.device.type == "cpu" and like.dtype in RANK_K
+    return packed_zeros(i, like) if lapack_can and i > SQUARE_COLUMNS else like.new_zeros(b, i, i)
+
+
+def _as_packed(sums: Tensor, i: int) -> Tensor:
+    """Sums of products packed, as they are or from the lower triangles of squares."""
+    return pack(sums) if sums.shape[-1] == i else sums
 
 
 def add_products(total: Tensor, rows: Tensor) -> None:
-    """Add Σ row rowᵀ of rows (b, *lead, i) to the lower triangles of `total` (b, i, i)."""
+    """Add Σ row rowᵀ of rows (b, *lead, i).
+
+    Args:
+        total: matrices (b, i, i) of which the lower triangles count, or one packed matrix on the
+            CPU.
+        rows: the rows.
+    """
     if len(rows) > 1:
         flat = rows.to(total.dtype).flatten(1, -2)
         total.baddbmm_(flat.mT, flat)
@@ -232,15 +230,26 @@ def add_products(total: Tensor, rows: Tensor) -> None:
         _add_rank_k(total[0], piece.to(total.dtype).reshape(-1, parts.shape[-1]))
 
 
-#: BLAS calls that add a product with its own transpose, half of it: torch has none.
-RANK_K = {torch.float32: blas.ssyrk, torch.float64: blas.dsyrk}
+#: BLAS and LAPACK calls that add a product with its own transpose, half of it: torch has none. The
+#: first adds to a square, the second to packed storage; their numbers are the same up to rounding.
+RANK_K = {
+    torch.float32: (blas.ssyrk, lapack.ssfrk),
+    torch.float64: (blas.dsyrk, lapack.dsfrk),
+}
 
 
 def _add_rank_k(total: Tensor, rows: Tensor) -> None:
-    """Add Σ row rowᵀ to the lower triangle of `total` (i, i), on the CPU."""
+    """Add Σ row rowᵀ to one matrix (i, i), or to one that is packed, on the CPU."""
     columns = rows.contiguous().numpy().T
-    # In the memory order of Fortran our lower triangle is the upper one.
-    RANK_K[total.dtype](1, columns, 1, total.numpy().T, lower=0, overwrite_c=1)
+    to_square, to_packed = RANK_K[total.dtype]
+    if total.shape[-1] == rows.shape[-1]:
+        # In the memory order of Fortran our lower triangle is the upper one.
+        to_square(1, columns, 1, total.numpy().T, lower=0, overwrite_c=1)
+        return
+    k, i = rows.shape
+    # Our rectangle of the lower triangle is, in that order, its transpose.
+    entries = total.view(-1).numpy()
+    to_packed(i, k, 1, columns, 1, entries, transr="T", uplo="L", trans="N", overwrite_c=1)
 
 
 def _add_stacks(total: Tensor, stacks: Tensor) -> None:

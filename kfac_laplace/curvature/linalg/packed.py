@@ -17,12 +17,17 @@ def pack(matrices: Tensor) -> Tensor:
     What is above the diagonals does not matter.
     """
     i = matrices.shape[-1]
-    width = (i + 1) // 2  # of A
-    packed = matrices.new_empty(*matrices.shape[:-2], i + 1 - i % 2, width)
+    packed = matrices.new_empty(*matrices.shape[:-2], *_shape(i))
+    width = packed.shape[-1]  # of A
     packed[..., 1 - i % 2 :, :] = matrices[..., :width]
-    free = packed[..., : i - width, 2 * width - i :]
+    free = _above(packed)
     free.copy_(torch.where(_upper(free), matrices[..., width:, width:].mT, free))
     return packed
+
+
+def packed_zeros(i: int, like: Tensor) -> Tensor:
+    """One matrix of i rows of zeros, packed: (1, i + 1, i / 2) or (1, i, (i + 1) / 2)."""
+    return like.new_zeros(1, *_shape(i))
 
 
 def unpack(packed: Tensor) -> Tensor:
@@ -31,7 +36,7 @@ def unpack(packed: Tensor) -> Tensor:
     i = size(packed)
     matrices = packed.new_empty(*packed.shape[:-2], i, i)
     matrices[..., :width] = packed[..., 1 - i % 2 :, :]
-    matrices[..., width:, width:] = packed[..., : i - width, 2 * width - i :].mT
+    matrices[..., width:, width:] = _above(packed).mT
     mirror_(matrices)
     return matrices
 
@@ -40,6 +45,23 @@ def size(packed: Tensor) -> int:
     """Number of rows i of the matrices that were packed."""
     rows, width = packed.shape[-2:]
     return rows if rows == 2 * width - 1 else rows - 1
+
+
+def diagonals(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonals of A and of B, which together are that of the matrix."""
+    a = packed[..., 1 - size(packed) % 2 :, :]
+    return a.diagonal(dim1=-2, dim2=-1), _above(packed).diagonal(dim1=-2, dim2=-1)
+
+
+def _shape(i: int) -> tuple[int, int]:
+    """Rows and columns of the rectangle."""
+    return i + 1 - i % 2, (i + 1) // 2
+
+
+def _above(packed: Tensor) -> Tensor:
+    """The square whose upper triangle, with the diagonal, holds Bᵀ; what is below belongs to A."""
+    i, width = size(packed), packed.shape[-1]
+    return packed[..., : i - width, 2 * width - i :]
 
 
 def mirror_(matrices: Tensor) -> None:

@@ -93,10 +93,23 @@ def _cast_bases(spectrum: Spectrum, dtype: torch.dtype) -> tuple[Tensor, Tensor 
 def eigenvalues(matrices: Tensor, where: str) -> Tensor:
     """Eigenvalues of symmetric positive semi-definite matrices (b, d, d), ascending, float64."""
     alive = _alive(matrices)
-    inner = _finite(matrices, where)[:, alive][..., alive]
+    matrices = _finite(matrices, where)
+    _check_dead(matrices, alive, where)
+    inner = matrices[:, alive][..., alive]
     found = _non_negative(torch.linalg.eigvalsh(inner), inner, where)
     zeros = found.new_zeros(len(matrices), matrices.shape[-1] - found.shape[-1])
     return torch.cat([zeros, found], -1)
+
+
+def eigenvalues_of_diagonal(values: Tensor, where: str) -> Tensor:
+    """Entries of positive semi-definite diagonals, any shape, float64.
+
+    They are sums of squares, in which no rounding goes below zero.
+    """
+    values = _finite(values, where)
+    if values.numel() and bool(values.min() < 0):
+        raise _indefinite(where, f"smallest eigenvalue {float(values.min()):.3e}")
+    return values
 
 
 def eigenbasis(matrices: Tensor, where: str) -> Tensor:
@@ -120,6 +133,19 @@ def _alive(matrices: Tensor) -> Tensor:
     return (matrices.diagonal(dim1=-2, dim2=-1) != 0).any(0)
 
 
+def _check_dead(matrices: Tensor, alive: Tensor, where: str) -> None:
+    """Refuse other entries in rows with a zero on the diagonal: [[0, x], [x, y]] has det −x².
+
+    Entries within the rounding errors are none: squares underflow before products do.
+    """
+    if bool(alive.all()):
+        return
+    beside = matrices[:, ~alive].abs().amax((1, 2))  # (b,)
+    largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1).maximum(beside)
+    if bool((beside > _rounding(matrices, largest)).any()):
+        raise _indefinite(where, f"{float(beside.max()):.3e} beside a zero on the diagonal")
+
+
 def _finite(matrices: Tensor, where: str) -> Tensor:
     """In float64; refuse non-finite input, of which LAPACK makes nonsense."""
     if not bool(torch.isfinite(matrices.sum())):
@@ -128,19 +154,26 @@ def _finite(matrices: Tensor, where: str) -> Tensor:
 
 
 def _non_negative(values: Tensor, matrices: Tensor, where: str) -> Tensor:
-    """Zero for negative rounding errors; an error for anything larger.
-
-    A Gram matrix of products in float32 has eigenvalue errors up to about d ε λ_max, also where
-    the products were summed in float64.
-    """
-    eps = torch.finfo(torch.float32).eps
-    largest = values.abs().amax(-1, keepdim=True) if values.shape[-1] else 0.0
-    tolerance = 10 * matrices.shape[-1] * eps * largest
-    if bool((values < -tolerance).any()):
-        raise InvalidValue(
-            "curvature is not positive semi-definite",
-            where=where,
-            got=f"smallest eigenvalue {float(values.min()):.3e}",
-            remedy="A layer rule or a merged state is wrong",
-        )
+    """Zero for negative rounding errors; an error for anything larger."""
+    largest = values.abs().amax(-1, keepdim=True) if values.shape[-1] else values
+    if bool((values < -_rounding(matrices, largest)).any()):
+        raise _indefinite(where, f"smallest eigenvalue {float(values.min()):.3e}")
     return values.clamp_min(0)
+
+
+def _rounding(matrices: Tensor, largest: Tensor) -> Tensor:
+    """What eigenvalues may be off by: some d ε of the largest, shape of `largest`.
+
+    So it is of products in float32, also where they were summed in float64.
+    """
+    return 10 * matrices.shape[-1] * torch.finfo(torch.float32).eps * largest
+
+
+def _indefinite(where: str, got: str) -> InvalidValue:
+    """The error about curvature that no sum of squares can be."""
+    return InvalidValue(
+        "curvature is not positive semi-definite",
+        where=where,
+        got=got,
+        remedy="A layer rule or a merged state is wrong",
+    )

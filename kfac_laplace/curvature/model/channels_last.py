@@ -1,7 +1,9 @@
 """Runs convolutions in the memory order in which CPUs are fastest at them.
 
 With channels last, oneDNN's convolutions need no copies in an order of its own, and the gradients
-of their outputs are rows that lie one after another, as products of rows want them.
+of their outputs are rows that lie one after another, as products of rows want them: curvature of a
+wide ResNet without norms takes a tenth to a fifth less time. Norms take back more than that (batch
+norm 4 to 20 %, group norm 11 to 20 %), and so networks that have any are left alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from kfac_laplace.curvature.model.forward import NORMS
 from kfac_laplace.curvature.model.tensors import tensors_in
 
 CONVOLUTIONS = {F.conv2d, torch.conv2d}
@@ -30,6 +33,8 @@ BY_MEMORY = {
     Tensor.storage,
     Tensor.set_,
 }
+#: Calls that leave code of the model's own for the backward pass, where no order can be watched.
+HOOKS = {Tensor.register_hook}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,7 +42,8 @@ class ChannelsLast(TorchFunctionMode):
     """While active, hands convolutions on the CPU their images with channels last.
 
     The values do not change. A model that means the order of its tensors in memory may fail or
-    go wrong: so its run counts only if it ended well and `harmless` is true afterwards.
+    go wrong, and one with norms gets slower: so a run in which the order was `used` counts only if
+    it ended well and `harmless` is true afterwards.
     """
 
     def __init__(self) -> None:
@@ -54,7 +60,9 @@ class ChannelsLast(TorchFunctionMode):
     ) -> Any:
         """Run the call, on another order of its input where it is a convolution."""
         kwargs = kwargs or {}
-        if func in CONVOLUTIONS and args and _is_images(args[0]):
+        if func in NORMS or func in HOOKS:
+            self.harmless = False
+        elif self.harmless and func in CONVOLUTIONS and args and _is_images(args[0]):
             args = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
             self.used = True
         elif func in BY_MEMORY and self.used:

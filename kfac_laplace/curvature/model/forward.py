@@ -87,7 +87,16 @@ def as_output(output: Any) -> Tensor:
 
 
 #: Norms whose backward pass on the CPU mistakes gradients in another order, for a batch of one.
-NORMS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
+BY_CHANNEL = {F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm}
+#: All norms.
+NORMS = BY_CHANNEL | {
+    F.group_norm,
+    torch.group_norm,
+    F.layer_norm,
+    torch.layer_norm,
+    F.rms_norm,
+    torch.rms_norm,
+}
 
 
 class _OrderedGradients(TorchFunctionMode):
@@ -101,7 +110,7 @@ class _OrderedGradients(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in NORMS and output.requires_grad:
+        if func in BY_CHANNEL and output.requires_grad:
             with torch._C.DisableTorchFunction():  # modes need not see this
                 last = output.is_contiguous(memory_format=torch.channels_last)
             order = torch.channels_last if last and output.ndim == 4 else torch.contiguous_format

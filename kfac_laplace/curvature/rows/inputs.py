@@ -8,8 +8,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.linalg.dtypes import accumulable, sum_dtype
-from kfac_laplace.curvature.linalg.gram import GramSum
+from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
+from kfac_laplace.curvature.linalg.gram import Gram, GramSum
+from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.rows.per_example import Factored, Outer
 from kfac_laplace.curvature.rows.row_layout import RowLayout
 
@@ -17,11 +18,10 @@ from kfac_laplace.curvature.rows.row_layout import RowLayout
 class Inputs(ABC):
     """The rows a_{n,t} that meet a weight: one for each example and shared position.
 
-    A rule that can do better than build all rows overrides `pieces` or `gram_sum`, and
-    `example_sums`.
+    A rule that can do better than build all rows overrides `pieces` or `gram`, and `example_sums`.
     """
 
-    #: Whether `gram` gives a diagonal (b, i) instead of a matrix: rows with one entry each.
+    #: Whether `gram` gives a diagonal (b, i) instead of matrices: rows with one entry each.
     diagonal = False
     #: Whether rows that receive no gradient are left out of A: padding, tokens that nothing reads.
     droppable = False
@@ -35,32 +35,33 @@ class Inputs(ABC):
     def rows(self) -> Tensor:
         """All rows in at least float32, shape (b, *lead, i)."""
 
-    def gram(self) -> Tensor:
-        """Σ_{n,t} a aᵀ, shape (b, i, i), or its diagonal (b, i) if that is all there is."""
-        return self.gram_sum().total()
+    def gram(self, dtype: SumDtype, budget: Budget) -> Gram | Tensor:
+        """Σ_{n,t} a aᵀ for each of the b blocks, or its diagonal (b, i) if that is all there is.
 
-    def gram_sum(self) -> GramSum:
-        """Σ_{n,t} a aᵀ as a sum."""
+        Args:
+            dtype: the precision of products and sums.
+            budget: how many rows exist at a time, where not all do.
+        """
         total: GramSum | None = None
-        for piece in self.pieces():
+        for piece in self.pieces(dtype, budget):
             if total is None:
-                total = GramSum(len(piece), piece.shape[-1], piece)
+                total = GramSum(len(piece), piece.shape[-1], piece, dtype)
             total.add(piece)
         assert total is not None
-        return total
+        return total.gram()
 
-    def pieces(self) -> Iterator[Tensor]:
-        """All rows, some at a time: shape (b, ..., i)."""
+    def pieces(self, dtype: SumDtype, budget: Budget) -> Iterator[Tensor]:
+        """All rows, some at a time: shape (b, ..., i). Arguments as for `gram`."""
         yield self.rows()
 
-    def bordered_gram_sum(self) -> GramSum | None:
-        """The Gram matrix of rows with a 1 appended, where there is a better way than pieces."""
+    def bordered_gram(self, dtype: SumDtype, budget: Budget) -> Gram | None:
+        """That of rows with a 1 appended, where there is a better way than pieces."""
         return None
 
-    def row_sum(self) -> Tensor:
+    def row_sum(self, dtype: SumDtype) -> Tensor:
         """Σ_{n,t} a, shape (b, i)."""
         rows = self.rows().flatten(1, -2)
-        return rows.sum(1, dtype=sum_dtype(rows))
+        return rows.sum(1, dtype=dtype.sums(rows))
 
     def example_sums(self, row_layout: RowLayout, n: int) -> Tensor:
         """Σ_t a_{n,t}, shape (b, n, i)."""
@@ -161,14 +162,14 @@ class WithOne(Inputs):
         rows = self.inner.rows()
         return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1)
 
-    def gram_sum(self) -> GramSum:
+    def gram(self, dtype: SumDtype, budget: Budget) -> Gram | Tensor:
         """That of rows with their ones, or the inner one with a border."""
-        bordered = self.inner.bordered_gram_sum()
-        return super().gram_sum() if bordered is None else bordered
+        bordered = self.inner.bordered_gram(dtype, budget)
+        return super().gram(dtype, budget) if bordered is None else bordered
 
-    def pieces(self) -> Iterator[Tensor]:
+    def pieces(self, dtype: SumDtype, budget: Budget) -> Iterator[Tensor]:
         """Inner pieces with a 1 appended."""
-        for piece in self.inner.pieces():
+        for piece in self.inner.pieces(dtype, budget):
             yield torch.cat([piece, piece.new_ones(*piece.shape[:-1], 1)], -1)
 
     def example_sums(self, row_layout: RowLayout, n: int) -> Tensor:

@@ -7,8 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-#: Per-example gradients of so many entries at most exist at a time.
-GRADIENT_BUDGET = 2**24
+from kfac_laplace.curvature.model.budget import Budget, at_once
 
 
 class Factored(Protocol):
@@ -24,16 +23,15 @@ class Factored(Protocol):
     def pieces(self, step: int) -> "Iterator[Factored]":
         """The same for at most `step` examples at a time."""
 
-    def squares(self) -> Tensor:
-        """Σ_v Σ_n of the squared gradients, shape (b, o, i)."""
+    def squares(self, budget: Budget) -> Tensor:
+        """Σ_v Σ_n of the squared gradients, shape (b, o, i).
+
+        Args:
+            budget: how many gradients exist as matrices at a time, where any do.
+        """
 
     def as_outer(self) -> "Outer":
         """Both sides as tensors."""
-
-
-def step_for(entries: int, budget: int = GRADIENT_BUDGET) -> int:
-    """How many examples to hold at a time under a budget of entries, of which each has so many."""
-    return max(1, budget // max(1, entries))
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,19 @@ class Outer:
         for left, right in zip(self.left.split(step, 2), self.right.split(step, 1), strict=True):
             yield Outer(left, right)
 
-    def squares(self) -> Tensor:
+    def squares(self, budget: Budget) -> Tensor:
         """Σ_v Σ_n of the squared gradients; one row an example is squared side by side."""
         if self.right.shape[2] == 1:
             left, right = self.left[..., 0, :].square(), self.right[..., 0, :].square()
             return torch.einsum("vbno,bni->boi", left, right)
-        pieces = self.pieces(step_for(self.left[:, :, 0, 0].numel() * self.right.shape[-1]))
-        return torch.stack([piece.dense().square().sum((0, 1)) for piece in pieces]).sum(0)
+        entries = self.left[:, :, 0, 0].numel() * self.right.shape[-1]
+        step = at_once(entries, budget.gradients(self.left))
+        total: Tensor | None = None
+        for piece in self.pieces(step):
+            part = piece.dense().square_().sum((0, 1))
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
 
     def as_outer(self) -> "Outer":
         """Itself."""
@@ -106,8 +110,8 @@ class LookedUp:
         out = torch.zeros_like(self.left[:, 0])
         return out.scatter_add_(2, first[None, :, :, None].expand(v, n, t, o), self.left[:, 0])
 
-    def squares(self) -> Tensor:
-        """Σ_v Σ_n of the squared gradients, shape (1, o, i)."""
+    def squares(self, budget: Budget) -> Tensor:
+        """Σ_v Σ_n of the squared gradients, shape (1, o, i): no matrix of any example."""
         squared = self.merged().square().sum(0).flatten(0, 1)  # (n t, o)
         out = squared.new_zeros(self.size, squared.shape[-1])
         return out.index_add_(0, self.index.flatten(), squared).mT[None]

@@ -19,6 +19,7 @@ from torch import Tensor
 from kfac_laplace.curvature.accumulate import with_batch
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
+from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.posterior.calibrate.held_out import HeldOut
 from kfac_laplace.posterior.gaussian import Posterior
@@ -26,7 +27,8 @@ from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
 
 log = logging.getLogger("kfac_laplace")
 
-#: Output rows of the points looked at, at most, and entries of their features, at most.
+#: Output rows of the points looked at, at most, and entries of their features, at most. No budget:
+#: they say how many points are looked at, and so what comes out.
 MAX_ROWS = 2048
 MAX_FEATURES = 2**27
 
@@ -150,11 +152,7 @@ def _exact_covariances(
     count, k = hessian.shape[:2]
     # The other data keep the posterior's structure; without any, the base is the prior alone.
     base = posterior.without_data() if not others.n_data else posterior.with_ggn(others)
-    kernel = hessian.new_zeros(())
-    pieces = [output_features(base, batch) for batch in batches]
-    for parts in zip(*pieces, strict=True):
-        features = torch.cat(parts).double()  # (m k, p of the block)
-        kernel = kernel + features @ features.mT
+    kernel = _kernel(base, batches, hessian.new_empty(count * k, count * k))
     values, basis = torch.linalg.eigh(hessian)
     roots = torch.block_diag(*(basis * values.clamp_min(0).sqrt()[..., None, :]))
     inner = roots.mT @ kernel @ roots
@@ -162,6 +160,51 @@ def _exact_covariances(
     half = torch.linalg.solve_triangular(factor, roots.mT @ kernel, upper=False)
     covariance = kernel - half.mT @ half
     return covariance.reshape(count, k, count, k).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def _kernel(base: Posterior, batches: list[AnyBatch], kernel: Tensor) -> Tensor:
+    """Fill `kernel` (m k, m k) with the covariances of all points' outputs.
+
+    Features that are too many for the budget are taken a tile of points at a time, and made again
+    for each other tile.
+    """
+    count = sum(batch.n for batch in batches)
+    point = len(kernel) // count * base.prior.size  # entries of a point's features
+    limit = base.network.budget.features(kernel)
+    tiles = [batches]
+    if count * point > limit:
+        step = at_once(point, limit // 2)  # of two tiles at a time
+        tiles = [[piece] for batch in batches for piece in batch.split(step)]
+    start = 0
+    for a, tile in enumerate(tiles):
+        mine, before = _features(base, tile), 0
+        rows = slice(start, start + len(mine[0]))
+        for other in tiles[:a]:
+            theirs = _features(base, other)
+            columns = slice(before, before + len(theirs[0]))
+            kernel[rows, columns] = _products(mine, theirs)
+            kernel[columns, rows] = kernel[rows, columns].mT
+            before = columns.stop
+        kernel[rows, rows] = _products(mine, mine)
+        start = rows.stop
+    return kernel
+
+
+def _products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Σ over the blocks of left · rightᵀ, float64."""
+    total: Tensor | None = None
+    for x, y in zip(left, right, strict=True):
+        x64 = x.double()
+        product = x64 @ (x64 if y is x else y.double()).mT
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total
+
+
+def _features(base: Posterior, batches: list[AnyBatch]) -> list[Tensor]:
+    """Features (m k, p of the block) of some points, block by block."""
+    pieces = [output_features(base, batch) for batch in batches]
+    return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
 
 def _by_row(covariance: Tensor, mean: Tensor) -> Tensor:

@@ -23,13 +23,11 @@ from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.posterior.block import BlockNormal, SpectralNormal
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.products import covariance, factored_covariance
-
-#: Gradient rows of so many bytes at most are held at a time: on a CPU, and on other devices.
-ROW_BUDGET, DEVICE_ROW_BUDGET = 48 * 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def _inputs_at_once(posterior: Posterior, batch: AnyBatch) -> int:
     ggn, network = posterior.ggn, posterior.network
     outputs = max(1, int(ggn.n_outputs // ggn.n_data))
     some = next(iter(posterior.parameters.values()))
-    budget = _row_budget(some) // _entries(ggn)
+    budget = network.budget.gradient_rows(some) // _entries(ggn)
     if batch.n <= budget // outputs:
         return batch.n
     with torch.no_grad():  # one output row of several
@@ -113,12 +111,6 @@ def _inputs_at_once(posterior: Posterior, batch: AnyBatch) -> int:
         one = network.forward(next(alone).x, posterior.parameters)
     c = ggn.likelihood.align(one, ggn.knowledge.class_axis).shape[-1]
     return max(1, budget // c)
-
-
-def _row_budget(like: Tensor) -> int:
-    """Entries of gradient rows that may be held at a time."""
-    size = ROW_BUDGET if like.device.type == "cpu" else DEVICE_ROW_BUDGET
-    return size // max(4, like.element_size())
 
 
 def _entries(ggn: GGN) -> int:
@@ -131,7 +123,7 @@ def _moments(posterior: Posterior, passed: ForwardPass) -> tuple[Tensor, Tensor,
     """Mean (rows, t, c) and covariance (rows, t, c, c) at the inputs of one pass, and its shape."""
     f = passed.outputs
     n, t, c = f.shape
-    step = max(1, _row_budget(f) // (n * c * _entries(posterior.ggn)))
+    step = at_once(n * c * _entries(posterior.ggn), passed.budget.gradient_rows(f))
     rows = []
     for start in range(0, t, step):
         vectors = _unit_vectors(f, start * c, (start + step) * c)
@@ -173,7 +165,7 @@ def _add_group(
         if factored is not None:
             normal = _normal(posterior, group.name, factored.left)
             assert isinstance(normal, SpectralNormal)
-            total += factored_covariance(normal, factored, width)
+            total += factored_covariance(normal, factored, width, passed.budget)
         return
     start = 0
     for piece in gradient_pieces(passed, group, *known):

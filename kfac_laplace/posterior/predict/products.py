@@ -9,11 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.rows.per_example import Factored, LookedUp, Outer, step_for
+from kfac_laplace.curvature.model.budget import Budget, at_once
+from kfac_laplace.curvature.rows.per_example import Factored, LookedUp, Outer
 from kfac_laplace.posterior.block import BlockNormal, SpectralNormal
 
-#: Products of so many entries at most exist at a time: on a CPU few enough to stay in its cache.
-PRODUCT_BUDGET, DEVICE_PRODUCT_BUDGET = 2**20, 2**26
 #: An entrywise multiplication costs about as much as so many within a matrix product.
 ENTRYWISE = 8
 
@@ -30,22 +29,25 @@ def covariance(normal: BlockNormal, gradients: Tensor, width: int) -> Tensor:
     return _grams(features, width)
 
 
-def factored_covariance(normal: SpectralNormal, gradients: Factored, width: int) -> Tensor:
+def factored_covariance(
+    normal: SpectralNormal, gradients: Factored, width: int, budget: Budget
+) -> Tensor:
     """The same from factored gradients, which become matrices only where that is cheaper.
 
     Args:
         normal: the block's posterior.
         gradients: factored gradients of v outputs.
         width: number of outputs in a group.
+        budget: how many products exist at a time.
     """
     bases = normal.spectrum.bases
     if isinstance(gradients, LookedUp) and (bases is None or bases[1] is None):
-        step = step_for(gradients.left[:, :, 0].numel(), _budget(gradients.left))
+        step = at_once(gradients.left[:, :, 0].numel(), budget.products(gradients.left))
         return torch.cat([_looked_up(normal, piece, width) for piece in gradients.pieces(step)])
     outer = gradients.as_outer()
     if _pairs_are_cheaper(outer, width, rotated=bases is not None):
-        return by_pairs(normal, outer, width)
-    return by_matrices(normal, outer, width)
+        return by_pairs(normal, outer, width, budget)
+    return by_matrices(normal, outer, width, budget)
 
 
 def _grams(features: Tensor, width: int) -> Tensor:
@@ -66,11 +68,6 @@ def _looked_up(normal: SpectralNormal, table: LookedUp, width: int) -> Tensor:
     return _grams((left * spread).movedim(1, 0).flatten(2), width)
 
 
-def _budget(like: Tensor) -> int:
-    """Entries of products that may exist at a time."""
-    return PRODUCT_BUDGET if like.device.type == "cpu" else DEVICE_PRODUCT_BUDGET
-
-
 def _pairs_are_cheaper(gradients: Outer, width: int, rotated: bool) -> bool:
     """Whether pairs of shared positions cost less than matrices, by multiplications."""
     v, _, _, t, o = gradients.left.shape
@@ -83,7 +80,7 @@ def _pairs_are_cheaper(gradients: Outer, width: int, rotated: bool) -> bool:
     return pairs <= matrices
 
 
-def by_pairs(normal: SpectralNormal, gradients: Outer, width: int) -> Tensor:
+def by_pairs(normal: SpectralNormal, gradients: Outer, width: int, budget: Budget) -> Tensor:
     """From the two sides and pairs of positions, without a matrix of any example.
 
     With rotated rows b̂, â: Σ_ts Σ_i b̂_cti b̂_c'si m_tsi, where m_tsi = Σ_j â_tj â_sj var_ij. One row
@@ -91,7 +88,7 @@ def by_pairs(normal: SpectralNormal, gradients: Outer, width: int) -> Tensor:
     """
     v, b, _, t, o = gradients.left.shape
     i = gradients.right.shape[-1]
-    step = step_for(b * t * (i + o + 2 * v * o), _budget(gradients.left))
+    step = at_once(b * t * (i + o + 2 * v * o), budget.products(gradients.left))
     variances = normal.deviations.square().mT  # (b, i, o)
     found = []
     for piece in gradients.pieces(step):
@@ -115,15 +112,15 @@ def _by_example(rows: Tensor) -> Tensor:
     return rows.permute(2, 0, 1, 3, 4).flatten(2)
 
 
-def by_matrices(normal: SpectralNormal, gradients: Outer, width: int) -> Tensor:
+def by_matrices(normal: SpectralNormal, gradients: Outer, width: int, budget: Budget) -> Tensor:
     """From matrices (o, i), each side rotated before or after the product over positions."""
     v, b, n, t, o = gradients.left.shape
-    i, budget = gradients.right.shape[-1], _budget(gradients.left)
-    rows_at_once = min(o, step_for(v * b * i, budget))
+    i, limit = gradients.right.shape[-1], budget.products(gradients.left)
+    rows_at_once = min(o, at_once(v * b * i, limit))
     left_first = t < i or rows_at_once < o  # the rows of a rotated matrix need all of its rows
     right_first = t < v * o
     found = gradients.left.new_zeros(n, v // width, width, width)
-    step = step_for(b * max(v * o * min(t, i), t * i, v * rows_at_once * i), budget)
+    step = at_once(b * max(v * o * min(t, i), t * i, v * rows_at_once * i), limit)
     for start, piece in zip(range(0, n, step), gradients.pieces(step), strict=True):
         left = _rotated_left(normal, piece.left) if left_first else piece.left
         right = _rotated_right(normal, piece.right) if right_first else piece.right

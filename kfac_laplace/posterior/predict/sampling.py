@@ -10,8 +10,9 @@ from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.posterior.gaussian import Posterior
 
-#: Weight samples are drawn so many at a time.
-SAMPLES_AT_ONCE = 16
+#: Weight samples are drawn so many together, block by block. No budget: it says which random
+#: number is whose.
+DRAWN_TOGETHER = 16
 
 
 def linearised_samples(
@@ -66,8 +67,17 @@ def network_samples(
 def _deviations(
     posterior: Posterior, mode: Mapping[str, Tensor], n: int, generator: Generator
 ) -> Iterator[dict[str, Tensor]]:
-    """θ_s − θ* in the model's precision, one sample after another."""
-    for start in range(0, n, SAMPLES_AT_ONCE):
-        drawn = posterior.deviations(min(SAMPLES_AT_ONCE, n - start), generator)
-        for s in range(len(next(iter(drawn.values())))):
-            yield {name: value[s].to(mode[name].dtype) for name, value in drawn.items()}
+    """θ_s − θ* in the model's precision, one sample after another.
+
+    Where the budget has no room for all that are drawn together, they are drawn again for each
+    part of them.
+    """
+    size = sum(value.numel() for value in mode.values())
+    room = posterior.network.budget.samples(size, next(iter(mode.values())))
+    for start in range(0, n, DRAWN_TOGETHER):
+        count, state = min(DRAWN_TOGETHER, n - start), generator.get_state()
+        for first in range(0, count, room):
+            generator.set_state(state)
+            drawn = posterior.deviations(count, generator, slice(first, first + room))
+            for s in range(min(room, count - first)):
+                yield {name: value[s].to(mode[name].dtype) for name, value in drawn.items()}

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from kfac_laplace.curvature.layers.conv import Patches, conv
 from kfac_laplace.curvature.layers.lags import lag_products, lags_apply
-from kfac_laplace.curvature.linalg.dtypes import rows_of, sums_in
+from kfac_laplace.curvature.linalg.dtypes import SumDtype
+from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.rows.row_layout import Axis
 
 # Sums of at most some thousand products, in another order.
 EXACT = 1e-13
+DOUBLE, SHARED = SumDtype(torch.float64), SumDtype("auto", shared=True)
+WHOLE, TINY = Budget(), Budget(1)
 
 SHAPES = {
     # name: (space, kernel, stride, dilation, padding, groups)
@@ -35,6 +38,11 @@ SHAPES = {
     "strided": ((7, 8), (3, 3), (2, 3), (1, 1), (1, 1), 1),
     "pointwise": ((4, 4), (1, 1), (1, 1), (1, 1), (0, 0), 1),
 }
+
+
+def gram_of(patches: Patches, dtype: SumDtype = DOUBLE, budget: Budget = WHOLE) -> Tensor:
+    """Σ a aᵀ as matrices."""
+    return patches.gram(dtype, budget).matrices()
 
 
 def patches_of(name: str, channels: int = 4, n: int = 3) -> tuple[Patches, Tensor]:
@@ -63,9 +71,9 @@ def test_gram_and_sums_equal_those_of_the_rows(name, monkeypatch):
         monkeypatch.setattr("kfac_laplace.curvature.layers.conv.LAG_CHANNELS", least)
         patches, rows = patches_of(name)
         want = torch.einsum("bnti,bntj->bij", rows, rows)
-        assert relative_error(patches.gram(), want) < EXACT
+        assert relative_error(gram_of(patches), want) < EXACT
     assert relative_error(patches.example_sums(Axis(0), 3), rows.sum(2)) < EXACT
-    assert relative_error(patches.row_sum(), rows.sum((1, 2))) < EXACT
+    assert relative_error(patches.row_sum(DOUBLE), rows.sum((1, 2))) < EXACT
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "strided"])
@@ -92,10 +100,10 @@ def test_where_lags_apply():
 
 def test_small_budgets_change_nothing(monkeypatch):
     patches, rows = patches_of("2d")
-    monkeypatch.setattr("kfac_laplace.curvature.layers.conv.PATCH_BUDGET", 1)
     for least in (1, 1000):
         monkeypatch.setattr("kfac_laplace.curvature.layers.conv.LAG_CHANNELS", least)
-        assert relative_error(patches.gram(), torch.einsum("bnti,bntj->bij", rows, rows)) < EXACT
+        found = gram_of(patches, budget=TINY)
+        assert relative_error(found, torch.einsum("bnti,bntj->bij", rows, rows)) < EXACT
 
 
 IMAGES = [name for name, (space, *_) in SHAPES.items() if len(space) == 2]
@@ -112,21 +120,29 @@ UNEVEN = {
 }
 
 
-def both_ways(monkeypatch, patches: Patches) -> Iterator[Tensor]:
+def both_ways(
+    monkeypatch, patches: Patches, dtype: SumDtype = DOUBLE, budget: Budget = WHOLE
+) -> Iterator[Tensor]:
     """Gram matrices lag by lag where that applies, and by patches."""
     for least in (1, 1000):
         monkeypatch.setattr("kfac_laplace.curvature.layers.conv.LAG_CHANNELS", least)
-        yield patches.gram()
+        yield gram_of(patches, dtype, budget)
 
 
-def assert_sums_of(rows: Tensor, patches: Patches, monkeypatch, tolerance: float = EXACT) -> None:
+def assert_sums_of(
+    rows: Tensor,
+    patches: Patches,
+    monkeypatch,
+    tolerance: float = EXACT,
+    dtype: SumDtype = DOUBLE,
+) -> None:
     """The Gram matrix and the sums are those of the rows (b, n, t, i)."""
     rows = rows.double()
-    for gram in both_ways(monkeypatch, patches):
+    for gram in both_ways(monkeypatch, patches, dtype):
         assert relative_error(gram, torch.einsum("bnti,bntj->bij", rows, rows)) < tolerance
     n = rows.shape[1]
     assert relative_error(patches.example_sums(Axis(0), n).double(), rows.sum(2)) < tolerance
-    assert relative_error(patches.row_sum(), rows.sum((1, 2))) < tolerance
+    assert relative_error(patches.row_sum(dtype), rows.sum((1, 2))) < tolerance
     assert torch.equal(patches.rows().double(), rows)
 
 
@@ -179,8 +195,6 @@ def test_rows_of_same_padding_meet_the_weight_as_the_convolution_has_it(kernel, 
 @pytest.mark.parametrize("name", ["2d", "2d, groups", "strided"])
 def test_pieces_of_single_precision_add_in_double(name, order, monkeypatch):
     """A float32 total would swallow the others beside one example that is far larger."""
-    for budget in ("PATCH_BUDGET", "CACHED_ENTRIES"):  # one example at a time
-        monkeypatch.setattr(f"kfac_laplace.curvature.layers.conv.{budget}", 1)
     monkeypatch.setattr("kfac_laplace.curvature.linalg.gram.MANY_ROWS", 1)
     # An example has more rows than these have entries: otherwise products would wait for more.
     patches, _ = patches_of(name, 1 if name == "strided" else 4, n=50)
@@ -188,9 +202,9 @@ def test_pieces_of_single_precision_add_in_double(name, order, monkeypatch):
     data[0] *= 1e4
     single = replace(patches, data=data.contiguous(memory_format=order))
     alone, others = replace(single, data=data[:1]), replace(single, data=data[1:])
-    with sums_in("auto"), rows_of(shared=True):
-        together = list(both_ways(monkeypatch, single))
-        first = list(both_ways(monkeypatch, alone))
+    # One example at a time.
+    together = list(both_ways(monkeypatch, single, SHARED, TINY))
+    first = list(both_ways(monkeypatch, alone, SHARED, TINY))
     for total, swallowing in zip(together, first, strict=True):
         assert total.dtype == swallowing.dtype == torch.float64
         rows = others.rows().double()
@@ -206,6 +220,5 @@ def test_single_precision_keeps_its_digits(name, order, monkeypatch):
     data = patches.data.float()
     single = replace(patches, data=data.contiguous(memory_format=order))
     rows = replace(patches, data=data.double()).rows()
-    with sums_in("auto"), rows_of(shared=True):
-        # Some hundred float32 products: a few eps of 1.2e-7.
-        assert_sums_of(rows, single, monkeypatch, 1e-6)
+    # Some hundred float32 products: a few eps of 1.2e-7.
+    assert_sums_of(rows, single, monkeypatch, 1e-6, SHARED)

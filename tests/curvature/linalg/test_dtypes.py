@@ -9,7 +9,7 @@ from laws import fitted, relative_error
 from torch import Tensor, nn
 
 from kfac_laplace import Curvature, Laplace
-from kfac_laplace.curvature.linalg.dtypes import rows_of, sums_in
+from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.linalg.gram import MANY_ROWS, WHOLE_COLUMNS, GramSum
 
 # Sums of some float32 products, or of many that BLAS adds in blocks: a few eps of 1.2e-7.
@@ -105,17 +105,17 @@ def test_many_rows_are_summed_in_double(b):
     """Several flushes: a float32 total of positive numbers would lose √n eps and more."""
     i, step, steps = 6, MANY_ROWS // 3, 20
     rows = torch.rand(steps, b, step, i) + 1
-    with sums_in("auto"), rows_of(shared=True):
-        total = GramSum(b, i, rows[0])
+    total = GramSum(b, i, rows[0], SumDtype("auto", shared=True))
     for some in rows:
         total.add(some)
     flat = rows.movedim(0, 1).flatten(1, 2).double()
     want = flat.mT @ flat
     assert total.total().dtype == torch.float64
     assert relative_error(total.total(), want) < SINGLE
+    total.add(rows[0])  # a look in between changes nothing
+    want = want + rows[0].double().mT @ rows[0].double()
+    assert relative_error(total.total(), want) < SINGLE
     assert torch.equal(total.gram().matrices(), total.total())
-    total.add(rows[0])
-    assert relative_error(total.total(), want + rows[0].double().mT @ rows[0].double()) < SINGLE
 
 
 @pytest.mark.parametrize("columns", [1, 5, 300])
@@ -126,8 +126,7 @@ def test_rows_in_any_memory_order_and_stacks_one_by_one(columns, chosen):
     flat = rows.flatten(1, 2).double()
     want = flat.mT @ flat
     for given in orders:
-        with sums_in(chosen), rows_of(shared=True):
-            total = GramSum(3, columns, given)
+        total = GramSum(3, columns, given, SumDtype(chosen, shared=True))
         for k in range(3):
             total.add(given[k : k + 1], k)
             total.total()  # a look in between changes nothing
@@ -142,8 +141,7 @@ def test_products_in_halves_where_blas_has_no_call_for_half_of_one(columns, chos
     rows = torch.randn(1, 4, 5, columns)
     flat = rows[0].flatten(0, 1).double()
     for given in (rows, rows.mT.contiguous().mT, rows[0].flatten(0, 1)[None]):
-        with sums_in(chosen), rows_of(shared=True):
-            total = GramSum(1, columns, given)
+        total = GramSum(1, columns, given, SumDtype(chosen, shared=True))
         total.add(given)
         total.add(given)
         assert relative_error(total.total()[0], 2 * flat.mT @ flat) < SINGLE

@@ -6,24 +6,32 @@ import pytest
 import torch
 from cases import build
 from laws import fitted, relative_error
+from peaks import peak_bytes
 from torch import Tensor, nn
 
 from kfac_laplace import Curvature
-from kfac_laplace.curvature.linalg.dtypes import sums_in
-from kfac_laplace.curvature.linalg.gram import Gram, GramSum, most_rows
+from kfac_laplace.curvature.linalg.dtypes import SumDtype
+from kfac_laplace.curvature.linalg.gram import (
+    CACHED_ENTRIES,
+    SQUARE_COLUMNS,
+    Gram,
+    GramSum,
+    most_rows,
+)
 from kfac_laplace.curvature.linalg.spectrum import eigenbasis, eigenvalues
 
 # Sums of some tens of products, in another order.
 EXACT = 1e-13
 WIDTH = 12
+AUTO = SumDtype()
 
 
 def rows_of(k: int, b: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(b, k, WIDTH, dtype=dtype)
 
 
-def gram_of(*parts: Tensor) -> Gram:
-    total = GramSum(len(parts[0]), WIDTH, parts[0])
+def gram_of(*parts: Tensor, dtype: SumDtype = AUTO) -> Gram:
+    total = GramSum(len(parts[0]), WIDTH, parts[0], dtype)
     for part in parts:
         total.add(part)
     return total.gram()
@@ -59,8 +67,8 @@ def test_kept_float32_rows_are_multiplied_in_float64():
     gram = gram_of(rows)
     assert gram.matrices().dtype == torch.float64
     assert relative_error(gram.matrices(), exact(rows)) < EXACT
-    with sums_in(torch.float32):
-        assert gram_of(rows).matrices().dtype == torch.float32
+    single = gram_of(rows, dtype=SumDtype(torch.float32))
+    assert single.matrices().dtype == torch.float32
 
 
 @pytest.mark.parametrize("second", [0, 2, 5, 30])
@@ -82,17 +90,14 @@ def test_no_rows_are_zeros():
 
 def test_kept_rows_are_copies():
     rows = rows_of(3)
-    total = GramSum(1, WIDTH, rows)
-    total.add(rows)
-    gram, before = total.gram(), exact(rows)
+    gram, before = gram_of(rows), exact(rows)
     rows.zero_()
-    total.add(rows_of(2))
     assert relative_error(gram.matrices(), before) < EXACT
 
 
 def test_traces():
     parts = [rows_of(2, 2), rows_of(3, 2), rows_of(40, 2)]
-    total = GramSum(2, WIDTH, parts[0])
+    total = GramSum(2, WIDTH, parts[0], SumDtype())
     for k, part in enumerate(parts, start=1):
         total.add(part)
         want = exact(*parts[:k]).diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -152,3 +157,71 @@ def test_absorbing_changes_nothing_else():
         assert relative_error(total.matrices(), exact(one, other)) < EXACT
         assert relative_error(total.absorb(gram_of(one)).matrices(), exact(one, other, one)) < EXACT
         assert torch.equal(before.packed, kept[0]) and torch.equal(before.rows, kept[1])
+
+
+def chosen_storage(monkeypatch, packed: bool) -> None:
+    monkeypatch.setattr("kfac_laplace.curvature.linalg.gram.SQUARE_COLUMNS", 0 if packed else 10**6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("i", [1, 2, 3, 8, 9, 200, 201])
+def test_rank_k_updates_of_packed_storage_are_those_of_squares(i, kind, shared, monkeypatch):
+    """LAPACK's products straight into the triangle against BLAS's into a square, in any order."""
+    torch.manual_seed(0)
+    rows = torch.randn(1, 5, 2 * i + 40, i, dtype=kind)
+    orders = (rows, rows.mT.contiguous().mT, rows.transpose(1, 2).contiguous().transpose(1, 2))
+    eps = torch.finfo(kind if shared else torch.float64).eps
+    for given in orders:
+        found = {}
+        for packed in (True, False):
+            chosen_storage(monkeypatch, packed)
+            total = GramSum(1, i, given, SumDtype("auto", shared))
+            total.add(given)
+            total.add(given[:, :2])
+            found[packed] = total.total()
+            assert found[packed].dtype == torch.float64
+            trace = found[packed].diagonal(dim1=-2, dim2=-1).sum(-1)
+            torch.testing.assert_close(total.trace(), trace)
+            assert torch.equal(total.gram().matrices(), found[packed])
+        # The same products, added up in another order: some eps of the largest entry.
+        assert relative_error(found[True], found[False]) < 10 * eps
+    flat = rows.double().flatten(1, 2)
+    more = rows.double()[:, :2].flatten(1, 2)
+    assert relative_error(found[True], flat.mT @ flat + more.mT @ more) < 100 * eps
+
+
+def test_rows_that_become_too_many_are_multiplied_in_either_storage(monkeypatch):
+    torch.manual_seed(0)
+    parts = [rows_of(4), rows_of(5), rows_of(40)]
+    for packed in (True, False):
+        chosen_storage(monkeypatch, packed)
+        total = gram_of(parts[0])
+        for part in parts[1:]:
+            total = total.absorb(gram_of(part))
+        assert relative_error(total.matrices(), exact(*parts)) < EXACT
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_large_sums_never_exist_as_squares(shared):
+    """Rows, one triangle, and for products in single precision another in that precision."""
+    i = SQUARE_COLUMNS + 1
+    rows = torch.randn(1, 2 * i, i)
+    triangle = 8 * i * (i + 1) // 2
+    total = GramSum(1, i, rows, SumDtype("auto", shared))
+
+    def summed() -> None:
+        total.add(rows)
+        total.gram()
+
+    # Converted rows stay below the cache's size; the sums of products become float64 at the end.
+    spare = 8 * CACHED_ENTRIES + 4096
+    assert peak_bytes(summed) <= (1.5 if shared else 1.0) * triangle + spare
+
+
+def test_nothing_is_added_to_what_was_handed_over():
+    total = GramSum(1, WIDTH, rows_of(1), SumDtype())
+    total.add(rows_of(30))
+    total.gram()
+    with pytest.raises(AssertionError, match="belong to a Gram"):
+        total.add(rows_of(1))

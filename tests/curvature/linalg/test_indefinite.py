@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from cases import Case, build
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfac_laplace import Laplace
 from kfac_laplace.curvature.linalg.gram import Gram
@@ -65,6 +65,93 @@ def test_each_matrix_of_a_stack_answers_for_itself():
     for stack in ([good, bad], [bad, good]):
         with pytest.raises(InvalidValue, match=REFUSAL):
             eigenvalues(torch.cat(stack), "here")
+
+
+def with_zeros(x: float) -> Tensor:
+    """A matrix (1, D, D) with x beside two zeros on the diagonal, one row of zeros, ones else."""
+    matrix = torch.eye(D, dtype=torch.float64)
+    matrix[0, 0] = matrix[2, 2] = matrix[4, 4] = 0
+    matrix[0, 2] = matrix[2, 0] = x
+    return matrix[None]
+
+
+@pytest.mark.parametrize("x", [1.0, -2.5, 100 * ROUNDING])
+def test_a_zero_on_the_diagonal_stands_in_a_row_of_zeros(x):
+    """det [[0, x], [x, 0]] = −x²: such rows are not those of units that are always off."""
+    for matrix in (with_zeros(x), torch.tensor([[[0.0, x], [x, 3.0]]]).double()):
+        with pytest.raises(InvalidValue, match=f"^here: curvature is {REFUSAL}") as caught:
+            eigenvalues(matrix, "here")
+        assert f"{abs(x):.3e} beside a zero on the diagonal" in str(caught.value)
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-30, ROUNDING])
+def test_what_is_beside_a_zero_may_be_rounding(x):
+    """Gradients of 1e-25 have a square of zero in float32, and products with others."""
+    (values,) = eigenvalues(with_zeros(x), "here")
+    assert torch.equal(values, torch.tensor([0, 0, 0, 1, 1, 1]).double())
+
+
+def test_entries_that_are_small_everywhere_are_no_rounding():
+    matrix = 1e-20 * torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=torch.float64)
+    with pytest.raises(InvalidValue, match=f"{REFUSAL}. got 1.000e-20 beside a zero"):
+        eigenvalues(matrix, "here")
+
+
+def test_a_row_is_off_only_where_it_is_off_in_all_matrices():
+    """What is zero on the diagonal of one matrix alone goes to the solver, and is seen there."""
+    good, bad = with_spectrum(0.0, 0.1, 0.2, 0.5, 0.7, 1.0), with_zeros(1.0)
+    with pytest.raises(InvalidValue, match=f"{REFUSAL}. got smallest eigenvalue -1.000e"):
+        eigenvalues(torch.cat([good, bad]), "here")
+
+
+def replaced(la: Laplace, name: str, **tensors: Tensor) -> None:
+    """Put other raw sums into a block."""
+    blocks = la.curvature.blocks
+    la.curvature.blocks = blocks | {name: dataclasses.replace(blocks[name], **tensors)}
+
+
+def assert_asked_in_vain(la: Laplace, name: str, got: str) -> None:
+    message = re.escape(f"{name}: curvature is {REFUSAL}. got {got}")
+    for ask in (la.log_marginal_likelihood, lambda: la.sample(1)):
+        with pytest.raises(InvalidValue, match=f"^{message}"):
+            ask()
+
+
+def test_a_negative_entry_of_a_diagonal_block():
+    """However small: a sum of squares has no rounding below zero."""
+    case = build("mlp-tanh")
+    la = Laplace(case.model, case.likelihood, hessian_structure="diag").fit(case.batches)
+    values = la.curvature.blocks["0.weight"].values.clone()
+    values[0, 0, 0] = -1e-20
+    replaced(la, "0.weight", values=values)
+    assert_asked_in_vain(la, "0.weight", "smallest eigenvalue -1.000e-20")
+
+
+def test_a_negative_count_of_a_lookup():
+    """The diagonal input factor of a table."""
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2)).double()
+    batch = (torch.tensor([[0, 1], [2, 2], [4, 0]]), torch.tensor([0, 1, 1]))
+    la = Laplace(model, "classification", kfac_approx="expand").fit([batch])
+    counts = la.curvature.blocks["0.weight"].input_sum.clone()
+    assert counts.tolist() == [[2, 1, 2, 0, 1]]
+    counts[0, 3] = -0.5
+    replaced(la, "0.weight", input_sum=counts)
+    assert_asked_in_vain(la, "0.weight", "smallest eigenvalue -5.000e-01")
+
+
+def test_a_negative_direction_of_a_dense_block():
+    """The exact block of a norm."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Tanh(), nn.Linear(3, 2)).double()
+    batch = (torch.randn(9, 4).double(), torch.arange(9) % 2)
+    la = Laplace(model, "classification").fit([batch])
+    block = la.curvature.blocks["1.weight"]
+    assert block.kind == "dense"
+    eye = torch.eye(len(block.matrix), dtype=torch.float64)
+    moved = block.matrix - 0.1 * block.matrix.trace() * eye
+    replaced(la, "1.weight", matrix=moved)
+    smallest = float(torch.linalg.eigvalsh(moved).min())
+    assert smallest < 0
+    assert_asked_in_vain(la, "1.weight", f"smallest eigenvalue {smallest:.3e}")
 
 
 sides = pytest.mark.parametrize("side", ["input", "output"])

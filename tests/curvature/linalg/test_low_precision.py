@@ -11,6 +11,7 @@ from laws import fitted, relative_error
 from torch import nn
 
 from kfac_laplace import Curvature, Laplace
+from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.linalg.gram import GramSum
 from kfac_laplace.errors import InvalidValue
 
@@ -117,7 +118,7 @@ def test_a_callers_autocast_does_not_round_sums_of_convolutions(setting, dtype):
 @pytest.mark.parametrize("columns", [1, 256, 257, 600, 1025])
 def test_symmetric_products_in_halves(columns):
     rows = torch.randn(2, 5, columns, dtype=torch.float64)
-    total = GramSum(2, columns, rows)
+    total = GramSum(2, columns, rows, SumDtype())
     total.add(rows)
     torch.testing.assert_close(total.total(), rows.mT @ rows, rtol=1e-14, atol=1e-14)
 
@@ -159,7 +160,7 @@ def test_the_precision_of_factors_is_stored(tmp_path):
 def test_stacks_grow_apart_and_together():
     """Parts of a group add to some stacks first and to others later."""
     rows = torch.randn(3, 5, 300, dtype=torch.float64)
-    total = GramSum(3, 300, rows)
+    total = GramSum(3, 300, rows, SumDtype())
     total.add(rows[1:2], 1)
     total.add(rows[2:3].expand(1, 2, 5, 300), 2)
     total.add(rows)
@@ -168,7 +169,7 @@ def test_stacks_grow_apart_and_together():
 
 
 def test_stacks_without_rows_are_zero():
-    total = GramSum(2, 3, torch.zeros(()))
+    total = GramSum(2, 3, torch.zeros(()), SumDtype())
     total.add(torch.ones(1, 4, 3), 1)
     assert torch.equal(
         total.total(), torch.tensor([0.0, 4.0]).double()[:, None, None].expand(2, 3, 3)

@@ -1,4 +1,7 @@
-"""Convolutions run in another memory order; the curvature is that of the model as it stands."""
+"""Convolutions run in another memory order; the curvature is that of the model as it stands.
+
+Where there are norms they run in their own, which is faster then.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,17 @@ def in_line(m: Images, x: Tensor) -> Tensor:
     return m.head(h.tanh().mean((2, 3)))
 
 
+def normed_first(m: Images, x: Tensor) -> Tensor:
+    """A norm before any convolution has been seen."""
+    return in_line(m, nn.functional.group_norm(x, 1))
+
+
+def normed_last(m: Images, x: Tensor) -> Tensor:
+    """A norm behind all of them, of features."""
+    h = m.second(m.middle(m.first(x).relu())).tanh().mean((2, 3))
+    return m.head(nn.functional.layer_norm(h, h.shape[1:]))
+
+
 def residual(m: Images, x: Tensor) -> Tensor:
     h = m.first(x)
     h += m.second(m.middle(h.relu()))
@@ -68,13 +82,17 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
     "circular": lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, padding_mode="circular"),
     "same": lambda: nn.Conv2d(CHANNELS, CHANNELS, (2, 4), padding="same"),
     "transposed": lambda: nn.ConvTranspose2d(CHANNELS, CHANNELS, 3, stride=2, output_padding=1),
-    "batch norm": batch_norm,
-    "instance norm": lambda: nn.InstanceNorm2d(CHANNELS, affine=True),
-    "group norm": lambda: nn.GroupNorm(2, CHANNELS),
     "max pooling": lambda: nn.MaxPool2d(3, 2, 1),
     "one channel between": lambda: nn.Sequential(
         nn.Conv2d(CHANNELS, 1, 3, padding=1), nn.Tanh(), nn.Conv2d(1, CHANNELS, 3)
     ),
+}
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": batch_norm,
+    "instance norm": lambda: nn.InstanceNorm2d(CHANNELS, affine=True),
+    "group norm": lambda: nn.GroupNorm(2, CHANNELS),
+    "layer norm": lambda: nn.LayerNorm([CHANNELS, SIDE, SIDE]),
+    "rms norm": lambda: nn.RMSNorm([CHANNELS, SIDE, SIDE]),
 }
 
 
@@ -105,13 +123,56 @@ def test_single_precision_gives_the_blocks_of_double(middle, n):
     assert_same_in_double(model, batch(n), hessian_structure="diag")
 
 
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("middle", NORMS)
+def test_networks_with_norms_are_left_alone(middle, n):
+    """From their first batch on, whatever the structure."""
+    model = Images(in_line, NORMS[middle]())
+    for options in (
+        {"kfac_approx": "expand"},
+        {"kfac_approx": "reduce"},
+        {"hessian_structure": "diag"},
+    ):
+        curvature = assert_same_in_double(model, batch(n), batch(4), **options)
+        assert not curvature.ggn.knowledge.reorders
+
+
+@pytest.mark.parametrize("wire", [normed_first, normed_last], ids=lambda wire: wire.__name__)
+def test_a_norm_counts_wherever_it_is(wire):
+    """Also where it is no module: calls are seen."""
+    curvature = assert_same_in_double(Images(wire, nn.Identity()), batch(5), kfac_approx="expand")
+    assert not curvature.ggn.knowledge.reorders
+
+
+def orders_seen(model: Images, n: int) -> list[bool]:
+    """Whether the second convolution got channels last, in each run of the model's first batch."""
+    seen = []
+
+    def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        with torch._C.DisableTorchFunction():  # a model that asks for it is left alone
+            seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
+
+    handle = model.second.register_forward_pre_hook(look)
+    Curvature(model, "classification").fit([batch(n)])
+    handle.remove()
+    return seen
+
+
+def test_how_often_a_model_runs():
+    """Once in the other order, or once more in its own; once where a norm comes first."""
+    assert orders_seen(Images(in_line, nn.Identity()), 5) == [True]
+    assert orders_seen(Images(in_line, batch_norm()), 5) == [True, False]
+    assert orders_seen(Images(normed_first, nn.Identity()), 5) == [False]
+    assert orders_seen(Images(in_line, nn.Identity()), 1) == [False]
+
+
+@pytest.mark.parametrize("middle", ["nothing", "batch norm"])
 @pytest.mark.parametrize("wire", [residual, checkpointed], ids=lambda wire: wire.__name__)
-def test_other_wirings(wire):
-    model = Images(wire, batch_norm())
+def test_other_wirings(wire, middle):
+    model = Images(wire, (MIDDLES | NORMS)[middle]())
     for setting in ("expand", "reduce"):
-        assert assert_same_in_double(
-            model, batch(5), batch(1), kfac_approx=setting
-        ).ggn.knowledge.reorders
+        curvature = assert_same_in_double(model, batch(5), batch(1), kfac_approx=setting)
+        assert curvature.ggn.knowledge.reorders == (middle == "nothing")
 
 
 ORDERS = (torch.contiguous_format, torch.channels_last)
@@ -120,9 +181,11 @@ ORDERS = (torch.contiguous_format, torch.channels_last)
 @pytest.mark.parametrize("model_order", ORDERS)
 @pytest.mark.parametrize("data_order", ORDERS)
 @pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize("middle", ["batch norm", "group norm", "max pooling", "instance norm"])
+@pytest.mark.parametrize(
+    "middle", ["batch norm", "group norm", "max pooling", "instance norm", "layer norm"]
+)
 def test_callers_may_have_chosen_an_order(model_order, data_order, middle, n):
-    model = Images(in_line, MIDDLES[middle]())
+    model = Images(in_line, (MIDDLES | NORMS)[middle]())
     x, y = batch(n)
     want = Curvature(model, "classification", kfac_approx="expand").fit([(x, y)])
     model.to(memory_format=model_order)

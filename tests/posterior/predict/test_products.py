@@ -8,9 +8,10 @@ from torch import nn
 
 from kfac_laplace import Laplace
 from kfac_laplace.curvature.linalg.spectrum import Spectrum
+from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.rows.per_example import LookedUp, Outer
 from kfac_laplace.posterior.block import SpectralNormal
-from kfac_laplace.posterior.predict import glm, products
+from kfac_laplace.posterior.predict import products
 
 TOL = {"rtol": 1e-9, "atol": 1e-10}  # float64 solves of well-conditioned P
 DELTA = 0.7
@@ -79,7 +80,7 @@ def test_either_order_is_the_plain_formula(name, kind, order):
     torch.manual_seed(0)
     normal, gradients = normal_of(spectrum(b, o, i, kind)), outer(v, b, n, t, o, i)
     for width in {v, 1, max(1, v // 2)}:
-        found = getattr(products, order)(normal, gradients, width)
+        found = getattr(products, order)(normal, gradients, width, Budget())
         torch.testing.assert_close(found, expected(normal, gradients.dense(), width), **TOL)
 
 
@@ -88,17 +89,16 @@ def test_the_order_chosen_is_the_plain_formula(name):
     v, b, n, t, o, i = SHAPES[name]
     torch.manual_seed(1)
     normal, gradients = normal_of(spectrum(b, o, i, "kron")), outer(v, b, n, t, o, i)
-    found = products.factored_covariance(normal, gradients, v)
+    found = products.factored_covariance(normal, gradients, v, Budget())
     torch.testing.assert_close(found, expected(normal, gradients.dense(), v), **TOL)
 
 
 @pytest.mark.parametrize("order", ["by_pairs", "by_matrices"])
-def test_pieces_under_the_budget_add_up(order, monkeypatch):
+def test_pieces_under_the_budget_add_up(order):
     """A budget below one matrix: one example and one of its rows at a time."""
     torch.manual_seed(2)
     normal, gradients = normal_of(spectrum(2, 5, 4, "kron")), outer(6, 2, 3, 9, 5, 4)
-    monkeypatch.setattr(products, "PRODUCT_BUDGET", 1)
-    found = getattr(products, order)(normal, gradients, 3)
+    found = getattr(products, order)(normal, gradients, 3, Budget(1))
     torch.testing.assert_close(found, expected(normal, gradients.dense(), 3), **TOL)
 
 
@@ -109,7 +109,7 @@ def test_lookups_are_the_plain_formula(kind):
     normal = normal_of(spectrum(1, 3, 7, kind))
     index = torch.tensor([[0, 2, 2, 5], [6, 6, 6, 6], [1, 3, 1, 0]])
     table = LookedUp(torch.randn(4, 1, 3, 4, 3, dtype=torch.float64), index, 7)
-    found = products.factored_covariance(normal, table, 2)
+    found = products.factored_covariance(normal, table, 2, Budget())
     torch.testing.assert_close(found, expected(normal, table.dense(), 2), **TOL)
 
 
@@ -122,13 +122,13 @@ def pixels():
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
-@pytest.mark.parametrize("budget", [glm.ROW_BUDGET, 1])
-def test_pixels_have_the_covariance_of_each_row(structure, budget, monkeypatch):
+@pytest.mark.parametrize("budget", [None, 1])
+def test_pixels_have_the_covariance_of_each_row(structure, budget):
     """Also where the budget admits one input and one output row at a time."""
-    monkeypatch.setattr(glm, "ROW_BUDGET", budget)
     net = pixels()
     x, y = net.x, torch.randint(2, (7, 3, 4), generator=torch.Generator().manual_seed(0))
-    la = Laplace(net.model, "classification", hessian_structure=structure).fit([(x, y)])
+    options = {"hessian_structure": structure, "memory_budget": budget}
+    la = Laplace(net.model, "classification", **options).fit([(x, y)])
     weights = dict(net.model.named_parameters())
     jacobians = torch.func.jacrev(lambda p: torch.func.functional_call(net.model, p, (x,)))(
         {name: weights[name].detach() for name in dense.covered(la, net.model)}
@@ -142,11 +142,9 @@ def test_pixels_have_the_covariance_of_each_row(structure, budget, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mlp-tanh", "cnn", "vit", "tokens"])
-def test_a_small_budget_changes_no_prediction(name, monkeypatch):
+def test_a_small_budget_changes_no_prediction(name):
     la, net = dense.fit(name)
     whole = la.predict(net.x)
-    monkeypatch.setattr(glm, "ROW_BUDGET", 1)
-    monkeypatch.setattr(products, "PRODUCT_BUDGET", 1)
-    pieces = la.predict(net.x)
+    pieces = dense.fit(name, memory_budget=1)[0].predict(net.x)
     torch.testing.assert_close(pieces.covariance, whole.covariance, **TOL)
     torch.testing.assert_close(pieces.mean_f, whole.mean_f, **TOL)
