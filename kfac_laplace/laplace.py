@@ -422,7 +422,7 @@ class Laplace:
     def predictive_samples(
         self, x: Any, n: int = 100, *, pred_type: str = "glm", generator: Generator | None = None
     ) -> Tensor:
-        """Draws of class probabilities, or of y with its noise for regression.
+        """Draws of class probabilities, or of y with its noise for other likelihoods.
 
         Arguments and shape as for `functional_samples`, from the same functions.
         """

@@ -15,9 +15,8 @@ class Heteroscedastic(Likelihood):
     """Gaussians in natural parameters: p(y | η) ∝ exp(η₁ y + η₂ y²), η₁ = a, η₂ = −½ e^s.
 
     The 2C outputs of a row are a for each of C targets, then s for each: the precision of y is e^s,
-    its mean μ = a e^−s. Outputs of zero are a standard normal distribution. In natural parameters
-    the curvature of each output is the variance of what it multiplies, and bounded away from zero
-    for s whatever the fit [HET23]. For (a, s) the Fisher information is
+    its mean μ = a e^−s. Outputs of zero are a standard normal distribution. Natural parameters
+    train more stably than mean and variance [HET23]. The Fisher information of (a, s) is
 
         Λ = [[e^−s, −μ], [−μ, μ² e^s + ½]],
 

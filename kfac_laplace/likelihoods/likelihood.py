@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from torch.distributions import Categorical, Distribution
 
 from kfac_laplace.errors import UnsupportedUse
-from kfac_laplace.likelihoods.checks import check_leading_axes, target_of
+from kfac_laplace.likelihoods.checks import check_finite, check_leading_axes, target_of
 from kfac_laplace.likelihoods.distributions import by_row, draw
 from kfac_laplace.likelihoods.latent import Latent
 from kfac_laplace.likelihoods.predictive import ClassPredictive, Mixture, RowPredictive
@@ -108,6 +108,7 @@ class Likelihood(ABC):
         Raises:
             InvalidValue: another shape, values that are not finite or outside the support.
         """
+        check_finite(f)
         with torch.no_grad():
             return target_of(self.rows(f, _one(f)), target, f)
 
