@@ -13,7 +13,7 @@ STAMP = $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
-.PHONY: help install demo test test-slow test-all lint types format hooks clean distclean
+.PHONY: help install demo test test-slow test-all coverage lint types format hooks clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ test-slow:  ## the slow tests alone
 test-all:  ## every test
 	@$(MAKE) --no-print-directory test SELECT=
 
+coverage: $(STAMP)  ## which lines and branches the tests (not the slow ones) reach; coverage.xml
+	@$(BIN)/python -m pytest -m "$(SELECT)" --cov --cov-report=term --cov-report=xml $(ARGS)
+
 lint: $(STAMP)  ## format and lint rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -64,7 +67,7 @@ hooks: $(STAMP)  ## check style and types at every commit, by pre-commit
 	@$(BIN)/pre-commit install
 
 clean:  ## remove caches and build products
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache htmlcov .coverage* coverage.xml
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## and the environment

@@ -226,3 +226,18 @@ def test_marglik_training(labels, caplog):
     assert losses[-1] < losses[0] and len(margliks) == 8
     assert la.n_data == len(SIZES)
     assert "promised" not in caplog.text
+
+
+@labelled
+def test_a_saved_posterior_of_graphs_takes_more(labels, tmp_path):
+    """Which rows are nodes is kept with the blocks, in plain data."""
+    model, batches = task(labels)
+    fit(model, batches[:1]).save(tmp_path / "first.pt")
+    loaded = Laplace.load(tmp_path / "first.pt", model, forward_fn=run)
+    loaded.fit(batches[1:], override=False)
+    whole = fit(model, batches)
+    assert loaded.n_data == whole.n_data
+    for name, block in whole.curvature.blocks.items():
+        torch.testing.assert_close(
+            loaded.curvature.blocks[name].dense(), block.dense(), rtol=1e-12, atol=1e-14
+        )

@@ -169,8 +169,9 @@ def without(key):
         lambda s: s["mode"].pop("0.bias"),
         lambda s: s.update(curvature={}),
         lambda s: s.update(posterior_scale=torch.tensor(-1.0)),
+        lambda s: s.update(format=s["format"] + 1),
     ],
-    ids=["length", "sign", "missing value", "missing mode", "curvature", "scale"],
+    ids=["length", "sign", "missing value", "missing mode", "curvature", "scale", "format"],
 )
 def test_tampered_states(change):
     """A file cut short or edited by hand is refused before anything of it is taken over."""
