@@ -19,7 +19,7 @@ torch.Size([3, 4])
 ['prior_precision']
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from kfac_laplace.curvature.backend import Curvature as Curvature
 from kfac_laplace.curvature.estimate.fisher import Empirical as Empirical
