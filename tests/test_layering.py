@@ -29,6 +29,7 @@ curvature/gradients
 curvature/estimate
 curvature/options
 curvature/ggn
+curvature/accumulate
 curvature/state
 curvature/backend
 posterior/__init__
