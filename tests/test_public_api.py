@@ -12,7 +12,8 @@ from kfac_laplace import Curvature, KfacLaplaceError, Laplace, MarglikTuner
 
 NAMES = (
     "Laplace MarglikTuner marglik_training Curvature Predictive Exact Hybrid MonteCarlo Empirical "
-    "Categorical Gaussian Bernoulli Likelihood layer_rule KfacLaplaceError __version__"
+    "Categorical Gaussian Bernoulli Heteroscedastic Poisson StudentT Likelihood layer_rule "
+    "KfacLaplaceError __version__"
 ).split()
 
 LAPLACE = {
