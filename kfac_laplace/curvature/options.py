@@ -17,7 +17,7 @@ from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
-from kfac_laplace.options import check_choice, check_whole
+from kfac_laplace.options import check_choice, check_whole, unknown
 
 UNCOVERED = ("diag", "error", "freeze")
 #: What stands in plain data for a function, which they cannot hold.
@@ -100,12 +100,7 @@ class CurvatureOptions:
         check_whole("seed", self.seed)
         Budget(self.memory_budget)  # checks it
         if self.factor_dtype not in FACTOR_DTYPES:
-            raise InvalidValue(
-                "unknown option",
-                where="factor_dtype",
-                got=self.factor_dtype,
-                remedy=f"Choose one of {FACTOR_DTYPES}",
-            )
+            raise unknown("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
 
     @property
     def budget(self) -> Budget:

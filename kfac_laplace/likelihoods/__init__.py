@@ -5,7 +5,7 @@ Everything works on *aligned* outputs f (n, t, c): n examples, t positions that 
 through `precision` and `log_likelihood`.
 """
 
-from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.errors import InvalidType
 from kfac_laplace.likelihoods.bernoulli import Bernoulli as Bernoulli
 from kfac_laplace.likelihoods.categorical import Categorical as Categorical
 from kfac_laplace.likelihoods.checks import check_finite as check_finite
@@ -15,6 +15,7 @@ from kfac_laplace.likelihoods.latent import Latent as Latent
 from kfac_laplace.likelihoods.likelihood import Likelihood as Likelihood
 from kfac_laplace.likelihoods.poisson import Poisson as Poisson
 from kfac_laplace.likelihoods.studentt import StudentT as StudentT
+from kfac_laplace.options import check_choice
 
 NAMED: dict[str, type[Likelihood]] = {
     "classification": Categorical,
@@ -30,12 +31,12 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
     """The likelihood named by a string, or the object itself."""
     if isinstance(likelihood, Likelihood):
         return likelihood
-    if isinstance(likelihood, str) and likelihood in NAMED:
-        return NAMED[likelihood]()
-    kind = InvalidValue if isinstance(likelihood, str) else InvalidType
-    raise kind(
-        "unknown likelihood",
-        where="likelihood",
-        got=repr(likelihood),
-        remedy=f"Choose one of {sorted(NAMED)} or pass a Likelihood object",
-    )
+    if not isinstance(likelihood, str):
+        raise InvalidType(
+            "not a likelihood",
+            where="likelihood",
+            got=repr(likelihood),
+            remedy=f"Choose one of {sorted(NAMED)} or pass a Likelihood object",
+        )
+    check_choice("likelihood", likelihood, NAMED, "pass a Likelihood object")
+    return NAMED[likelihood]()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.options import check_choice
 from kfac_laplace.posterior.calibrate.held_out import (
     HeldOut,
     negative_log_likelihood,
@@ -45,13 +46,7 @@ def held_out_points(
         key_y: name of the targets in mappings.
         seed: seed of the choice of points for "loo".
     """
-    if method not in ("loo", "validation"):
-        raise InvalidValue(
-            "unknown method",
-            where="method",
-            got=repr(method),
-            remedy="Choose 'loo' or 'validation'",
-        )
+    check_choice("method", method, ("loo", "validation"))
     given = [loader for loader in loaders if loader is not None]
     if not given:
         raise InvalidValue(

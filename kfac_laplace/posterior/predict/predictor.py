@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods.links import LINKS, sample_outputs
-from kfac_laplace.options import check_whole
+from kfac_laplace.options import check_choice, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
 from kfac_laplace.posterior.predict.predictive import Predictive, from_samples, restore
@@ -43,10 +43,7 @@ class Predictor:
         self, x: Any, pred_type: str, link: str, n_samples: int, generator: Generator | None
     ) -> Predictive:
         """The predictive at x by closed form ("glm") or by samples ("linear", "nn")."""
-        if link not in LINKS:
-            raise InvalidValue(
-                "unknown link", where="link_approx", got=repr(link), remedy=f"Choose from {LINKS}"
-            )
+        check_choice("link_approx", link, LINKS)
         check_whole("n_samples", n_samples, 1)
         ggn, source = self.posterior.ggn, self.source(generator)
         axis, sigma = ggn.knowledge.class_axis, self._sigma
@@ -102,13 +99,7 @@ class Predictor:
     def functions(self, x: Any, n: int, pred_type: str, generator: Generator | None) -> Tensor:
         """Draws of functions, each at all inputs, shape (n, *output shape)."""
         check_whole("n_samples", n, 1)
-        if pred_type not in SAMPLERS:
-            raise InvalidValue(
-                "unknown prediction type",
-                where="pred_type",
-                got=repr(pred_type),
-                remedy=f"Choose from {sorted(SAMPLERS)}",
-            )
+        check_choice("pred_type", pred_type, SAMPLERS)
         draw = SAMPLERS[pred_type]
         return draw(
             self.posterior, self._batch(x), n, float(self.scale) ** 0.5, self.source(generator)
