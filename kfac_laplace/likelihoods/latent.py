@@ -10,7 +10,7 @@ from kfac_laplace.likelihoods.links import sample_outputs
 
 #: Averages over a single output are sums over so many points, up to so many deviations away. The
 #: trapezoidal rule has a relative error below 2 exp(−2π² w²) for what varies over w of its steps:
-#: 1e-8 where the likelihood is as wide as a twelfth of the Gaussian (w = 1).
+#: 2e-8 where the likelihood is as wide as a twelfth of the Gaussian (w = 1).
 POINTS, REACH = 201, 8.5
 
 

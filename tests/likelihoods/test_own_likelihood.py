@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from torch.distributions import Categorical as Labels
 from torch.distributions import Distribution, MixtureSameFamily, Normal
 from torch.distributions import Poisson as PoissonDistribution
 
+import kfac_laplace
 from kfac_laplace import Laplace, Likelihood, MarglikTuner, Poisson, marglik_training
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.likelihoods import NAMED
 
 
 class Counts(Likelihood):
@@ -232,3 +236,16 @@ def test_what_is_missing_is_asked_for():
         fitted(Short())
     with pytest.raises(TypeError, match="distribution"):
         Likelihood()
+
+
+def test_nothing_outside_the_room_asks_which_likelihood_it_has():
+    package = Path(kfac_laplace.__file__).parent
+    kinds = {kind.__name__ for kind in NAMED.values()}
+    for path in package.rglob("*.py"):
+        if path.parent.name == "likelihoods" or path == package / "__init__.py":
+            continue
+        imports = (
+            n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)
+        )
+        names = {alias.name for node in imports for alias in node.names}
+        assert names.isdisjoint(kinds), path

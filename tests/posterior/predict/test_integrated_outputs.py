@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from torch.distributions import Poisson as TorchPoisson
 from torch.distributions import StudentT as TorchStudentT
 
-from kfac_laplace import Bernoulli, Heteroscedastic, Likelihood, Poisson, StudentT
+from kfac_laplace import Bernoulli, Gaussian, Heteroscedastic, Likelihood, Poisson, StudentT
 from kfac_laplace.likelihoods import Latent
 from kfac_laplace.posterior.predict.predictive import Predictive
 
@@ -165,3 +165,25 @@ def test_defaults_agree_with_the_probit_link_where_both_hold():
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     linked = predictive(Bernoulli(), MEAN, VARIANCE).mean
     torch.testing.assert_close(linked, want, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("ratio", [1e-2, 1.0, 12.0])
+def test_the_rule_is_as_exact_as_it_says(ratio):
+    """Gaussian noise 12 times narrower than the Gaussian: w = 0.98 in 2 exp(-2 pi² w²)."""
+    sigma = torch.tensor(0.7 / ratio, dtype=torch.float64)
+    latent = Latent(torch.zeros(9, 1, 1).double(), torch.full((9, 1, 1, 1), 0.49).double())
+    y = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None, None]
+    got = Likelihood.predict(Gaussian(), latent, sigma, "probit").log_prob(y)
+    want = Gaussian().predict(latent, sigma, "probit").log_prob(y)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-8)
+
+
+@pytest.mark.parametrize("likelihood", [Poisson(), StudentT()])
+def test_single_precision_follows(likelihood):
+    fine = predictive(likelihood, MEAN, VARIANCE)
+    coarse = predictive(likelihood, MEAN.float(), VARIANCE.float())
+    y = torch.tensor([[0.0], [1.0], [3.0]])
+    torch.testing.assert_close(coarse.mean, fine.mean.float())
+    got, want = (p.distribution().log_prob(y.to(p.mean)) for p in (coarse, fine))
+    torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
+    assert coarse.entropy.dtype == coarse.epistemic.dtype == torch.float32
