@@ -47,7 +47,8 @@ def options_from_plain(plain: Mapping[str, Any], overrides: Mapping[str, Any]) -
             can give.
     """
     options = {**plain, **overrides}
-    missing = [name for name in ("likelihood", "fisher") if options[name] is None]
+    objects = ("likelihood", "fisher", "prior_structure")
+    missing = [name for name in objects if options[name] is None]
     for name in (*missing, *(name for name in FUNCTIONS if options[name] == GIVEN)):
         raise InvalidValue(
             "an object of your own is not stored in the file",
@@ -93,8 +94,7 @@ def check_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise `InvalidValue` where stored options contradict those of the posterior that loads."""
     for name in BINDING:
         mine, theirs = own.get(name), stored.get(name)
-        if isinstance(mine, Tensor) or isinstance(theirs, Tensor):
-            mine, theirs = (torch.as_tensor(value).tolist() for value in (mine, theirs))
+        mine, theirs = (v.tolist() if isinstance(v, Tensor) else v for v in (mine, theirs))
         if mine != theirs:
             raise InvalidValue(
                 "the state was made with another option",

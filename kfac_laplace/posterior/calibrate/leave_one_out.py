@@ -114,7 +114,7 @@ def _divided(
             picked.append((batch.select(looked_at), y[looked_at.to(y.device)].to(network.device)))
         if len(others):
             part = batch.select(others)
-            rest.accumulate(part, y[others.to(y.device)], parameters=posterior.parameters)
+            rest.accumulate(part, y[others.to(y.device)], parameters=posterior.mode_for_model)
     if seen != curvature.n_data:
         raise InvalidValue(
             "leave-one-out needs the data of the fit, all of them",

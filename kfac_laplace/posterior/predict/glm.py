@@ -54,7 +54,7 @@ def output_gaussian(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
         posterior: the posterior; the model runs at its mode, whatever its weights are now.
         batch: the inputs.
     """
-    network, parameters = posterior.curvature.network, posterior.parameters
+    network, parameters = posterior.curvature.network, posterior.mode_for_model
     with undisturbed(network.model):
         parts = [
             _moments(posterior, network.run(piece, parameters))
@@ -74,7 +74,7 @@ def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
     """
     network = posterior.curvature.network
     with undisturbed(network.model):
-        passed = network.run(batch, posterior.parameters)
+        passed = network.run(batch, posterior.mode_for_model)
         learn_row_layouts(passed)
         vectors = _unit_vectors(passed.outputs)
         return [
@@ -95,13 +95,13 @@ def _inputs_at_once(posterior: Posterior, batch: AnyBatch) -> int:
     """How many inputs to run together, so that one output row of each stays under the budget."""
     curvature = posterior.curvature
     network, outputs = curvature.network, max(1, curvature.n_outputs // curvature.n_data)
-    some = next(iter(posterior.parameters.values()))
+    some = next(iter(posterior.mode_for_model.values()))
     budget = _row_budget(some) // _entries(network)
     if batch.n <= budget // outputs:
         return batch.n
     with torch.no_grad():  # one output row of several
         alone: Iterator[AnyBatch] = batch.split(1)
-        one = network.forward(next(alone).x, posterior.parameters)
+        one = network.forward(next(alone).x, posterior.mode_for_model)
     c = network.likelihood.align(one, network.class_axis).shape[-1]
     return max(1, budget // c)
 
