@@ -23,14 +23,31 @@ from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Likelihood, check_finite
 from kfac_laplace.options import check_whole
-from kfac_laplace.posterior import evidence, state
+from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate import scale as calibration
 from kfac_laplace.posterior.calibrate.prior_grid import grid_search
-from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
+from kfac_laplace.posterior.expansion import Expansion
+from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.hyperparameters import Hyperparameters, one_number, positive, real
+from kfac_laplace.posterior.objectives import Objective, resolve_objective
+from kfac_laplace.posterior.optimum import Search
 from kfac_laplace.posterior.predict.predictive import Predictive
 from kfac_laplace.posterior.predict.predictor import Predictor
-from kfac_laplace.posterior.prior import PriorStructure, check_sharing, one_number, positive, real
-from kfac_laplace.posterior.prior import Structure as Sharing
+from kfac_laplace.posterior.prior import (
+    Given,
+    Prior,
+    check_mean,
+    given_precision,
+    layouts_of,
+    starting_precision,
+)
+from kfac_laplace.posterior.sharing import (
+    PriorStructure,
+    check_sharing,
+    resolve_sharing,
+    sharing_to_plain,
+)
+from kfac_laplace.posterior.steps import optimise
 
 log = logging.getLogger("kfac_laplace")
 
@@ -46,9 +63,11 @@ class Laplace:
             at their values.
         kfac_approx: "auto", "expand", "reduce" or {pattern: setting}.
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
-        prior_precision: δ, one value or one for each entry of the prior structure.
-        prior_structure: "layerwise", "scalar" or "diag" (the last not with "kron").
-        prior_mean: μ, one value or one for each parameter.
+        prior_precision: δ, one value, one for each precision of the prior structure, or
+            {pattern of parameter names: value}, of which the first that matches counts.
+        prior_structure: "layerwise", "scalar", "unit" or "diag" (the last two not with "kron"),
+            {pattern: one of them}, or a `Sharing`.
+        prior_mean: μ, one value, one for each parameter, or {pattern: value}.
         sigma_noise: σ, a standard deviation; regression only.
         temperature: T; low means a concentrated posterior.
         joint_bias: whether a weight and its bias share a block.
@@ -75,9 +94,9 @@ class Laplace:
         subset_of_weights: Subset = "all",
         kfac_approx: KfacApprox = "auto",
         fisher: str | Fisher = "exact",
-        prior_precision: float | Tensor = 1.0,
-        prior_structure: Sharing = "layerwise",
-        prior_mean: float | Tensor = 0.0,
+        prior_precision: Given = 1.0,
+        prior_structure: PriorStructure = "layerwise",
+        prior_mean: Given = 0.0,
         sigma_noise: float | Tensor = 1.0,
         temperature: float = 1.0,
         joint_bias: bool = True,
@@ -104,15 +123,17 @@ class Laplace:
             batch_fn=batch_fn,
             memory_budget=memory_budget,
         )
-        check_sharing(prior_structure, hessian_structure)
+        self._sharing = resolve_sharing(prior_structure)
+        check_sharing(self._sharing, hessian_structure)
         self.curvature = Curvature.of(model, self.options)
         self.prior_structure = prior_structure
         self.prior_mean = prior_mean
-        real(prior_mean, "prior_mean")
+        check_mean(prior_mean)
         self.dict_key_y = dict_key_y
         device = self.curvature.network.device
+        delta, self._patterns = starting_precision(prior_precision, device)
         self._hyper = Hyperparameters(
-            positive(prior_precision, "prior_precision", device),
+            delta,
             self._checked_sigma(sigma_noise),
             one_number(positive(temperature, "temperature", device), "temperature").detach(),
         )
@@ -164,21 +185,14 @@ class Laplace:
 
     def _adopt(self, curvature: Curvature, mode: dict[str, Tensor], hyper: Hyperparameters) -> None:
         """Take a finished curvature and mode; nothing is stored unless everything fits."""
-        prior = PriorStructure(self.prior_structure, curvature.ggn.layouts, curvature.params)
         device = curvature.network.device
-        mean = real(self.prior_mean, "prior_mean", device).detach()
-        if mean.numel() not in (1, prior.size):
-            raise InvalidValue(
-                f"one value or {prior.size} are needed",
-                where="prior_mean",
-                got=tuple(mean.shape),
-                remedy="Follow the order of the parameters in the model",
-            )
-        full = prior.full(hyper.prior_precision.to(device))
-        hyper = Hyperparameters(full, hyper.sigma_noise.to(device), hyper.temperature.to(device))
-        self._posterior = Posterior(
-            curvature.network, curvature.ggn, mode, prior, mean.reshape(-1), hyper
-        )
+        layouts = layouts_of(curvature.groups, curvature.params)
+        prior = Prior.of(self._sharing, layouts, self.prior_mean, device)
+        hyper = hyper.to(device)
+        given = hyper.prior_precision if self._patterns is None else self._patterns
+        hyper = dataclass_replace(hyper, prior_precision=prior.resolve(given))
+        self._posterior = Posterior(Expansion(curvature.network, curvature.ggn, mode, prior), hyper)
+        self._patterns = None
         self.curvature, self._mode, self._hyper = curvature, mode, hyper
 
     @property
@@ -194,12 +208,28 @@ class Laplace:
 
     @property
     def prior_precision(self) -> Tensor:
-        """δ, float64: as given before `fit`, one value for each precision after it."""
+        """δ, float64: as given before `fit`, one value for each precision after it.
+
+        Raises:
+            NotFitted: before `fit`, where δ was given by patterns.
+        """
+        if self._patterns is not None:
+            raise NotFitted(
+                "which precisions the patterns set shows only when the model is used",
+                where="prior_precision",
+                remedy="Call fit first",
+            )
         return self._hyper.prior_precision
 
     @prior_precision.setter
-    def prior_precision(self, value: float | Tensor) -> None:
-        self._move(prior_precision=self._checked_precision(value))
+    def prior_precision(self, value: Given) -> None:
+        device = self.curvature.network.device
+        if self._posterior is not None:
+            given = given_precision(value, device)
+            self._move(prior_precision=self._posterior.prior.resolve(given))
+        else:
+            delta, self._patterns = starting_precision(value, device)
+            self._move(prior_precision=delta)
 
     @property
     def sigma_noise(self) -> Tensor:
@@ -236,7 +266,7 @@ class Laplace:
 
     def log_marginal_likelihood(
         self,
-        prior_precision: float | Tensor | None = None,
+        prior_precision: Given | None = None,
         sigma_noise: float | Tensor | None = None,
     ) -> Tensor:
         """Laplace evidence log q(D), differentiable in both arguments; no data pass [ML21, eq. 6].
@@ -244,26 +274,22 @@ class Laplace:
         Values passed in are kept, detached, as the hyperparameters.
 
         Args:
-            prior_precision: δ, one value or one for each entry of the prior structure.
+            prior_precision: δ, one value, one for each precision, or {pattern: value}.
             sigma_noise: σ; regression only.
 
         Returns:
             A float64 scalar: the sum over all examples, positions and outputs.
         """
         posterior = self.posterior
-        hyper = posterior.hyperparameters
-        given = Hyperparameters(
-            hyper.prior_precision
-            if prior_precision is None
-            else self._checked_precision(prior_precision),
-            hyper.sigma_noise if sigma_noise is None else self._checked_sigma(sigma_noise),
-            hyper.temperature,
-        )
-        value = posterior.at(given).log_marginal_likelihood
+        given: dict[str, Tensor] = {}
         if prior_precision is not None:
-            self._move(prior_precision=given.prior_precision.detach())
+            delta = given_precision(prior_precision, posterior.device)
+            given["prior_precision"] = posterior.prior.resolve(delta)
         if sigma_noise is not None:
-            self._move(sigma_noise=given.sigma_noise.detach())
+            given["sigma_noise"] = self._checked_sigma(sigma_noise)
+        hyper = dataclass_replace(posterior.hyperparameters, **given)
+        value = posterior.at(hyper).log_marginal_likelihood
+        self._move(**{name: tensor.detach() for name, tensor in given.items()})
         return value
 
     @property
@@ -290,6 +316,7 @@ class Laplace:
         self,
         method: str = "marglik",
         *,
+        objective: str | Objective = "auto",
         val_loader: Iterable[Any] | None = None,
         fix_sigma_noise: bool = False,
         n_steps: int = 500,
@@ -299,28 +326,36 @@ class Laplace:
         """Choose δ, and σ for regression, on cached eigenvalues; no pass over the training data.
 
         Args:
-            method: "marglik" maximises the evidence by L-BFGS, "mackay" by a fixed point;
-                "gridsearch" takes the scalar δ of least validation NLL.
+            method: "marglik" maximises the objective by L-BFGS, "mackay" the evidence by a fixed
+                point; "gridsearch" takes the scalar δ of least validation NLL.
+            objective: "auto" or "kron" for the evidence, or a function of a `Posterior`.
             val_loader: validation data, for "gridsearch".
             fix_sigma_noise: leave σ alone.
             n_steps: most iterations. A warning is logged where they do not suffice.
             tolerance: largest component of the gradient, in nats per unit of log δ or log σ.
             grid: candidates for "gridsearch"; 10⁻⁴ … 10⁴ by default.
+
+        Raises:
+            InvalidValue: an unknown method or objective, or two that do not go together.
         """
         check_whole("n_steps", n_steps, 1)
-        posterior = self.posterior
+        chosen, posterior = resolve_objective(objective), self.posterior
         if method == "gridsearch":
+            if objective != "auto":
+                raise InvalidValue(
+                    "a grid search has an objective of its own, the validation NLL",
+                    where="objective",
+                    got=repr(objective),
+                    remedy="Leave it out, or use method='marglik'",
+                )
             delta = grid_search(posterior, val_loader, self.dict_key_y, float(self._scale), grid)
             self._move(prior_precision=posterior.prior.full(delta).clone())
             return self
-        found = evidence.optimise(
-            posterior,
-            method,
-            fix_sigma_noise=fix_sigma_noise,
-            n_steps=n_steps,
-            tolerance=tolerance,
-        ).hyperparameters
-        self._move(prior_precision=found.prior_precision, sigma_noise=found.sigma_noise)
+        fixed = ("sigma_noise",) if fix_sigma_noise else ()
+        free = Hyperparameters.tuned(self.likelihood, fixed)
+        search = Search(chosen, free, n_steps, tolerance)
+        found = optimise(posterior, method, search).hyperparameters
+        self._move(**{name: value for name, value in found.values().items() if name in free})
         return self
 
     optimize_prior_precision = optimize_prior
@@ -445,7 +480,7 @@ class Laplace:
     def _plain_options(self) -> dict[str, Any]:
         return {
             **self.options.to_plain(),
-            "prior_structure": self.prior_structure,
+            "prior_structure": sharing_to_plain(self.prior_structure),
             "prior_mean": self.prior_mean,
             "dict_key_y": self.dict_key_y,
         }
@@ -464,11 +499,7 @@ class Laplace:
             device = curvature.network.device
             mode = {name: state_dict["mode"][name].to(device) for name in curvature.params}
             stored = state_dict["hyperparameters"]
-            hyper = Hyperparameters(
-                positive(stored["prior_precision"], "prior_precision", device),
-                positive(stored["sigma_noise"], "sigma_noise", device),
-                positive(stored["temperature"], "temperature", device),
-            )
+            hyper = Hyperparameters.from_state(stored, device)
             scale = _checked_scale(state_dict["posterior_scale"], device)
         state.check_weights(curvature.network, mode)
         self._adopt(curvature, mode, hyper)
@@ -490,20 +521,15 @@ class Laplace:
         stored = torch.load(path, weights_only=True, map_location="cpu")
         state.check_state(stored)
         plain = stored["options"]
-        others = {name: plain[name] for name in ("prior_structure", "prior_mean", "dict_key_y")}
-        options = {**others, **CurvatureOptions.from_plain(plain, overrides)}
+        options = {
+            **state.prior_options(plain, overrides),
+            **CurvatureOptions.from_plain(plain, overrides),
+        }
         loaded = cls(model, options.pop("likelihood"), **options)
         loaded.load_state_dict(stored)
         return loaded
 
     # --- checks ----------------------------------------------------------------------------
-
-    def _checked_precision(self, value: float | Tensor) -> Tensor:
-        """δ > 0 of a length that fits the prior structure."""
-        delta = positive(value, "prior_precision", self.curvature.network.device)
-        if self._posterior is None:
-            return delta
-        return self._posterior.prior.full(delta)
 
     def _checked_sigma(self, value: float | Tensor) -> Tensor:
         """σ > 0, and 1 for likelihoods without noise."""

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.objectives import Objective
+from kfac_laplace.posterior.optimum import value_of
+
 
 @dataclass(frozen=True)
 class Record:
@@ -16,6 +20,7 @@ class Record:
         log_det_ratio: log det P − log det P₀.
         scatter: (θ − μ)ᵀ P₀ (θ − μ).
         hyperparameters: detached values by name.
+        objective: what the round maximised: the evidence unless the tuner was given another.
         seconds: duration of the whole round.
         curvature_seconds: duration of the curvature pass within it.
     """
@@ -26,5 +31,30 @@ class Record:
     log_det_ratio: float
     scatter: float
     hyperparameters: dict[str, Tensor]
+    objective: float
     seconds: float
     curvature_seconds: float
+
+    @classmethod
+    def of(
+        cls, posterior: Posterior, objective: Objective, *, epoch: int, seconds: tuple[float, float]
+    ) -> "Record":
+        """The record of a posterior at the hyperparameters that a round chose.
+
+        Args:
+            posterior: at these hyperparameters.
+            objective: what the round maximised.
+            epoch: epoch after which it took place.
+            seconds: duration of the whole round, and of the curvature pass within it.
+        """
+        return cls(
+            epoch=epoch,
+            evidence=float(posterior.log_marginal_likelihood),
+            log_likelihood=float(posterior.log_likelihood),
+            log_det_ratio=float(posterior.log_det_ratio),
+            scatter=float(posterior.scatter),
+            hyperparameters=posterior.hyperparameters.named(posterior.ggn.likelihood),
+            objective=float(value_of(objective, posterior)),
+            seconds=seconds[0],
+            curvature_seconds=seconds[1],
+        )

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import trange
@@ -18,7 +18,9 @@ from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.tuner import MarglikTuner
-from kfac_laplace.posterior.prior import Structure as Sharing
+from kfac_laplace.posterior.objectives import Objective
+from kfac_laplace.posterior.prior import Given
+from kfac_laplace.posterior.sharing import PriorStructure
 
 
 @spelled
@@ -34,14 +36,17 @@ def marglik_training(
     scheduler_kwargs: Mapping[str, Any] | None = None,
     n_epochs: int = 300,
     lr_hyp: float = 0.1,
-    prior_structure: Sharing = "layerwise",
+    prior_structure: PriorStructure = "layerwise",
     n_epochs_burnin: int = 0,
     n_hypersteps: int = 10,
     marglik_frequency: int = 1,
-    prior_prec_init: float | Tensor = 1.0,
+    prior_prec_init: Given = 1.0,
+    prior_mean: Given = 0.0,
     sigma_noise_init: float = 1.0,
     temperature: float = 1.0,
     fix_sigma_noise: bool = False,
+    method: str = "marglik",
+    objective: str | Objective = "auto",
     progress_bar: bool = False,
     dict_key_y: str = "labels",
     **curvature: Unpack[CurvatureKeywords],
@@ -59,21 +64,25 @@ def marglik_training(
         scheduler_kwargs: its options.
         n_epochs: training epochs.
         lr_hyp: Adam's learning rate on the log-hyperparameters.
-        prior_structure: "layerwise", "scalar" or "diag".
+        prior_structure: how δ is shared; as for `Laplace`, with all its forms.
         n_epochs_burnin: no hyperparameter steps before this epoch.
         n_hypersteps: steps in each round.
         marglik_frequency: a round in every epoch that is a multiple of it.
-        prior_prec_init: initial prior precision.
+        prior_prec_init: initial prior precision; as `prior_precision` of `Laplace`.
+        prior_mean: μ; as for `Laplace`.
         sigma_noise_init: initial observation noise.
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
+        method: "marglik" for Adam on the objective, "mackay" for the evidence's fixed point.
+        objective: what rounds maximise: "auto" or "kron" for the evidence, or a function of a
+            `Posterior`.
         progress_bar: show one, an epoch a step.
         dict_key_y: name of the targets where batches are mappings.
         curvature: further options of `Curvature` by their names: kfac_approx, fisher,
             subset_of_weights, joint_bias, uncovered, seed, factor_dtype, forward_fn, batch_fn.
 
     Returns:
-        The posterior at the weights and hyperparameters of highest evidence, the model with those
+        The posterior at the weights and hyperparameters of highest objective, the model with those
         weights, the negative log evidence of each round, and the mean loss of each epoch.
 
     Raises:
@@ -96,6 +105,7 @@ def marglik_training(
         n_data,
         prior_structure=prior_structure,
         prior_precision=prior_prec_init,
+        prior_mean=prior_mean,
         sigma_noise=sigma_noise_init,
         temperature=temperature,
         fix_sigma_noise=fix_sigma_noise,
@@ -106,6 +116,8 @@ def marglik_training(
         marglik_frequency=marglik_frequency,
         n_hypersteps=n_hypersteps,
         lr_hyp=lr_hyp,
+        method=method,
+        objective=objective,
     )
     tuner.prepare(train_loader)
     optimiser = optimizer_cls([p for p in model.parameters() if p.requires_grad], **options)

@@ -8,7 +8,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -18,21 +18,30 @@ from typing_extensions import Unpack
 
 from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
-from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
-from kfac_laplace.curvature.state import groups_from_plain, groups_to_plain, knowledge_of_groups
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.curvature.rows.layout import flat_layout
+from kfac_laplace.curvature.state import (
+    groups_from_plain,
+    groups_to_plain,
+    knowledge_of_groups,
+)
+from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.marglik.loss import negative_log_likelihood
 from kfac_laplace.marglik.record import Record
 from kfac_laplace.options import check_choice, check_positive, check_whole
-from kfac_laplace.posterior.evidence import FixedPoint, LogHyperparameters
-from kfac_laplace.posterior.gaussian import Hyperparameters, Posterior
-from kfac_laplace.posterior.prior import PriorStructure, positive, real
-from kfac_laplace.posterior.prior import Structure as Sharing
+from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.hyperparameters import Hyperparameters
+from kfac_laplace.posterior.layouts import Layouts
+from kfac_laplace.posterior.mackay import check_objective, mackay_steps
+from kfac_laplace.posterior.objectives import Objective, resolve_objective
+from kfac_laplace.posterior.prior import Given, Prior, layouts_of, starting_precision
+from kfac_laplace.posterior.sharing import PriorStructure, Scalar, resolve_sharing
 from kfac_laplace.posterior.state import refusing_damage
+from kfac_laplace.posterior.steps import adam
 
 log = logging.getLogger("kfac_laplace")
 
@@ -47,9 +56,9 @@ class MarglikTuner:
         likelihood: "classification", "regression", "binary" or a `Likelihood`.
         n_data: number of training examples (of nodes, where each node has an output), by which the
             loss weighs the prior.
-        prior_structure: "layerwise", "scalar" or "diag" (the last not with "kron").
-        prior_precision: initial δ.
-        prior_mean: μ.
+        prior_structure: how δ is shared; as for `Laplace`, with all its forms.
+        prior_precision: initial δ; as for `Laplace`.
+        prior_mean: μ; as for `Laplace`.
         sigma_noise: initial σ; regression only.
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
@@ -59,7 +68,9 @@ class MarglikTuner:
         marglik_frequency: a round in every epoch that is a multiple of it.
         n_hypersteps: steps in each round.
         lr_hyp: Adam's learning rate on log δ and log σ ("marglik").
-        method: "marglik" for Adam on the evidence, "mackay" for its fixed point.
+        method: "marglik" for Adam on the objective, "mackay" for the evidence's fixed point.
+        objective: what rounds maximise: "auto" or "kron" for the evidence, or a function of a
+            `Posterior`. Records hold the evidence beside it.
 
     Raises:
         InvalidValue: an option out of range.
@@ -72,19 +83,20 @@ class MarglikTuner:
         likelihood: str | Likelihood,
         n_data: int,
         *,
-        prior_structure: Sharing = "layerwise",
-        prior_precision: float | Tensor = 1.0,
-        prior_mean: float | Tensor = 0.0,
+        prior_structure: PriorStructure = "layerwise",
+        prior_precision: Given = 1.0,
+        prior_mean: Given = 0.0,
         sigma_noise: float | Tensor = 1.0,
         temperature: float = 1.0,
         fix_sigma_noise: bool = False,
+        hessian_structure: Structure = "kron",
         dict_key_y: str = "labels",
         n_epochs_burnin: int = 0,
         marglik_frequency: int = 1,
         n_hypersteps: int = 10,
         lr_hyp: float = 0.1,
         method: str = "marglik",
-        hessian_structure: Structure = "kron",
+        objective: str | Objective = "auto",
         **options: Unpack[CurvatureKeywords],
     ):
         at_least = {
@@ -97,6 +109,9 @@ class MarglikTuner:
             check_whole(name, value, least)
         check_positive("lr_hyp", lr_hyp)
         check_choice("method", method, METHODS)
+        self.objective = resolve_objective(objective)
+        if method == "mackay":
+            check_objective(self.objective)
         self.model = model
         self.n_data = n_data
         self.n_epochs_burnin, self.marglik_frequency = n_epochs_burnin, marglik_frequency
@@ -109,22 +124,23 @@ class MarglikTuner:
         blank = Laplace(
             model,
             likelihood,
+            hessian_structure=hessian_structure,
             prior_precision=prior_precision,
             sigma_noise=sigma_noise,
             temperature=temperature,
-            hessian_structure=hessian_structure,
             **self._fixed,
             **options,
         )
         self.options = blank.options
         self.likelihood = blank.likelihood
         self._network, self._known = blank.curvature.network, blank.curvature.ggn.knowledge
-        self._hyper = Hyperparameters(
-            blank.prior_precision.detach(), blank.sigma_noise.detach(), blank.temperature
-        )
-        self._with_noise = self.likelihood.has_noise and not fix_sigma_noise
+        delta, self._patterns = starting_precision(prior_precision, self._network.device)
+        self._take(Hyperparameters(delta, blank.sigma_noise, blank.temperature))
+        fixed = ("sigma_noise",) if fix_sigma_noise else ()
+        self._free = Hyperparameters.tuned(self.likelihood, fixed)
         self._adam: dict[str, Any] | None = None
-        self._prior: PriorStructure | None = None
+        self._prior: Prior | None = None
+        self._prior_at_start: Prior | None = None
         self._epoch = 0
         self.history: list[Record] = []
 
@@ -143,13 +159,10 @@ class MarglikTuner:
             InvalidValue: targets of a wrong shape or range.
             InvalidType: targets of a wrong dtype.
         """
-        target = target.to(output.device)
-        axis = self.likelihood.class_axis(output, target)
-        f = accumulable(self.likelihood.align(output, axis))
-        y = self.likelihood.align_target(target, f.detach())
-        sigma, temperature = self._hyper.sigma_noise.to(f), self._hyper.temperature.to(f)
-        fit = -self.likelihood.log_prob(f, y, sigma).mean() / temperature
-        return fit + self._penalty().to(f.dtype) / (2 * self.n_data)
+        fit = negative_log_likelihood(self.likelihood, output, target, self._hyper.sigma_noise)
+        prior = self._prior or self._first_prior()
+        penalty = prior.quadratic(self._network.parameters(self._known.tracked), self._pull)
+        return fit / self._temperature + penalty.to(fit.dtype)
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The model's output on a batch of a loader, in the model's present mode, and its targets.
@@ -162,46 +175,42 @@ class MarglikTuner:
         run = Forward(self.model, self.options.forward_fn)
         return run(self._network.batch(x, len(y)).x), y
 
-    def _penalty(self) -> Tensor:
-        """Σ δ (θ − μ)² over the parameters in the posterior."""
-        params = {
-            n: accumulable(p) for n, p in self._network.parameters(self._known.tracked).items()
-        }
-        mean = real(self._fixed["prior_mean"], "prior_mean", self._network.device).detach()
-        delta = self._hyper.prior_precision
-        if self._prior is None:
-            partial = self.options.subset_of_weights == "last_layer"
-            partial |= self.options.uncovered == "freeze"
-            if delta.numel() > 1 or mean.numel() > 1 or partial:
-                raise InvalidValue(
-                    "which parameters belong to which precision shows only when the model is used",
-                    where="prior_precision",
-                    got="a loss before the first batch was seen",
-                    remedy="Call tuner.prepare(loader) once before training",
-                )
-            squares = [(p - mean.to(p.dtype)).square().sum() for p in params.values()]
-            return delta.to(squares[0].dtype).reshape(()) * torch.stack(squares).sum()
-        prior = self._prior
-        means = prior.by_parameter(mean.reshape(-1).expand(prior.size))
-        squares = []
-        for name, delta_block in prior.by_group(delta).items():
-            layout = prior.layouts[name]
-            spread = layout.unpack(delta_block.expand(layout.matrix))
-            for parameter in layout.params:
-                p = params[parameter]
-                pull = spread[parameter].to(p.dtype) * (p - means[parameter].to(p.dtype)).square()
-                squares.append(pull.sum())
-        return torch.stack(squares).sum()
+    def _first_prior(self) -> Prior:
+        """The prior before the first batch was seen: all parameters share one precision."""
+        if self._prior_at_start is not None:
+            return self._prior_at_start
+        options, mean = self.options, self._fixed["prior_mean"]
+        several = self._patterns is not None or self._hyper.prior_precision.numel() > 1
+        several |= isinstance(mean, Tensor) and mean.numel() > 1
+        partial = options.subset_of_weights == "last_layer" or options.uncovered == "freeze"
+        if several or partial:
+            raise InvalidValue(
+                "which parameters belong to which precision shows only when the model is used",
+                where="prior_precision",
+                got="a loss before the first batch was seen",
+                remedy="Call tuner.prepare(loader) once before training",
+            )
+        live = self._network.parameters(self._known.tracked)
+        shapes = {name: p.shape for name, p in live.items()}
+        layouts = Layouts({"all": flat_layout(shapes)}, tuple(shapes))
+        self._prior_at_start = Prior.of(Scalar(), layouts, mean, self._network.device)
+        return self._prior_at_start
 
     def prepare(self, loader: Iterable[Any]) -> None:
         """Learn the groups of parameters from a loader's first batch, before the first round.
 
         Needed only where the loss cannot know before it which precision pulls which parameter:
-        several initial precisions or means, "last_layer", or uncovered="freeze".
+        several initial precisions or means (means by pattern excepted), "last_layer", or
+        uncovered="freeze".
         """
         curvature = self._blank().curvature
         curvature.fit([*islice(loader, 1)], key_y=self._key_y)
-        self._learn_groups(curvature.ggn.knowledge)
+        known = curvature.ggn.knowledge
+        prior, hyper = self._prior_of(known), self._hyper
+        if self._patterns is not None:
+            hyper = replace(hyper, prior_precision=prior.resolve(self._patterns))
+        self._known, self._prior, self._patterns = known, prior, None
+        self._take(hyper)
 
     @property
     def _key_y(self) -> str:
@@ -246,32 +255,35 @@ class MarglikTuner:
             )
         self._synchronise()
         curvature_seconds = time.perf_counter() - start
-        hyper, adam = self._improved(la.posterior)
+        hyper, moments = self._improved(la.posterior)
         with torch.no_grad():
-            posterior = la.posterior.at(hyper)
-            record = Record(
+            record = Record.of(
+                la.posterior.at(hyper),
+                self.objective,
                 epoch=epoch,
-                evidence=float(posterior.log_marginal_likelihood),
-                log_likelihood=float(posterior.log_likelihood),
-                log_det_ratio=float(posterior.log_det_ratio),
-                scatter=float(posterior.scatter),
-                hyperparameters=self._named(hyper),
-                seconds=time.perf_counter() - start,
-                curvature_seconds=curvature_seconds,
+                seconds=(time.perf_counter() - start, curvature_seconds),
             )
-        self._learn_groups(la.curvature.ggn.knowledge)
-        self._hyper, self._adam, self._epoch = hyper, adam, epoch
+        known, prior = la.curvature.ggn.knowledge, la.posterior.prior
+        self._known, self._prior, self._patterns = known, prior, None
+        self._take(hyper)
+        self._adam, self._epoch = moments, epoch
         self.history.append(record)
         return record
+
+    def _take(self, hyper: Hyperparameters) -> None:
+        """Make them today's, with what the loss needs of them."""
+        self._hyper = hyper.detached()
+        self._temperature = float(hyper.temperature)
+        self._pull = self._hyper.prior_precision / (2 * self.n_data)
 
     def _blank(self, options: CurvatureOptions | None = None) -> Laplace:
         """An unfitted posterior at today's hyperparameters, with other options if any."""
         blank = Laplace(
             self.model,
             self.likelihood,
-            prior_precision=self._hyper.prior_precision,
+            prior_precision=self._patterns or self._hyper.prior_precision,
             sigma_noise=self._hyper.sigma_noise,
-            temperature=float(self._hyper.temperature),
+            temperature=self._temperature,
             **self._fixed,
             **(options or self.options).keywords(),
         )
@@ -283,56 +295,49 @@ class MarglikTuner:
         if self._network.device.type == "cuda":
             torch.cuda.synchronize(self._network.device)
 
-    def _prior_of(self, known: Knowledge) -> PriorStructure:
-        layouts = {group.name: group.layout for group in known.groups}
-        return PriorStructure(self._fixed["prior_structure"], layouts, known.params)
-
-    def _learn_groups(self, known: Knowledge) -> None:
-        self._known, self._prior = known, self._prior_of(known)
+    def _prior_of(self, known: Knowledge) -> Prior:
+        sharing = resolve_sharing(self._fixed["prior_structure"])
+        layouts = layouts_of(known.groups, known.params)
+        return Prior.of(sharing, layouts, self._fixed["prior_mean"], self._network.device)
 
     def _improved(self, posterior: Posterior) -> tuple[Hyperparameters, dict[str, Any] | None]:
         """The hyperparameters after this round's steps, and Adam's state after them."""
         if self.method == "mackay":
-            with torch.no_grad():
-                place = FixedPoint(posterior, self._with_noise)
-                for _ in range(self.n_hypersteps):
-                    place = place.next()
-            return place.posterior.hyperparameters, None
-        free = LogHyperparameters(
-            posterior.hyperparameters, posterior.prior.length, self._with_noise
+            return mackay_steps(posterior, self._free, self.n_hypersteps), None
+        return adam(
+            posterior,
+            self.objective,
+            self._free,
+            n_steps=self.n_hypersteps,
+            lr=self.lr_hyp,
+            state=self._adam,
         )
-        adam = torch.optim.Adam(free.leaves, lr=self.lr_hyp)
-        if self._adam is not None:
-            adam.load_state_dict(copy.deepcopy(self._adam))
-            adam.param_groups[0]["lr"] = self.lr_hyp
-        with torch.inference_mode(False), torch.enable_grad():
-            for _ in range(self.n_hypersteps):
-                adam.zero_grad()
-                (-posterior.at(free.value()).log_marginal_likelihood).backward()
-                adam.step()
-        return free.value().detached(), adam.state_dict()
 
     # --- results -----------------------------------------------------------------------------
 
     def hyperparameters(self) -> dict[str, Tensor]:
-        """Today's values, detached, float64: δ, and σ for regression, by name."""
-        return self._named(self._hyper)
+        """Today's values, detached, float64: δ, and σ for regression, by name.
 
-    def _named(self, hyper: Hyperparameters) -> dict[str, Tensor]:
-        named = {"prior_precision": hyper.prior_precision.detach().clone()}
-        if self.likelihood.has_noise:
-            named["sigma_noise"] = hyper.sigma_noise.detach().clone()
-        return named
+        Raises:
+            NotFitted: δ was given by patterns, and no batch was seen yet.
+        """
+        if self._patterns is not None:
+            raise NotFitted(
+                "which precisions the patterns set shows only when the model is used",
+                where="prior_precision",
+                remedy="Call tuner.prepare(loader) first",
+            )
+        return self._hyper.named(self.likelihood)
 
     @property
     def groups(self) -> tuple[str, ...]:
         """Names of the groups in the order of the layerwise precisions; empty before the first."""
-        return tuple(self._prior.layouts) if self._prior is not None else ()
+        return tuple(self._prior.layouts.groups) if self._prior is not None else ()
 
     @property
     def best(self) -> Record | None:
-        """The record of highest evidence, or None before the first round."""
-        return max(self.history, key=lambda record: record.evidence, default=None)
+        """The record of the largest objective (evidence), or None before the first round."""
+        return max(self.history, key=lambda record: record.objective, default=None)
 
     def laplace(self, loader: Iterable[Any]) -> Laplace:
         """Fit a posterior at the model's present weights with today's hyperparameters."""
@@ -346,6 +351,7 @@ class MarglikTuner:
             "epoch": self._epoch,
             "history": [asdict(record) for record in self.history],
             "groups": None if self._prior is None else groups_to_plain(self._known.groups),
+            "patterns": self._patterns,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -354,7 +360,7 @@ class MarglikTuner:
         Raises:
             InvalidValue: not a tuner's state, or another model's; nothing is changed then.
         """
-        missing = {"hyperparameters", "adam", "epoch", "history", "groups"} - set(state)
+        missing = {"hyperparameters", "adam", "epoch", "history", "groups", "patterns"} - set(state)
         if missing:
             raise InvalidValue(
                 "not the state of a tuner",
@@ -362,21 +368,20 @@ class MarglikTuner:
                 got=f"no {sorted(missing)}",
                 remedy="Pass what state_dict() made",
             )
-        device, known = self._network.device, None
+        device, known, prior = self._network.device, self._known, None
         with refusing_damage():
-            stored = state["hyperparameters"]
-            hyper = Hyperparameters(
-                positive(stored["prior_precision"], "prior_precision", device),
-                positive(stored["sigma_noise"], "sigma_noise", device),
-                positive(stored["temperature"], "temperature", device),
-            )
+            hyper = Hyperparameters.from_state(state["hyperparameters"], device)
             history = [Record(**record) for record in state["history"]]
-            epoch = int(state["epoch"])
+            epoch, patterns = int(state["epoch"]), state["patterns"]
+            if patterns is not None:
+                patterns = starting_precision(dict(patterns), device)[1]
             if state["groups"] is not None:
                 groups = groups_from_plain(state["groups"])
                 known = knowledge_of_groups(groups, self._network, self.options)
-                self._prior_of(known).full(hyper.prior_precision)
-        if known is not None:
-            self._learn_groups(known.with_rows_of(self._known))
-        self._hyper, self._epoch, self.history = hyper, epoch, history
+                prior = self._prior_of(known)
+                prior.full(hyper.prior_precision)
+        if prior is not None:
+            self._known, self._prior = known.with_rows_of(self._known), prior
+        self._take(hyper)
+        self._epoch, self.history, self._patterns = epoch, history, patterns
         self._adam = copy.deepcopy(state["adam"])

@@ -72,50 +72,55 @@ class SpectralNormal:
 
 @dataclass(frozen=True)
 class DenseNormal:
-    """A dense block under any diagonal prior, by Cholesky factors.
+    """A dense block under any diagonal prior, by a Cholesky factor.
 
     Args:
-        matrix: H (p, p) in parameter order.
-        scale: likelihood precision 1/(σ²T), shape ().
+        factor: lower factor (p, p) of D^{-½} P D^{-½}, D = diag δ: well scaled whatever δ is.
         delta: prior precision of each entry, shape (p,).
     """
 
-    matrix: Tensor
-    scale: Tensor
+    factor: Tensor
     delta: Tensor
 
-    @cached_property
-    def _cholesky(self) -> Tensor:
-        """Lower factor of D^{-½} P D^{-½}, D = diag δ: well scaled whatever δ is."""
-        root = self.delta.rsqrt()
-        scaled = self.scale * self.matrix * root[:, None] * root
+    @classmethod
+    def of(cls, matrix: Tensor, scale: Tensor, delta: Tensor) -> "DenseNormal":
+        """The posterior of a block H.
+
+        Args:
+            matrix: H (p, p) in parameter order.
+            scale: likelihood precision 1/(σ²T), shape ().
+            delta: prior precision of each entry, shape (p,).
+
+        Raises:
+            InvalidValue: P is not positive definite.
+        """
+        root = delta.rsqrt()
+        scaled = scale * matrix * root[:, None] * root
         eye = torch.eye(len(root), dtype=scaled.dtype, device=scaled.device)
         factor, info = torch.linalg.cholesky_ex(scaled + eye)
         if int(info):
             raise InvalidValue("posterior precision is not positive definite", where="full block")
-        return factor
+        return cls(factor, delta)
 
     def log_det_ratio(self) -> Tensor:
         """2 Σ log of the factor's diagonal."""
-        return 2 * self._cholesky.diagonal().log().sum()
+        return 2 * self.factor.diagonal().log().sum()
 
     def effective_dimensions(self) -> Tensor:
         """1 − δ_i [P⁻¹]_ii, shape (1, 1, p)."""
-        return (1 - torch.cholesky_inverse(self._cholesky).diagonal())[None, None]
+        return (1 - torch.cholesky_inverse(self.factor).diagonal())[None, None]
 
     def colour(self, noise: Tensor) -> Tensor:
         """D^{-½} L⁻ᵀ noise."""
-        solved = torch.linalg.solve_triangular(self._cholesky.mT, noise[:, 0, 0].mT, upper=True)
+        solved = torch.linalg.solve_triangular(self.factor.mT, noise[:, 0, 0].mT, upper=True)
         return (solved.mT * self.delta.rsqrt())[:, None, None]
 
     def features(self, gradients: Tensor) -> Tensor:
         """L⁻¹ D^{-½} g."""
         scaled = (gradients.flatten(-3) * self.delta.rsqrt()).flatten(0, -2)  # (k, p)
-        solved = torch.linalg.solve_triangular(self._cholesky, scaled.mT, upper=False)
+        solved = torch.linalg.solve_triangular(self.factor, scaled.mT, upper=False)
         return solved.mT.reshape(*gradients.shape[:-3], -1)
 
     def cast(self, dtype: torch.dtype) -> "DenseNormal":
         """Factorised in float64, used in `dtype`."""
-        moved = DenseNormal(self.matrix, self.scale, self.delta.to(dtype))
-        moved.__dict__["_cholesky"] = self._cholesky.to(dtype)
-        return moved
+        return DenseNormal(self.factor.to(dtype), self.delta.to(dtype))

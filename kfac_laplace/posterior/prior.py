@@ -1,48 +1,80 @@
-"""Gaussian priors N(θ | μ, diag δ⁻¹) whose precisions are shared by all, by layer, or by none."""
+"""Gaussian priors N(θ | μ, P₀⁻¹), P₀ = diag δ: sharing, quadratic form, log-determinant."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.model.unchanged import outside_inference
-from kfac_laplace.curvature.rows.layout import Layout
-from kfac_laplace.errors import InvalidType, InvalidValue
-from kfac_laplace.options import check_choice
+from kfac_laplace.curvature.gradients.groups import Group
+from kfac_laplace.curvature.linalg.dtypes import accumulable
+from kfac_laplace.errors import InvalidValue
+from kfac_laplace.posterior.hyperparameters import one_number, positive, real
+from kfac_laplace.posterior.layouts import Layouts
+from kfac_laplace.posterior.patterns import by_name
+from kfac_laplace.posterior.sharing import Sharing
+from kfac_laplace.posterior.squares import Mean, squared_norms
 
-Structure = Literal["layerwise", "scalar", "diag"]
-STRUCTURES = ("layerwise", "scalar", "diag")
+#: What `prior_precision` and `prior_mean` may be: a number, a tensor, or {pattern: number}.
+Given = float | Tensor | Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class PriorStructure:
-    """How prior precisions are shared.
+class Prior:
+    """N(θ | μ, diag δ⁻¹) over the parameters of a posterior, as a function of its precisions.
 
     Args:
-        sharing: "scalar" one δ for all, "layerwise" one for each group, "diag" one for each entry.
-        layouts: group name to layout, in the order of the precisions.
-        params: parameter names in the order of a "diag" vector.
+        sharing: which entries share a precision.
+        layouts: the groups' layouts.
+        means: μ of each parameter, one number or a float64 tensor of its shape.
+        device: where precisions and parameters lie.
     """
 
-    sharing: Structure
-    layouts: Mapping[str, Layout]
-    params: Sequence[str]
+    sharing: Sharing
+    layouts: Layouts
+    means: Mapping[str, Mean]
+    device: torch.device
 
-    @property
+    @classmethod
+    def of(cls, sharing: Sharing, layouts: Layouts, mean: Given, device: torch.device) -> "Prior":
+        """The prior with the mean that users gave.
+
+        Raises:
+            InvalidValue: a mean of a wrong length, or patterns that do not fit the parameters.
+        """
+        return cls(sharing, layouts, _means(mean, layouts, device), device)
+
+    # --- precisions --------------------------------------------------------------------------
+
+    @cached_property
+    def index(self) -> dict[str, Tensor]:
+        """For each group the places of its precisions, broadcastable to its matrices (b, o, i)."""
+        with torch.inference_mode(False):
+            index = self.sharing.index(self.layouts)
+            _check_index(index, self)
+            return {name: index[name].to(self.device) for name in self.layouts.groups}
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """The index of all groups, one behind the other."""
+        with torch.inference_mode(False):
+            return torch.cat([places.flatten() for places in self.index.values()])
+
+    @cached_property
     def length(self) -> int:
         """Number of distinct precisions."""
-        if self.sharing == "scalar":
-            return 1
-        if self.sharing == "layerwise":
-            return len(self.layouts)
-        return self.size
+        return int(self._places.max()) + 1
 
     @property
     def size(self) -> int:
         """Number of scalar parameters p."""
-        return sum(layout.size for layout in self.layouts.values())
+        return self.layouts.size
+
+    @property
+    def constant_on_blocks(self) -> bool:
+        """Whether each group has one precision."""
+        return self.sharing.constant_on_blocks
 
     def full(self, precision: Tensor) -> Tensor:
         """The precisions as a vector (length,), from such a vector or from one value for all."""
@@ -50,96 +82,233 @@ class PriorStructure:
             return precision.reshape(1).expand(self.length)
         if precision.shape != (self.length,):
             raise InvalidValue(
-                f"a '{self.sharing}' prior has {self.length} precisions",
+                f"a '{self.sharing.title}' prior has {self.length} precisions",
                 where="prior_precision",
                 got=f"shape {tuple(precision.shape)}",
                 remedy="Pass one value, or one for each entry of that structure",
             )
         return precision
 
+    def resolve(self, given: Tensor | Mapping[str, float]) -> Tensor:
+        """The precisions (length,) that users gave as numbers, or by patterns of parameter names.
+
+        Raises:
+            InvalidValue: a wrong length, patterns that do not fit the parameters, or that give
+                different values to entries that share a precision.
+        """
+        if isinstance(given, Tensor):
+            return self.full(given)
+        numbers = by_name(given, self.layouts.params, "prior_precision")
+        places, values = self._spread(numbers)
+        empty = torch.zeros(self.length, dtype=torch.float64)
+        low, high = (
+            empty.scatter_reduce(0, places, values, extreme, include_self=False)
+            for extreme in ("amin", "amax")
+        )
+        if not torch.equal(low, high):
+            place = int((low != high).nonzero()[0])
+            inside = [
+                f"{numbers[param]} for '{param}'"
+                for name, layout in self.layouts.groups.items()
+                if bool((self.index[name] == place).any())
+                for param in layout.params
+            ]
+            raise InvalidValue(
+                "patterns give different values to parameters that share a precision",
+                where="prior_precision",
+                got=", ".join(inside),
+                remedy="Use joint_bias=False where a weight and its bias differ, a prior_structure "
+                f"of more precisions than '{self.sharing.title}', or one value for them all",
+            )
+        return low.to(self.device)
+
+    def _spread(self, numbers: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """Places of precisions, and the numbers that stand there, on the CPU."""
+        values = {n: torch.tensor(float(v), dtype=torch.float64) for n, v in numbers.items()}
+        if self.constant_on_blocks:
+            ordered = [values[name] for name in self.layouts.params]
+            return self._place_of_parameter.cpu(), torch.stack(ordered)
+        full = {name: values[name].expand(shape) for name, shape in self.layouts.shapes.items()}
+        places = [
+            self.index[name].cpu().expand(layout.matrix).flatten()
+            for name, layout in self.layouts.groups.items()
+        ]
+        packed = [matrices.flatten() for matrices in self.layouts.pack(full).values()]
+        return torch.cat(places), torch.cat(packed)
+
     def by_group(self, precision: Tensor) -> dict[str, Tensor]:
         """δ of each group, broadcastable to its matrices (b, o, i)."""
-        precision = self.full(precision)
-        if self.sharing == "diag":
-            return self.pack(precision)
-        values = precision.expand(len(self.layouts))
-        return dict(zip(self.layouts, values, strict=True))
-
-    def pack(self, vector: Tensor) -> dict[str, Tensor]:
-        """Split a vector (..., p) in parameter order into the groups' matrices (..., b, o, i)."""
-        tensors = self.by_parameter(vector)
-        return {name: layout.pack(tensors) for name, layout in self.layouts.items()}
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shape of each parameter, in parameter order."""
-        shapes = {
-            name: shape
-            for layout in self.layouts.values()
-            for name, shape in zip(layout.params, layout.shapes, strict=True)
-        }
-        return {name: shapes[name] for name in self.params}
-
-    def by_parameter(self, vector: Tensor) -> dict[str, Tensor]:
-        """Split a vector (..., p) in parameter order into tensors (..., *shape)."""
-        parts = vector.split([shape.numel() for shape in self.shapes.values()], -1)
+        spread = self.full(precision).index_select(0, self._places)
+        parts = spread.split([places.numel() for places in self.index.values()])
         return {
-            name: part.reshape((*vector.shape[:-1], *shape))
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+            name: part.reshape(self.index[name].shape)
+            for name, part in zip(self.index, parts, strict=True)
         }
 
-    def flatten(self, matrices: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of `pack`: matrices (..., b, o, i) to one vector (..., p)."""
-        tensors: dict[str, Tensor] = {}
-        for name, layout in self.layouts.items():
-            tensors |= layout.unpack(matrices[name])
-        parts = [
-            tensors[name].reshape((*tensors[name].shape[: tensors[name].ndim - len(shape)], -1))
-            for name, shape in self.shapes.items()
-        ]
-        return torch.cat(parts, -1)
+    def by_block(self, precision: Tensor) -> Tensor:
+        """δ of each group, shape (groups,), where each has one."""
+        assert self.constant_on_blocks
+        return self.full(precision).index_select(0, self._places)
 
+    def shared_by_block(self, values: Tensor) -> Tensor:
+        """Sums (length,) of one value for each group (groups,), where each has one precision."""
+        assert self.constant_on_blocks
+        return self._add(self._places, values)
 
-def check_sharing(sharing: str, hessian_structure: str) -> None:
-    """Raise `InvalidValue` for an unknown prior structure, or a diagonal prior under "kron"."""
-    check_choice("prior_structure", sharing, STRUCTURES)
-    if sharing == "diag" and hessian_structure == "kron":
-        raise InvalidValue(
-            "a diagonal prior does not commute with Kronecker factors",
-            where="prior_structure",
-            got="'diag' with hessian_structure='kron'",
-            remedy="Use prior_structure='layerwise', or hessian_structure='diag'",
-        )
+    def shared_sums(self, matrices: Mapping[str, Tensor]) -> Tensor:
+        """Sums over the entries that share a precision, shape (length,).
 
+        Args:
+            matrices: group name to matrices (b, o, i), or to what is summed over a group already.
+        """
+        sums = [matrices[name].sum_to_size(places.shape) for name, places in self.index.items()]
+        return self._add(self._places, torch.cat([part.flatten() for part in sums]))
 
-def positive(value: object, where: str, device: torch.device | None = None) -> Tensor:
-    """A hyperparameter as a float64 tensor that keeps its graph, checked to be positive."""
-    tensor = real(value, where, device)
-    inside = tensor.detach()
-    if inside.numel() == 0 or not bool((inside > 0).all()):
-        raise InvalidValue(
-            "must be positive and finite", where=where, got=value, remedy="Pass a positive number"
-        )
-    return tensor
+    def _add(self, places: Tensor, values: Tensor) -> Tensor:
+        return values.new_zeros(self.length).index_add(0, places, values)
 
+    # --- the density -------------------------------------------------------------------------
 
-def one_number(tensor: Tensor, where: str) -> Tensor:
-    """The tensor as a scalar (), or `InvalidValue`."""
-    if tensor.numel() != 1:
-        raise InvalidValue("one number is needed", where=where, got=f"shape {tuple(tensor.shape)}")
-    return tensor.reshape(())
+    def log_det(self, precision: Tensor) -> Tensor:
+        """log det P₀, differentiable in the precisions."""
+        return (self._counts * self.full(precision).log()).sum()
 
-
-def real(value: object, where: str, device: torch.device | None = None) -> Tensor:
-    """A finite float64 tensor that keeps its graph, usable inside and outside inference mode."""
-    try:
+    @cached_property
+    def _counts(self) -> Tensor:
+        """How many entries share each precision."""
         with torch.inference_mode(False):
-            tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
-            tensor = outside_inference(tensor).clone()  # never the caller's own storage
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidType(
-            "not a number or tensor", where=where, got=repr(value), remedy="Pass a real number"
-        ) from error
-    if not bool(torch.isfinite(tensor.detach()).all()):
-        raise InvalidValue("must be finite", where=where, got=value)
-    return tensor
+            one = torch.ones((), dtype=torch.float64, device=self.device)
+            groups = self.layouts.groups.items()
+            return self.shared_sums({name: one.expand(la.matrix) for name, la in groups})
+
+    def squares(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Σ (θ − μ)² over the entries that share a precision, float64, shape (length,).
+
+        Args:
+            parameters: θ by name, in their own shapes and dtypes; differentiable in them.
+        """
+        if self.constant_on_blocks:
+            return self._add(self._place_of_parameter, self._squared_norms(parameters))
+        squares = {
+            name: (accumulable(parameters[name]) - self._mean(name, parameters[name])).square()
+            for name in self.layouts.params
+        }
+        return self.shared_sums(self.layouts.pack(squares)).double()
+
+    def quadratic(self, parameters: Mapping[str, Tensor], precision: Tensor) -> Tensor:
+        """(θ − μ)ᵀ P₀ (θ − μ), float64, differentiable in parameters and precisions.
+
+        Where each group has one precision, nothing of the size of the weights is made.
+
+        Args:
+            parameters: θ by name, in their own shapes and dtypes.
+            precision: δ, one value or one for each precision.
+        """
+        precision = self.full(precision)
+        if not self.constant_on_blocks:
+            return torch.dot(precision, self.squares(parameters))
+        weights = precision.index_select(0, self._place_of_parameter)
+        return torch.dot(weights, self._squared_norms(parameters))
+
+    def _squared_norms(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """‖θ − μ‖² of each parameter, in parameter order."""
+        return squared_norms(
+            [parameters[name] for name in self.layouts.params], self._means_in_order
+        )
+
+    @cached_property
+    def _means_in_order(self) -> list[Mean]:
+        return [self.means[name] for name in self.layouts.params]
+
+    @cached_property
+    def _place_of_parameter(self) -> Tensor:
+        """Where the precision of each parameter stands, in parameter order."""
+        with torch.inference_mode(False):
+            groups = self.layouts.groups.items()
+            place = {param: self.index[name] for name, la in groups for param in la.params}
+            return torch.stack([place[name] for name in self.layouts.params])
+
+    def _mean(self, name: str, like: Tensor) -> Mean:
+        mean = self.means[name]
+        return mean.to(accumulable(like).dtype) if isinstance(mean, Tensor) else mean
+
+
+def layouts_of(groups: Iterable[Group], params: Iterable[str]) -> Layouts:
+    """The layouts of a curvature's groups and parameters."""
+    return Layouts({group.name: group.layout for group in groups}, tuple(params))
+
+
+def given_precision(value: object, device: torch.device) -> Tensor | dict[str, float]:
+    """A checked `prior_precision`: a float64 tensor that keeps its graph, or {pattern: number}."""
+    if not isinstance(value, Mapping):
+        return positive(value, "prior_precision", device)
+    if not value:
+        raise InvalidValue("no pattern", where="prior_precision", got=value)
+    return {
+        pattern: float(one_number(positive(number, "prior_precision"), "prior_precision"))
+        for pattern, number in value.items()
+    }
+
+
+def starting_precision(
+    value: object, device: torch.device
+) -> tuple[Tensor, dict[str, float] | None]:
+    """A checked initial δ, and the patterns it was given by, if any.
+
+    Which precisions patterns set shows only when the model is used: until then 1 stands for them.
+    """
+    given = given_precision(value, device)
+    if isinstance(given, Tensor):
+        return given, None
+    return torch.ones((), dtype=torch.float64, device=device), given
+
+
+def check_mean(value: object) -> None:
+    """Raise `InvalidValue` or `InvalidType` unless a `prior_mean` is finite."""
+    for number in value.values() if isinstance(value, Mapping) else ():
+        one_number(real(number, "prior_mean"), "prior_mean")
+    if not isinstance(value, Mapping):
+        real(value, "prior_mean")
+
+
+def _means(given: Given, layouts: Layouts, device: torch.device) -> dict[str, Mean]:
+    """μ by parameter name."""
+    if isinstance(given, Mapping):
+        numbers = by_name(given, layouts.params, "prior_mean")
+        return {name: float(number) for name, number in numbers.items()}
+    mean = real(given, "prior_mean", device).detach()
+    if mean.numel() == 1:
+        return dict.fromkeys(layouts.params, float(mean))
+    if mean.numel() != layouts.size:
+        raise InvalidValue(
+            f"one value or {layouts.size} are needed",
+            where="prior_mean",
+            got=tuple(mean.shape),
+            remedy="Follow the order of the parameters in the model",
+        )
+    return dict(layouts.by_parameter(mean.reshape(-1)))
+
+
+def _check_index(index: Mapping[str, Tensor], prior: Prior) -> None:
+    """Raise `InvalidValue` unless a sharing's index is one: of all groups, without gaps."""
+    fault = ""
+    for name, layout in prior.layouts.groups.items():
+        shape = tuple(index[name].shape) if name in index else None
+        whole = layout.matrix if shape else ()
+        if shape is None or len(shape) != len(whole):
+            fault = f"shape {shape} for '{name}' of matrices {layout.matrix}"
+        elif any(own not in (1, full) for own, full in zip(shape, whole, strict=True)):
+            fault = f"shape {shape} for '{name}' of matrices {layout.matrix}"
+        elif prior.constant_on_blocks and shape:
+            fault = f"shape {shape} for '{name}', where each group has one precision"
+    if not fault:
+        used = torch.cat([places.flatten() for places in index.values()]).unique()
+        if used.dtype != torch.int64 or not torch.equal(used, torch.arange(len(used))):
+            fault = f"places {used.tolist()[:10]}"
+    if fault:
+        raise InvalidValue(
+            "a sharing counts its precisions from 0, none left out, by group",
+            where=f"prior_structure '{prior.sharing.title}'",
+            got=fault,
+            remedy="See Sharing.index",
+        )

@@ -31,6 +31,23 @@ def check_state(state: Mapping[str, Any]) -> None:
         )
 
 
+def prior_options(plain: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a posterior that are not its curvature's, as keywords from plain data.
+
+    Raises:
+        InvalidValue: a prior structure of the user's own, which only `overrides` can give.
+    """
+    names = ("prior_structure", "prior_mean", "dict_key_y")
+    found = {name: overrides.get(name, plain[name]) for name in names}
+    if found["prior_structure"] is None:
+        raise InvalidValue(
+            "an object of your own is not stored in the file",
+            where="prior_structure",
+            remedy="Pass it: Laplace.load(path, model, prior_structure=...)",
+        )
+    return found
+
+
 #: Options on which stored blocks and evidence depend.
 BINDING = ("hessian_structure", "joint_bias", "prior_structure", "prior_mean", "likelihood")
 
@@ -39,8 +56,7 @@ def check_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise `InvalidValue` where stored options contradict those of the posterior that loads."""
     for name in BINDING:
         mine, theirs = own.get(name), stored.get(name)
-        if isinstance(mine, Tensor) or isinstance(theirs, Tensor):
-            mine, theirs = (torch.as_tensor(value).tolist() for value in (mine, theirs))
+        mine, theirs = (v.tolist() if isinstance(v, Tensor) else v for v in (mine, theirs))
         if mine != theirs:
             raise InvalidValue(
                 "the state was made with another option",

@@ -117,7 +117,7 @@ def _divided(
             picked.append((batch.select(looked_at), y[looked_at.to(y.device)].to(network.device)))
         if len(others):
             part = batch.select(others), y[others.to(y.device)]
-            rest = with_batch(rest, network, part, draws, posterior.parameters)
+            rest = with_batch(rest, network, part, draws, posterior.mode_for_model)
     if seen != n_data:
         raise InvalidValue(
             "leave-one-out needs the data of the fit, all of them",

@@ -13,7 +13,7 @@ from kfac_laplace.posterior.calibrate.held_out import (
     validation_points,
 )
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.prior import positive
+from kfac_laplace.posterior.hyperparameters import positive
 
 
 def grid_search(

@@ -86,7 +86,7 @@ def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
 
 def _recorded(posterior: Posterior, batch: AnyBatch) -> ForwardPass:
     """A pass at the mode, with the layouts of its rows known."""
-    passed = posterior.network.record(batch, posterior.ggn.knowledge, posterior.parameters)
+    passed = posterior.network.record(batch, posterior.ggn.knowledge, posterior.mode_for_model)
     return passed.knowing(learn_row_layouts(passed))
 
 
@@ -102,13 +102,13 @@ def _inputs_at_once(posterior: Posterior, batch: AnyBatch) -> int:
     """How many inputs to run together, so that one output row of each stays under the budget."""
     ggn, network = posterior.ggn, posterior.network
     outputs = max(1, int(ggn.n_outputs // ggn.n_data))
-    some = next(iter(posterior.parameters.values()))
+    some = next(iter(posterior.mode_for_model.values()))
     budget = network.budget.gradient_rows(some) // _entries(ggn)
     if batch.n <= budget // outputs:
         return batch.n
     with torch.no_grad():  # one output row of several
         alone: Iterator[AnyBatch] = batch.split(1)
-        one = network.forward(next(alone).x, posterior.parameters)
+        one = network.forward(next(alone).x, posterior.mode_for_model)
     c = ggn.likelihood.align(one, ggn.knowledge.class_axis).shape[-1]
     return max(1, budget // c)
 

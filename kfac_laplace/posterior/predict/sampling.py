@@ -27,7 +27,7 @@ def linearised_samples(
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
     """
-    network, mode = posterior.network, posterior.parameters
+    network, mode = posterior.network, posterior.mode_for_model
 
     def outputs(params: dict[str, Tensor]) -> Tensor:
         return network.forward(batch.x, params)
@@ -55,7 +55,7 @@ def network_samples(
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
     """
-    network, mode = posterior.network, posterior.parameters
+    network, mode = posterior.network, posterior.mode_for_model
     with undisturbed(network.model), torch.no_grad():
         samples = []
         for deviation in _deviations(posterior, mode, n, generator):

@@ -1,0 +1,53 @@
+"""What a posterior is before its hyperparameters: the expansion of the log joint at the mode."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.curvature.ggn import GGN
+from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.posterior.log_table import LogTable
+from kfac_laplace.posterior.prior import Prior
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Curvature at a mode under a prior, and what follows without any hyperparameter.
+
+    Copies of a posterior at other hyperparameters share one expansion, so that what it finds is
+    found once. All of it is of use inside and outside inference mode.
+
+    Args:
+        network: the model.
+        ggn: its curvature over the data, raw sums at σ = 1 and T = 1.
+        mode: θ* by parameter name, float64, in model order.
+        prior: as a function of its precisions.
+    """
+
+    network: Network
+    ggn: GGN
+    mode: Mapping[str, Tensor]
+    prior: Prior
+
+    @cached_property
+    def log_table(self) -> LogTable | None:
+        """The eigenvalues of all blocks together, where each block has one prior precision."""
+        if self.ggn.options.hessian_structure == "full" or not self.prior.constant_on_blocks:
+            return None
+        blocks = self.ggn.blocks
+        return LogTable.of([blocks[name].spectrum for name in self.prior.layouts.groups])
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """The one block of hessian_structure="full", float64 (p, p)."""
+        with torch.inference_mode(False):
+            return self.ggn.blocks["full"].dense().double()
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Σ (θ* − μ)² over the entries that share a precision, shape (length of the prior,)."""
+        with torch.inference_mode(False):
+            return self.prior.squares(self.mode)

@@ -1,0 +1,181 @@
+"""What the evidence is a function of: named values, and the coordinates in which they are tuned.
+
+A further hyperparameter is one more row of `Hyperparameters`: its name, its start, the transform
+under which it is free, and the likelihoods that it belongs to.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from kfac_laplace.curvature.model.unchanged import outside_inference
+from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.likelihoods import Likelihood
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A bijection from the values of a hyperparameter to all real numbers.
+
+    Args:
+        free: value to coordinate.
+        value: coordinate to value.
+    """
+
+    free: Callable[[Tensor], Tensor]
+    value: Callable[[Tensor], Tensor]
+
+
+#: For what is positive.
+LOG = Transform(torch.log, torch.exp)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a hyperparameter but its value.
+
+    Args:
+        transform: under which it is free, or None where it is never tuned.
+        belongs: whether likelihoods have it.
+    """
+
+    transform: Transform | None
+    belongs: Callable[[Likelihood], bool]
+
+
+def row(
+    transform: Transform | None,
+    belongs: Callable[[Likelihood], bool] = lambda _: True,
+    start: Tensor | None = None,
+) -> Any:
+    """A row of `Hyperparameters`, as the default of a dataclass field.
+
+    Args:
+        transform: as for `Row`.
+        belongs: as for `Row`.
+        start: its value where none is given; without a start it has to be given.
+    """
+    metadata = {"row": Row(transform, belongs)}
+    return field(default=MISSING if start is None else start, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What the evidence is a function of; float64 tensors that may carry gradients.
+
+    Args:
+        prior_precision: δ, shape () or (length of the prior,).
+        sigma_noise: observation noise σ (a standard deviation), shape ().
+        temperature: T; low means a concentrated posterior, shape ().
+    """
+
+    prior_precision: Tensor = row(LOG)
+    sigma_noise: Tensor = row(LOG, lambda likelihood: likelihood.has_noise)
+    temperature: Tensor = row(None)
+
+    @classmethod
+    def rows(cls) -> dict[str, Row]:
+        """The rows by name."""
+        return {entry.name: entry.metadata["row"] for entry in fields(cls)}
+
+    @classmethod
+    def tuned(cls, likelihood: Likelihood, fixed: Iterable[str] = ()) -> tuple[str, ...]:
+        """Names of what the evidence of a likelihood chooses, but for those that are fixed."""
+        return tuple(
+            name
+            for name, known in cls.rows().items()
+            if known.transform is not None and known.belongs(likelihood) and name not in fixed
+        )
+
+    @classmethod
+    def from_state(cls, stored: Mapping[str, Any], device: torch.device) -> Self:
+        """Values that a state holds, checked to be positive; `KeyError` where one is missing."""
+        return cls(**{name: positive(stored[name], name, device) for name in cls.rows()})
+
+    def values(self) -> dict[str, Tensor]:
+        """The values by name."""
+        return {name: getattr(self, name) for name in self.rows()}
+
+    def named(self, likelihood: Likelihood) -> dict[str, Tensor]:
+        """Detached copies of what the evidence of a likelihood could choose, by name."""
+        return {
+            name: value.detach().clone()
+            for name, value in self.values().items()
+            if name in self.tuned(likelihood)
+        }
+
+    def detached(self) -> Self:
+        """The same values without their graphs."""
+        return replace(self, **{name: value.detach() for name, value in self.values().items()})
+
+    def to(self, device: torch.device) -> Self:
+        """The same values on a device."""
+        return replace(self, **{name: value.to(device) for name, value in self.values().items()})
+
+
+class FreeCoordinates:
+    """Free hyperparameters as leaves, in the coordinates of their transforms; the rest stays.
+
+    Args:
+        start: initial values.
+        names: which of them are free.
+    """
+
+    def __init__(self, start: Hyperparameters, names: Iterable[str]):
+        self._start, rows = start.detached(), start.rows()
+        self._transforms: dict[str, Transform] = {}
+        self._leaves: dict[str, Tensor] = {}
+        with torch.inference_mode(False):
+            for name in names:
+                transform = rows[name].transform
+                assert transform is not None
+                coordinate = transform.free(getattr(self._start, name))
+                self._transforms[name] = transform
+                self._leaves[name] = coordinate.clone().requires_grad_()
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The free tensors."""
+        return list(self._leaves.values())
+
+    def value(self) -> Hyperparameters:
+        """All hyperparameters, with gradients towards the leaves."""
+        moved = {name: self._transforms[name].value(leaf) for name, leaf in self._leaves.items()}
+        return replace(self._start, **moved)
+
+
+def positive(value: object, where: str, device: torch.device | None = None) -> Tensor:
+    """A hyperparameter as a float64 tensor that keeps its graph, checked to be positive."""
+    tensor = real(value, where, device)
+    inside = tensor.detach()
+    if inside.numel() == 0 or not bool((inside > 0).all()):
+        raise InvalidValue(
+            "must be positive and finite", where=where, got=value, remedy="Pass a positive number"
+        )
+    return tensor
+
+
+def one_number(tensor: Tensor, where: str) -> Tensor:
+    """The tensor as a scalar (), or `InvalidValue`."""
+    if tensor.numel() != 1:
+        raise InvalidValue("one number is needed", where=where, got=f"shape {tuple(tensor.shape)}")
+    return tensor.reshape(())
+
+
+def real(value: object, where: str, device: torch.device | None = None) -> Tensor:
+    """A finite float64 tensor that keeps its graph, usable inside and outside inference mode."""
+    try:
+        with torch.inference_mode(False):
+            tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+            tensor = outside_inference(tensor).clone()  # never the caller's own storage
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidType(
+            "not a number or tensor", where=where, got=repr(value), remedy="Pass a real number"
+        ) from error
+    if not bool(torch.isfinite(tensor.detach()).all()):
+        raise InvalidValue("must be finite", where=where, got=value)
+    return tensor

@@ -1,0 +1,134 @@
+"""MacKay's fixed point of the evidence: no gradient, no learning rate [MacKay 1992]."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.hyperparameters import Hyperparameters
+from kfac_laplace.posterior.objectives import Objective
+from kfac_laplace.posterior.objectives.evidence import log_marginal_likelihood
+from kfac_laplace.posterior.optimum import Optimum, Search, report
+
+
+def mackay(posterior: Posterior, search: Search) -> Optimum:
+    """MacKay's fixed point: δ ← γ/‖θ* − μ‖² for each shared precision, σ² ← RSS/(N C − T γ).
+
+    γ = Σ τμλ/(τμλ + δ) counts the directions that the data determine; no learning rate.
+
+    Args:
+        posterior: start, with cached eigenvalues; no data pass is made.
+        search: when to stop, and whether σ moves.
+
+    Raises:
+        UnsupportedUse: a free noise that is not Gaussian.
+    """
+    with torch.no_grad():
+        step, here = 0, FixedPoint(posterior, search.free)
+        while step < search.n_steps and here.slope > search.tolerance:
+            step += 1
+            before, here = here, here.next()
+            if here is before:  # no step climbs: as far as the arithmetic goes
+                break
+    hyper, converged = here.posterior.hyperparameters, here.slope <= search.tolerance
+    return report(Optimum(hyper, here.evidence, converged, step), here.slope)
+
+
+def mackay_steps(posterior: Posterior, free: tuple[str, ...], n_steps: int) -> Hyperparameters:
+    """The hyperparameters after some steps of the fixed point.
+
+    Args:
+        posterior: start, with cached eigenvalues; no data pass is made.
+        free: names of the hyperparameters that move.
+        n_steps: number of steps.
+    """
+    with torch.no_grad():
+        place = FixedPoint(posterior, free)
+        for _ in range(n_steps):
+            place = place.next()
+    return place.posterior.hyperparameters
+
+
+def check_objective(objective: Objective) -> None:
+    """Raise `InvalidValue` for any objective but the evidence, whose fixed point it is."""
+    if objective is not log_marginal_likelihood:
+        raise InvalidValue(
+            "MacKay's fixed point is that of the evidence",
+            where="method",
+            got=f"'mackay' with objective {getattr(objective, '__name__', repr(objective))}",
+            remedy="Use method='marglik', which follows the gradient of any objective",
+        )
+
+
+class FixedPoint:
+    """One place on MacKay's way, with the evidence and its gradient there.
+
+    Args:
+        posterior: at the present hyperparameters.
+        free: names of the hyperparameters that move.
+
+    Raises:
+        UnsupportedUse: a free noise that is not Gaussian.
+    """
+
+    def __init__(self, posterior: Posterior, free: tuple[str, ...]):
+        likelihood = posterior.ggn.likelihood
+        noise = "sigma_noise" in free
+        if noise and not likelihood.has_gaussian_noise:
+            raise UnsupportedUse(
+                "MacKay's formula for the noise holds for Gaussian noise alone",
+                where=type(likelihood).__name__,
+                remedy="Use method='marglik', or fix_sigma_noise=True",
+            )
+        hyper = posterior.hyperparameters.detached()
+        delta = posterior.prior.full(hyper.prior_precision)
+        self.posterior = posterior.at(replace(hyper, prior_precision=delta))
+        self.free, self.noise = free, noise
+        self.evidence = float(self.posterior.log_marginal_likelihood)
+        self._gamma = self.posterior.effective_dimensions()
+        self._squares = posterior.squares
+
+    @property
+    def _free_outputs(self) -> Tensor:
+        """N C − T γ, the outputs that the noise has to explain."""
+        hyper = self.posterior.hyperparameters
+        return self.posterior.ggn.n_outputs - hyper.temperature * self._gamma.sum()
+
+    @property
+    def slope(self) -> float:
+        """Largest component of the evidence's gradient in log δ and log σ."""
+        hyper = self.posterior.hyperparameters
+        slopes = 0.5 * (self._gamma - hyper.prior_precision * self._squares).abs()
+        if not self.noise:
+            return float(slopes.max())
+        statistic = self.posterior.ggn.statistic
+        by_sigma = (statistic / hyper.sigma_noise**2 - self._free_outputs) / hyper.temperature
+        return max(float(slopes.max()), abs(float(by_sigma)))
+
+    def next(self) -> "FixedPoint":
+        """The next place: the fixed-point step, shortened until the evidence does not fall.
+
+        Each coordinate moves along its gradient, so a short enough step climbs.
+        """
+        hyper = self.posterior.hyperparameters
+        tiny = torch.finfo(torch.float64).tiny
+        # γ = 0 or θ = μ ask for δ → 0 or ∞: a factor of 1000 a step is the way there.
+        target = self._gamma.clamp_min(tiny) / self._squares.clamp_min(tiny)
+        log_delta = (target / hyper.prior_precision).clamp(1e-3, 1e3).log()
+        log_sigma = torch.zeros_like(hyper.sigma_noise)
+        if self.noise:
+            variance = self.posterior.ggn.statistic / self._free_outputs.clamp_min(tiny)
+            log_sigma = 0.5 * (variance / hyper.sigma_noise**2).clamp(1e-6, 1e6).log()
+        length = 1.0
+        while True:
+            moved = replace(
+                hyper,
+                prior_precision=hyper.prior_precision * (length * log_delta).exp(),
+                sigma_noise=hyper.sigma_noise * (length * log_sigma).exp(),
+            )
+            there = FixedPoint(self.posterior.at(moved), self.free)
+            if there.evidence >= self.evidence or length < 1e-6:
+                return there if there.evidence >= self.evidence else self
+            length /= 2

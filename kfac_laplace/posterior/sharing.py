@@ -1,0 +1,209 @@
+"""Which entries of the parameters share a prior precision.
+
+A sharing says one thing: for each group, the place of its entries' precisions in the vector of all
+of them. Numbers, log-determinants, sums and gradients follow from it in `Prior`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.posterior.layouts import Layouts
+from kfac_laplace.posterior.patterns import by_name
+
+
+class Sharing(ABC):
+    """Which entries share a precision."""
+
+    @property
+    def constant_on_blocks(self) -> bool:
+        """Whether each group has one precision: then alone the prior commutes with any block."""
+        return False
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return type(self).__name__.lower()
+
+    @abstractmethod
+    def index(self, layouts: Layouts) -> dict[str, Tensor]:
+        """For each group the places of its precisions, counted from 0, every number in use.
+
+        Args:
+            layouts: the groups of the posterior.
+
+        Returns:
+            int64 tensors broadcastable to the group's matrices (b, o, i): shape () for one
+            precision, otherwise three axes, such as (b, o, 1) for one for each row.
+        """
+
+
+@dataclass(frozen=True)
+class Scalar(Sharing):
+    """One precision for all."""
+
+    @property
+    def constant_on_blocks(self) -> bool:
+        """It is."""
+        return True
+
+    def index(self, layouts: Layouts) -> dict[str, Tensor]:
+        """Zero everywhere."""
+        return {name: torch.tensor(0) for name in layouts.groups}
+
+
+@dataclass(frozen=True)
+class Layerwise(Sharing):
+    """One precision for each group: a layer with its bias, or each tensor of its own."""
+
+    @property
+    def constant_on_blocks(self) -> bool:
+        """It is."""
+        return True
+
+    def index(self, layouts: Layouts) -> dict[str, Tensor]:
+        """The groups' numbers."""
+        return {name: torch.tensor(k) for k, name in enumerate(layouts.groups)}
+
+
+@dataclass(frozen=True)
+class Unit(Sharing):
+    """One precision for each row of a group's matrices: an output unit with its bias."""
+
+    def index(self, layouts: Layouts) -> dict[str, Tensor]:
+        """Rows of each group, counted on from those before it."""
+        found, start = {}, 0
+        for name, layout in layouts.groups.items():
+            b, o, _ = layout.matrix
+            found[name] = (start + torch.arange(b * o)).reshape(b, o, 1)
+            start += b * o
+        return found
+
+
+@dataclass(frozen=True)
+class Diagonal(Sharing):
+    """One precision for each entry, in the order of `parameters_to_vector`."""
+
+    @property
+    def title(self) -> str:
+        """As users write it."""
+        return "diag"
+
+    def index(self, layouts: Layouts) -> dict[str, Tensor]:
+        """The entries' places in the vector of all parameters."""
+        return layouts.pack_vector(torch.arange(layouts.size))
+
+
+@dataclass(frozen=True)
+class ByPattern(Sharing):
+    """Groups that fit one pattern of parameter names share as that pattern says.
+
+    `{"*.bias": Scalar(), "*": Layerwise()}` is one precision for all biases together and one for
+    each of the other groups. The precisions follow the order of the patterns.
+
+    Args:
+        patterns: globs to sharings; the first that a parameter fits counts.
+    """
+
+    patterns: Mapping[str, Sharing]
+
+    @property
+    def title(self) -> str:
+        """The patterns."""
+        return f"by pattern {list(self.patterns)}"
+
+    @property
+    def constant_on_blocks(self) -> bool:
+        """Whether all its parts are."""
+        return all(sharing.constant_on_blocks for sharing in self.patterns.values())
+
+    def index(self, layouts: Layouts) -> dict[str, Tensor]:
+        """Those of the patterns' own sharings, one behind the other.
+
+        Raises:
+            InvalidValue: a pattern without parameters, a parameter without a pattern, or a group
+                whose parameters fit different ones.
+        """
+        of = by_name({p: p for p in self.patterns}, layouts.params, "prior_structure")
+        chosen = {}
+        for name, layout in layouts.groups.items():
+            fitting = {of[param] for param in layout.params}
+            if len(fitting) > 1:
+                raise InvalidValue(
+                    "patterns divide parameters that share a block",
+                    where="prior_structure",
+                    got=", ".join(f"'{param}' fits '{of[param]}'" for param in layout.params),
+                    remedy="Use joint_bias=False, or one pattern for them all",
+                )
+            chosen[name] = fitting.pop()
+        found: dict[str, Tensor] = {}
+        start = 0
+        for pattern, sharing in self.patterns.items():
+            inside = [name for name in layouts.groups if chosen[name] == pattern]
+            own = sharing.index(layouts.part(inside))
+            found |= {name: start + places for name, places in own.items()}
+            start += max((int(places.max()) + 1 for places in own.values()), default=0)
+        return {name: found[name] for name in layouts.groups}
+
+
+NAMED: dict[str, Sharing] = {
+    "layerwise": Layerwise(),
+    "scalar": Scalar(),
+    "unit": Unit(),
+    "diag": Diagonal(),
+}
+#: What `prior_structure` may be.
+PriorStructure = str | Sharing | Mapping[str, str | Sharing]
+
+
+def resolve_sharing(structure: PriorStructure) -> Sharing:
+    """The sharing named by a string, that of a mapping {pattern: sharing}, or the object itself.
+
+    Raises:
+        InvalidValue: an unknown name, or no pattern.
+        InvalidType: neither a name nor a sharing.
+    """
+    if isinstance(structure, Sharing):
+        return structure
+    if isinstance(structure, str) and structure in NAMED:
+        return NAMED[structure]
+    if isinstance(structure, Mapping) and structure:
+        return ByPattern({name: resolve_sharing(inner) for name, inner in structure.items()})
+    kind = InvalidValue if isinstance(structure, str | Mapping) else InvalidType
+    raise kind(
+        "unknown option",
+        where="prior_structure",
+        got=repr(structure),
+        remedy=f"Choose one of {tuple(NAMED)}, or pass {{pattern: one of them}} or a Sharing",
+    )
+
+
+def check_sharing(sharing: Sharing, hessian_structure: str) -> None:
+    """Raise `InvalidValue` for a prior under "kron" that is not constant on each block.
+
+    P = τ B⊗A + P₀ keeps the eigenvectors of B⊗A only where P₀ is a multiple of the identity.
+    """
+    if hessian_structure == "kron" and not sharing.constant_on_blocks:
+        raise InvalidValue(
+            "a prior that varies within a layer does not commute with Kronecker factors",
+            where="prior_structure",
+            got=f"'{sharing.title}' with hessian_structure='kron'",
+            remedy="Use prior_structure='layerwise', or hessian_structure='diag'",
+        )
+
+
+def sharing_to_plain(structure: PriorStructure) -> Any:
+    """A prior structure as plain data, or None where it holds a sharing of the user's own."""
+    if isinstance(structure, ByPattern):
+        structure = structure.patterns
+    if isinstance(structure, Mapping):
+        plain = {pattern: sharing_to_plain(inner) for pattern, inner in structure.items()}
+        return None if None in plain.values() else plain
+    if isinstance(structure, str):
+        return structure
+    return next((name for name, known in NAMED.items() if known == structure), None)
