@@ -187,8 +187,8 @@ def test_batches_that_are_no_pairs():
 
 def test_unknown_likelihood():
     model = build("mlp-tanh").model
-    with pytest.raises(InvalidValue, match="poisson"):
-        Curvature(model, "poisson")
+    with pytest.raises(InvalidValue, match="weibull"):
+        Curvature(model, "weibull")
     with pytest.raises(InvalidType):
         Curvature(model, 3)
 

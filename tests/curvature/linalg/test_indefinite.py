@@ -10,7 +10,7 @@ import torch
 from cases import Case, build
 from torch import Tensor, nn
 
-from kfac_laplace import Laplace
+from kfac_laplace import Curvature, Laplace
 from kfac_laplace.curvature.linalg.gram import Gram
 from kfac_laplace.curvature.linalg.spectrum import eigenvalues
 from kfac_laplace.errors import InvalidValue
@@ -106,8 +106,14 @@ def test_a_row_is_off_only_where_it_is_off_in_all_matrices():
 
 def replaced(la: Laplace, name: str, **tensors: Tensor) -> None:
     """Put other raw sums into a block."""
-    blocks = la.curvature.blocks
-    la.curvature.blocks = blocks | {name: dataclasses.replace(blocks[name], **tensors)}
+    plant(la.curvature, name, tensors)
+
+
+def plant(curvature: Curvature, name: str, tensors: dict[str, Tensor]) -> None:
+    """A GGN with other raw sums in a block, in place of the curvature's own."""
+    ggn = curvature.ggn
+    block = dataclasses.replace(ggn.blocks[name], **tensors)
+    curvature.ggn = dataclasses.replace(ggn, blocks={**ggn.blocks, name: block})
 
 
 def assert_asked_in_vain(la: Laplace, name: str, got: str) -> None:
@@ -195,7 +201,7 @@ def test_a_loaded_state_with_an_indefinite_factor(side, share, tmp_path):
     shift = float(values[0] + share * values[-1])
     moved = matrix - shift * torch.eye(matrix.shape[-1], dtype=torch.float64)
     state = la.state_dict()
-    state["curvature"]["blocks"]["0.weight"] |= sums_of(side, moved)
+    state["curvature"]["ggn"]["blocks"]["0.weight"] |= sums_of(side, moved)
     torch.save(state, tmp_path / "posterior.pt")
     assert_refused(Laplace.load(tmp_path / "posterior.pt", case.model), case, moved)
 
@@ -205,8 +211,7 @@ def test_a_merged_curvature_that_takes_away_more_than_there_was(side):
     """Data subtracted twice: H − 2H."""
     la, case = fitted()
     other, _ = fitted()
-    block = other.curvature.blocks["0.weight"]
     left = -raw_sum(la, side)
-    other.curvature.blocks["0.weight"] = dataclasses.replace(block, **sums_of(side, 2 * left))
+    plant(other.curvature, "0.weight", sums_of(side, 2 * left))
     la.curvature.merge(other.curvature)
     assert_refused(la, case, left)
