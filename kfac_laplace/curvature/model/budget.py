@@ -3,6 +3,10 @@
 What is computed does not depend on it: a smaller budget takes examples, vectors or samples in
 smaller pieces, of which one is always taken. Blocks, bases and the graph of a forward pass are no
 temporary tensors and do not count.
+
+Other thresholds stay where they are used, because memory must not move them: they say what is
+computed (sizes of dense blocks, how many points are left out), what is rounding, or what a cache
+holds and which of two ways is faster.
 """
 
 from dataclasses import dataclass
@@ -74,9 +78,12 @@ class Budget:
         """Entries of the features of all points that leave-one-out compares: all, 2²⁷."""
         return self.bytes(like) // ENTRY
 
-    def samples(self, entries: int, like: Tensor) -> int:
-        """How many weight samples of so many entries: all, and each exists twice in float64."""
-        return at_once(2 * entries, self.bytes(like) // ENTRY)
+    def samples(self, entries: int, most: int) -> int:
+        """How many of `most` weight samples of so many entries to hold; by default all of them.
+
+        Random numbers of all are drawn for each part of them: that costs time.
+        """
+        return most if self.size is None else min(most, at_once(entries, self.size // ENTRY))
 
 
 def at_once(entries: int, limit: int) -> int:

@@ -73,7 +73,7 @@ def _deviations(
     part of them.
     """
     size = sum(value.numel() for value in mode.values())
-    room = posterior.network.budget.samples(size, next(iter(mode.values())))
+    room = posterior.network.budget.samples(size, DRAWN_TOGETHER)
     for start in range(0, n, DRAWN_TOGETHER):
         count, state = min(DRAWN_TOGETHER, n - start), generator.get_state()
         for first in range(0, count, room):

@@ -66,7 +66,6 @@ def test_the_shares_of_the_default():
         assert budget.hessians(like) == 2**21
         assert budget.products(like) == 2**20
         assert budget.features(like) == 2**27
-        assert budget.samples(2**22, like) == 16
     assert budget.gradient_rows(single) * 4 == budget.gradient_rows(double) * 8 == 48 * 2**20
 
 
@@ -80,7 +79,14 @@ def test_shares_follow_the_number_and_one_thing_is_always_held():
     assert at_once(5, 0) == at_once(5, 4) == 1
     assert at_once(5, 11) == 2
     assert at_once(0, 3) == 3
-    assert Budget(1).samples(100, like) == 1
+
+
+def test_weight_samples_are_parted_on_demand_alone():
+    """Because parts are drawn with all the others."""
+    assert Budget().samples(2**40, 16) == 16
+    assert Budget(8 * 100).samples(30, 16) == 3
+    assert Budget(8 * 100).samples(1, 16) == 16
+    assert Budget(1).samples(100, 16) == 1
 
 
 @pytest.mark.parametrize(
