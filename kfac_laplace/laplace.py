@@ -183,11 +183,19 @@ class Laplace:
         self._loaders = [train_loader] if override else [*self._loaders, train_loader]
         return self
 
-    def _adopt(self, curvature: Curvature, mode: dict[str, Tensor], hyper: Hyperparameters) -> None:
+    def _adopt(
+        self,
+        curvature: Curvature,
+        mode: dict[str, Tensor],
+        hyper: Hyperparameters,
+        sharing: str | None = None,
+    ) -> None:
         """Take a finished curvature and mode; nothing is stored unless everything fits."""
         device = curvature.network.device
         layouts = layouts_of(curvature.groups, curvature.params)
         prior = Prior.of(self._sharing, layouts, self.prior_mean, device)
+        if sharing is not None:
+            state.check_same_sharing(prior, sharing)
         hyper = hyper.to(device)
         given = hyper.prior_precision if self._patterns is None else self._patterns
         hyper = dataclass_replace(hyper, prior_precision=prior.resolve(given))
@@ -473,6 +481,7 @@ class Laplace:
             "options": self._plain_options(),
             "curvature": self.curvature.state_dict(),
             "mode": dict(self._mode),
+            "sharing": posterior.prior.digest,
             "hyperparameters": asdict(posterior.hyperparameters.detached()),
             "posterior_scale": self._scale,
         }
@@ -502,7 +511,7 @@ class Laplace:
             hyper = Hyperparameters.from_state(stored, device)
             scale = _checked_scale(state_dict["posterior_scale"], device)
         state.check_weights(curvature.network, mode)
-        self._adopt(curvature, mode, hyper)
+        self._adopt(curvature, mode, hyper, state_dict["sharing"])
         self._scale, self._loaders = scale, []
 
     def save(self, path: str | Path) -> None:
@@ -521,6 +530,7 @@ class Laplace:
         stored = torch.load(path, weights_only=True, map_location="cpu")
         state.check_state(stored)
         plain = stored["options"]
+        state.check_overrides(plain, overrides)
         options = {
             **state.prior_options(plain, overrides),
             **CurvatureOptions.from_plain(plain, overrides),
@@ -537,7 +547,7 @@ class Laplace:
         sigma = one_number(positive(value, "sigma_noise", device), "sigma_noise")
         if not self.likelihood.has_noise and float(sigma) != 1.0:
             raise InvalidValue(
-                "only regression has an observation noise",
+                "this likelihood has no observation noise",
                 where="sigma_noise",
                 got=float(sigma),
                 remedy="Leave it out",

@@ -39,8 +39,8 @@ from kfac_laplace.posterior.layouts import Layouts
 from kfac_laplace.posterior.mackay import check_objective, mackay_steps
 from kfac_laplace.posterior.objectives import Objective, resolve_objective
 from kfac_laplace.posterior.prior import Given, Prior, layouts_of, starting_precision
-from kfac_laplace.posterior.sharing import PriorStructure, Scalar, resolve_sharing
-from kfac_laplace.posterior.state import refusing_damage
+from kfac_laplace.posterior.sharing import PriorStructure, Scalar, resolve_sharing, sharing_to_plain
+from kfac_laplace.posterior.state import check_options, check_same_sharing, refusing_damage
 from kfac_laplace.posterior.steps import adam
 
 log = logging.getLogger("kfac_laplace")
@@ -346,6 +346,8 @@ class MarglikTuner:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data, from which training goes on as if it had not stopped."""
         return {
+            "options": self._plain_options(),
+            "sharing": None if self._prior is None else self._prior.digest,
             "hyperparameters": asdict(self._hyper),
             "adam": copy.deepcopy(self._adam),
             "epoch": self._epoch,
@@ -354,13 +356,17 @@ class MarglikTuner:
             "patterns": self._patterns,
         }
 
+    def _plain_options(self) -> dict[str, Any]:
+        structure = sharing_to_plain(self._fixed["prior_structure"])
+        return {**self.options.to_plain(), **self._fixed, "prior_structure": structure}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state made with the same options on the same architecture.
 
         Raises:
             InvalidValue: not a tuner's state, or another model's; nothing is changed then.
         """
-        missing = {"hyperparameters", "adam", "epoch", "history", "groups", "patterns"} - set(state)
+        missing = {*self.state_dict()} - set(state)
         if missing:
             raise InvalidValue(
                 "not the state of a tuner",
@@ -368,6 +374,7 @@ class MarglikTuner:
                 got=f"no {sorted(missing)}",
                 remedy="Pass what state_dict() made",
             )
+        check_options(state["options"], self._plain_options())
         device, known, prior = self._network.device, self._known, None
         with refusing_damage():
             hyper = Hyperparameters.from_state(state["hyperparameters"], device)
@@ -380,6 +387,7 @@ class MarglikTuner:
                 known = knowledge_of_groups(groups, self._network, self.options)
                 prior = self._prior_of(known)
                 prior.full(hyper.prior_precision)
+                check_same_sharing(prior, state["sharing"])
         if prior is not None:
             self._known, self._prior = known.with_rows_of(self._known), prior
         self._take(hyper)

@@ -24,14 +24,16 @@ class Transform:
     Args:
         free: value to coordinate.
         value: coordinate to value.
+        positive: whether the values are positive numbers, or any.
     """
 
     free: Callable[[Tensor], Tensor]
     value: Callable[[Tensor], Tensor]
+    positive: bool = False
 
 
 #: For what is positive.
-LOG = Transform(torch.log, torch.exp)
+LOG = Transform(torch.log, torch.exp, positive=True)
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,17 @@ class Hyperparameters:
 
     @classmethod
     def from_state(cls, stored: Mapping[str, Any], device: torch.device) -> Self:
-        """Values that a state holds, checked to be positive; `KeyError` where one is missing."""
-        return cls(**{name: positive(stored[name], name, device) for name in cls.rows()})
+        """Values that a state holds, checked; starts where it lacks one, `KeyError` without."""
+        starts: dict[str, Any] = {entry.name: entry.default for entry in fields(cls)}
+        found = {}
+        for name, known in cls.rows().items():
+            if name not in stored and starts[name] is not MISSING:
+                found[name] = starts[name].to(device)
+                continue
+            any_number = known.transform is not None and not known.transform.positive
+            check = real if any_number else positive
+            found[name] = check(stored[name], name, device)
+        return cls(**found)
 
     def values(self) -> dict[str, Tensor]:
         """The values by name."""

@@ -70,7 +70,7 @@ class FixedPoint:
         free: names of the hyperparameters that move.
 
     Raises:
-        UnsupportedUse: a free noise that is not Gaussian.
+        UnsupportedUse: a free noise that is not Gaussian, or other free hyperparameters.
     """
 
     def __init__(self, posterior: Posterior, free: tuple[str, ...]):
@@ -81,6 +81,14 @@ class FixedPoint:
                 "MacKay's formula for the noise holds for Gaussian noise alone",
                 where=type(likelihood).__name__,
                 remedy="Use method='marglik', or fix_sigma_noise=True",
+            )
+        others = set(free) - {"prior_precision", "sigma_noise"}
+        if others:
+            raise UnsupportedUse(
+                "MacKay's fixed point knows prior precisions and Gaussian noise alone",
+                where="method",
+                got=f"free {sorted(others)}",
+                remedy="Use method='marglik'",
             )
         hyper = posterior.hyperparameters.detached()
         delta = posterior.prior.full(hyper.prior_precision)

@@ -1,6 +1,7 @@
 """What a search for hyperparameters is told, and what it found."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -95,9 +96,10 @@ def report(optimum: Optimum, residual: float) -> Optimum:
     """Say so where a maximisation did not converge."""
     if not optimum.converged:
         log.warning(
-            "evidence maximisation did not converge in %d steps (residual %.2e); "
-            "raise n_steps or loosen the tolerance",
+            "maximisation did not converge in %d steps (%s)",
             optimum.n_steps,
-            residual,
+            f"residual {residual:.2e}; raise n_steps or loosen the tolerance"
+            if math.isfinite(residual)
+            else "the objective or its gradient is not finite; nothing was changed",
         )
     return optimum

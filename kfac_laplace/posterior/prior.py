@@ -1,5 +1,6 @@
 """Gaussian priors N(θ | μ, P₀⁻¹), P₀ = diag δ: sharing, quadratic form, log-determinant."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +66,15 @@ class Prior:
     def length(self) -> int:
         """Number of distinct precisions."""
         return int(self._places.max()) + 1
+
+    @property
+    def digest(self) -> str:
+        """Which entry has which precision, in a few letters: they differ between sharings."""
+        found = hashlib.sha256()
+        for name, places in self.index.items():
+            found.update(f"{name}{tuple(places.shape)}".encode())
+            found.update(places.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     @property
     def size(self) -> int:

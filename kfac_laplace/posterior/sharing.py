@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.options import unknown
 from kfac_laplace.posterior.layouts import Layouts
 from kfac_laplace.posterior.patterns import by_name
 
@@ -174,12 +175,15 @@ def resolve_sharing(structure: PriorStructure) -> Sharing:
         return NAMED[structure]
     if isinstance(structure, Mapping) and structure:
         return ByPattern({name: resolve_sharing(inner) for name, inner in structure.items()})
-    kind = InvalidValue if isinstance(structure, str | Mapping) else InvalidType
-    raise kind(
-        "unknown option",
+    if isinstance(structure, str | Mapping):
+        raise unknown(
+            "prior_structure", structure, NAMED, "pass {pattern: one of them} or a Sharing"
+        )
+    raise InvalidType(
+        "neither a name nor a sharing",
         where="prior_structure",
         got=repr(structure),
-        remedy=f"Choose one of {tuple(NAMED)}, or pass {{pattern: one of them}} or a Sharing",
+        remedy="Pass a name, {pattern: name} or a Sharing",
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError
+from kfac_laplace.posterior.prior import Prior
 
 FORMAT = 4
 
@@ -16,6 +17,7 @@ FORMAT = 4
 def check_state(state: Mapping[str, Any]) -> None:
     """Raise `InvalidValue` unless the state is one of ours."""
     keys = {"format", "options", "curvature", "mode", "hyperparameters", "posterior_scale"}
+    keys.add("sharing")
     if not isinstance(state, Mapping) or keys - set(state):
         raise InvalidValue(
             "not the state of a Laplace posterior",
@@ -49,7 +51,48 @@ def prior_options(plain: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 
 
 #: Options on which stored blocks and evidence depend.
-BINDING = ("hessian_structure", "joint_bias", "prior_structure", "prior_mean", "likelihood")
+BINDING = (
+    "hessian_structure",
+    "joint_bias",
+    "kfac_approx",
+    "fisher",
+    "subset_of_weights",
+    "uncovered",
+    "prior_structure",
+    "prior_mean",
+    "likelihood",
+)
+#: Options that a file has no say in, and a reader may choose.
+CHOSEN = ("seed", "factor_dtype", "memory_budget", "forward_fn", "batch_fn", "dict_key_y")
+
+
+def check_same_sharing(prior: Prior, digest: str) -> None:
+    """Raise `InvalidValue` unless a prior shares precisions as the stored one did."""
+    if prior.digest != digest:
+        raise InvalidValue(
+            "the state was made with another sharing of precisions",
+            where="prior_structure",
+            got=repr(prior.sharing),
+            remedy="Pass the sharing that the state was made with",
+        )
+
+
+def check_overrides(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Raise `InvalidValue` for an override of what a file holds: it would contradict its numbers.
+
+    Args:
+        stored: options as plain data.
+        overrides: keywords beside the file.
+    """
+    for name in overrides:
+        if name not in CHOSEN and not (name in stored and stored[name] is None):
+            raise InvalidValue(
+                "the file holds this already",
+                where=name,
+                got=f"an override, {overrides[name]!r}",
+                remedy="Leave it out; hyperparameters can be set afterwards, as in "
+                "la.prior_precision = 2.0",
+            )
 
 
 def check_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -62,7 +105,7 @@ def check_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
                 "the state was made with another option",
                 where=name,
                 got=f"{stored.get(name)!r} stored, {own.get(name)!r} here",
-                remedy="Use Laplace.load, which takes the stored options",
+                remedy="Make it with the stored options, as Laplace.load does",
             )
 
 

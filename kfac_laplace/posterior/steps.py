@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.options import unknown
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import FreeCoordinates, Hyperparameters
 from kfac_laplace.posterior.mackay import check_objective, mackay
@@ -28,12 +28,7 @@ def optimise(posterior: Posterior, method: str, search: Search) -> Optimum:
     """
     methods = {"marglik": maximise, "mackay": mackay}
     if method not in methods:
-        raise InvalidValue(
-            "unknown method",
-            where="method",
-            got=repr(method),
-            remedy=f"Choose one of {[*methods, 'gridsearch']}",
-        )
+        raise unknown("method", method, [*methods, "gridsearch"])
     if method == "mackay":
         check_objective(search.objective)
     return methods[method](posterior, search)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.errors import InvalidType
+from kfac_laplace.options import unknown
 from kfac_laplace.posterior.gaussian import Posterior
 
 Objective = Callable[[Posterior], Tensor]
@@ -36,10 +37,11 @@ def resolve_objective(choice: str | Objective) -> Objective:
         return NAMED[choice]
     if callable(choice):
         return choice
-    kind = InvalidValue if isinstance(choice, str) else InvalidType
-    raise kind(
-        "unknown objective",
+    if isinstance(choice, str):
+        raise unknown("objective", choice, NAMED, "pass a function of a Posterior")
+    raise InvalidType(
+        "neither a name nor a function",
         where="objective",
         got=repr(choice),
-        remedy=f"Choose one of {sorted(NAMED)}, or pass a function of a Posterior",
+        remedy="Pass a function of a Posterior",
     )
