@@ -7,7 +7,7 @@ every few epochs, one curvature pass and some steps on log δ and log σ.
 import copy
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
@@ -21,7 +21,6 @@ from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
-from kfac_laplace.curvature.rows.layout import flat_layout
 from kfac_laplace.curvature.state import (
     groups_from_plain,
     groups_to_plain,
@@ -30,16 +29,16 @@ from kfac_laplace.curvature.state import (
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
-from kfac_laplace.marglik.loss import negative_log_likelihood
+from kfac_laplace.marglik.live import LiveParameters
+from kfac_laplace.marglik.loss import mean_log_likelihood, undivided_prior
 from kfac_laplace.marglik.record import Record
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
-from kfac_laplace.posterior.layouts import Layouts
 from kfac_laplace.posterior.mackay import check_objective, mackay_steps
 from kfac_laplace.posterior.objectives import Objective, resolve_objective
 from kfac_laplace.posterior.prior import Given, Prior, layouts_of, starting_precision
-from kfac_laplace.posterior.sharing import PriorStructure, Scalar, resolve_sharing, sharing_to_plain
+from kfac_laplace.posterior.sharing import PriorStructure, resolve_sharing, sharing_to_plain
 from kfac_laplace.posterior.state import check_options, check_same_sharing, refusing_damage
 from kfac_laplace.posterior.steps import adam
 
@@ -134,13 +133,14 @@ class MarglikTuner:
         self.options = blank.options
         self.likelihood = blank.likelihood
         self._network, self._known = blank.curvature.network, blank.curvature.ggn.knowledge
+        self._penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+        self._live: LiveParameters
         delta, self._patterns = starting_precision(prior_precision, self._network.device)
         self._take(Hyperparameters(delta, blank.sigma_noise, blank.temperature))
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         self._free = Hyperparameters.tuned(self.likelihood, fixed)
         self._adam: dict[str, Any] | None = None
         self._prior: Prior | None = None
-        self._prior_at_start: Prior | None = None
         self._epoch = 0
         self.history: list[Record] = []
 
@@ -159,10 +159,13 @@ class MarglikTuner:
             InvalidValue: targets of a wrong shape or range.
             InvalidType: targets of a wrong dtype.
         """
-        fit = negative_log_likelihood(self.likelihood, output, target, self._hyper.sigma_noise)
-        prior = self._prior or self._first_prior()
-        penalty = prior.quadratic(self._network.parameters(self._known.tracked), self._pull)
-        return fit / self._temperature + penalty.to(fit.dtype)
+        hyper = self._hyper
+        fit = mean_log_likelihood(self.likelihood, output, target, hyper.sigma_noise)
+        if self._penalty is None:
+            prior = self._prior or self._first_prior()
+            self._live = LiveParameters(self._network.model, prior.layouts.params)
+            self._penalty = prior.penalty(hyper.prior_precision / (2 * self.n_data))
+        return -1 / self._temperature * fit + self._penalty(self._live()).to(fit.dtype)
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The model's output on a batch of a loader, in the model's present mode, and its targets.
@@ -176,12 +179,10 @@ class MarglikTuner:
         return run(self._network.batch(x, len(y)).x), y
 
     def _first_prior(self) -> Prior:
-        """The prior before the first batch was seen: all parameters share one precision."""
-        if self._prior_at_start is not None:
-            return self._prior_at_start
+        """The prior before a batch was seen: all parameters share one precision, or an error."""
         options, mean = self.options, self._fixed["prior_mean"]
         several = self._patterns is not None or self._hyper.prior_precision.numel() > 1
-        several |= isinstance(mean, Tensor) and mean.numel() > 1
+        several |= not isinstance(mean, Mapping) and torch.as_tensor(mean).numel() > 1
         partial = options.subset_of_weights == "last_layer" or options.uncovered == "freeze"
         if several or partial:
             raise InvalidValue(
@@ -190,11 +191,7 @@ class MarglikTuner:
                 got="a loss before the first batch was seen",
                 remedy="Call tuner.prepare(loader) once before training",
             )
-        live = self._network.parameters(self._known.tracked)
-        shapes = {name: p.shape for name, p in live.items()}
-        layouts = Layouts({"all": flat_layout(shapes)}, tuple(shapes))
-        self._prior_at_start = Prior.of(Scalar(), layouts, mean, self._network.device)
-        return self._prior_at_start
+        return undivided_prior(self._network, self._known.tracked, mean)
 
     def prepare(self, loader: Iterable[Any]) -> None:
         """Learn the groups of parameters from a loader's first batch, before the first round.
@@ -274,7 +271,7 @@ class MarglikTuner:
         """Make them today's, with what the loss needs of them."""
         self._hyper = hyper.detached()
         self._temperature = float(hyper.temperature)
-        self._pull = self._hyper.prior_precision / (2 * self.n_data)
+        self._penalty = None
 
     def _blank(self, options: CurvatureOptions | None = None) -> Laplace:
         """An unfitted posterior at today's hyperparameters, with other options if any."""

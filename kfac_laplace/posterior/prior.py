@@ -1,9 +1,9 @@
 """Gaussian priors N(θ | μ, P₀⁻¹), P₀ = diag δ: sharing, quadratic form, log-determinant."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from kfac_laplace.posterior.hyperparameters import one_number, positive, real
 from kfac_laplace.posterior.layouts import Layouts
 from kfac_laplace.posterior.patterns import by_name
 from kfac_laplace.posterior.sharing import Sharing
-from kfac_laplace.posterior.squares import Mean, squared_norms
+from kfac_laplace.posterior.squares import SMALL, Mean, WeightedSquares, squared_norms
 
 #: What `prior_precision` and `prior_mean` may be: a number, a tensor, or {pattern: number}.
 Given = float | Tensor | Mapping[str, float]
@@ -136,7 +136,7 @@ class Prior:
         """Places of precisions, and the numbers that stand there, on the CPU."""
         values = {n: torch.tensor(float(v), dtype=torch.float64) for n, v in numbers.items()}
         if self.constant_on_blocks:
-            ordered = [values[name] for name in self.layouts.params]
+            ordered = [values[name] for bundle in self._bundles for name in bundle]
             return self._place_of_parameter.cpu(), torch.stack(ordered)
         full = {name: values[name].expand(shape) for name, shape in self.layouts.shapes.items()}
         places = [
@@ -198,7 +198,8 @@ class Prior:
             parameters: θ by name, in their own shapes and dtypes; differentiable in them.
         """
         if self.constant_on_blocks:
-            return self._add(self._place_of_parameter, self._squared_norms(parameters))
+            norms = squared_norms(self._bundled(parameters), self._means)
+            return self._add(self._place_of_parameter, norms)
         squares = {
             name: (accumulable(parameters[name]) - self._mean(name, parameters[name])).square()
             for name in self.layouts.params
@@ -206,37 +207,55 @@ class Prior:
         return self.shared_sums(self.layouts.pack(squares)).double()
 
     def quadratic(self, parameters: Mapping[str, Tensor], precision: Tensor) -> Tensor:
-        """(θ − μ)ᵀ P₀ (θ − μ), float64, differentiable in parameters and precisions.
-
-        Where each group has one precision, nothing of the size of the weights is made.
+        """(θ − μ)ᵀ P₀ (θ − μ), shape (), differentiable in parameters and precisions.
 
         Args:
             parameters: θ by name, in their own shapes and dtypes.
             precision: δ, one value or one for each precision.
         """
-        precision = self.full(precision)
-        if not self.constant_on_blocks:
-            return torch.dot(precision, self.squares(parameters))
-        weights = precision.index_select(0, self._place_of_parameter)
-        return torch.dot(weights, self._squared_norms(parameters))
+        return torch.dot(self.full(precision), self.squares(parameters))
 
-    def _squared_norms(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """‖θ − μ‖² of each parameter, in parameter order."""
-        return squared_norms(
-            [parameters[name] for name in self.layouts.params], self._means_in_order
-        )
+    def penalty(self, precision: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """The quadratic form at fixed precisions, for training: a function of the parameters.
+
+        Where each group has one precision it is cheap: nothing of the size of the weights is made
+        but their gradients, and the device is never waited for.
+
+        Args:
+            precision: δ, one value or one for each precision; its gradient is left out.
+        """
+        precision = self.full(precision.detach())
+        if not self.constant_on_blocks:
+            return partial(self.quadratic, precision=precision)
+        weights = precision.index_select(0, self._place_of_parameter)
+        counts = [len(bundle) for bundle in self._bundles]
+        return WeightedSquares(self._bundles, self._means, weights.split(counts))
+
+    def _bundled(self, parameters: Mapping[str, Tensor]) -> list[list[Tensor]]:
+        return [[parameters[name] for name in bundle] for bundle in self._bundles]
 
     @cached_property
-    def _means_in_order(self) -> list[Mean]:
-        return [self.means[name] for name in self.layouts.params]
+    def _means(self) -> list[Mean]:
+        """μ of each bundle."""
+        return [self.means[bundle[0]] for bundle in self._bundles]
+
+    @cached_property
+    def _bundles(self) -> list[list[str]]:
+        """Parameters that are taken together: small ones of one shape and mean."""
+        found: dict[object, list[str]] = {}
+        for name, shape in self.layouts.shapes.items():
+            mean = self.means[name]
+            together = shape.numel() <= SMALL and not isinstance(mean, Tensor)
+            found.setdefault((shape, mean) if together else name, []).append(name)
+        return list(found.values())
 
     @cached_property
     def _place_of_parameter(self) -> Tensor:
-        """Where the precision of each parameter stands, in parameter order."""
+        """Where the precision of each parameter stands, in the order of the bundles."""
         with torch.inference_mode(False):
             groups = self.layouts.groups.items()
             place = {param: self.index[name] for name, la in groups for param in la.params}
-            return torch.stack([place[name] for name in self.layouts.params])
+            return torch.stack([place[name] for bundle in self._bundles for name in bundle])
 
     def _mean(self, name: str, like: Tensor) -> Mean:
         mean = self.means[name]

@@ -1,7 +1,8 @@
 """‖θ − μ‖² of many tensors at once, cheap to differentiate: what prior and training loss share."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,77 +13,105 @@ from kfac_laplace.curvature.linalg.dtypes import accumulable
 #: A mean is one number, or a tensor with a number for each entry.
 Mean = float | Tensor
 
-#: On the CPU norms of more entries than these are accumulated in order, and float32 loses digits.
-FEW = 2**14
-WIDE = (torch.float32, torch.float64)
+#: Tensors of one shape and at most so many entries are better taken together: networks of many
+#: small tensors spend more time on each call than in it.
+SMALL = 2**12
 
 
-def squared_norms(tensors: Sequence[Tensor], means: Sequence[Mean]) -> Tensor:
-    """‖θ − μ‖² of each tensor, float64, shape (k,); differentiable in the tensors, also twice.
-
-    Beside the gradients nothing larger than one tensor is made, nothing at all for tensors of at
-    least single precision with μ = 0, and the device is never waited for.
+def squared_norms(bundles: Sequence[Sequence[Tensor]], means: Sequence[Mean]) -> Tensor:
+    """‖θ − μ‖² of each tensor, float64, shape (k,).
 
     Args:
-        tensors: θ, of any shapes and floating-point dtypes, on one device.
-        means: μ of each.
+        bundles: θ, of floating-point dtypes on one device; those of a bundle have one shape.
+        means: μ of each bundle.
     """
-    found: Tensor = _SquaredNorms.apply(means, *tensors)  # type: ignore[no-untyped-call]
-    return found
+    pairs = zip(bundles, means, strict=True)
+    return torch.cat([_by_tensor(_stack(b), len(b), mean).double() for b, mean in pairs])
 
 
-class _SquaredNorms(torch.autograd.Function):
-    # One node for all tensors: autograd's own, several for each, take longer than the whole step of
-    # a small network. torch._foreach_* are what torch's optimisers call.
+@dataclass(frozen=True)
+class WeightedSquares:
+    """Σ w ‖θ − μ‖² as a function of many tensors, cheap to call and to differentiate, also twice.
+
+    Tensors of a bundle are copied into one stack. Of one alone in its bundle nothing is made but
+    its gradient, where it has at least single precision and μ = 0. The device is never waited for.
+
+    Args:
+        bundles: names of the tensors; those of a bundle have one shape.
+        means: μ of each bundle.
+        weights: w of the tensors of each bundle, float64 constants of shape (k,).
+    """
+
+    bundles: Sequence[Sequence[str]]
+    means: Sequence[Mean]
+    weights: Sequence[Tensor]
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The sum, shape (), in the precision of the tensors, but at least single.
+
+        Args:
+            tensors: θ by name, of floating-point dtypes on one device.
+        """
+        stacks = [_stack([tensors[name] for name in bundle]) for bundle in self.bundles]
+        found: Tensor = _Weighted.apply(self, *stacks)  # type: ignore[no-untyped-call]
+        return found
+
+    def weights_like(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """The weights in the precision of the stacks."""
+        pairs = zip(stacks, self.weights, self._single, strict=True)
+        return [wide if stack.dtype == wide.dtype else single for stack, wide, single in pairs]
+
+    @cached_property
+    def _single(self) -> list[Tensor]:
+        with torch.inference_mode(False):
+            return [weight.float() for weight in self.weights]
+
+
+class _Weighted(torch.autograd.Function):
+    # One node in place of the several for each tensor that autograd would make.
 
     @staticmethod
-    def forward(ctx: Any, means: Sequence[Mean], *tensors: Tensor) -> Tensor:
-        ctx.means = means
-        ctx.save_for_backward(*tensors)
-        largest = FEW if tensors[0].device.type == "cpu" else math.inf
-        roots: list[Tensor | None] = [None] * len(tensors)
-        together = [
-            k
-            for k, (t, mean) in enumerate(zip(tensors, means, strict=True))
-            if t.numel() <= largest and t.dtype in WIDE and _is_zero(mean)
-        ]
-        if together:
-            norms = torch._foreach_norm([tensors[k] for k in together])
-            for k, norm in zip(together, norms, strict=True):
-                roots[k] = norm
-        for k, root in enumerate(roots):
-            if root is None:
-                flat = _centred(tensors[k], means[k]).reshape(-1)
-                roots[k] = torch.dot(flat, flat).sqrt()
-        return torch.stack([root for root in roots if root is not None]).double().square()
+    def forward(ctx: Any, function: WeightedSquares, *stacks: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*stacks)
+        total = stacks[0].new_zeros((), dtype=accumulable(stacks[0]).dtype)
+        parts = zip(stacks, function.weights_like(stacks), function.means, strict=True)
+        for stack, weight, mean in parts:
+            total = total + torch.dot(weight, _by_tensor(stack, len(weight), mean))
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, means = ctx.saved_tensors, ctx.means
-        double = any(t.dtype == torch.float64 for t in tensors)
-        # A number wider than its tensor would take the slow way.
-        slopes = (2 * grad).to(torch.float64 if double else torch.float32).unbind()
-        gradients: list[Tensor | None] = [None] * len(tensors)
-        together = [k for k, mean in enumerate(means) if _is_zero(mean)]
-        if together:
-            scaled = torch._foreach_mul(
-                [tensors[k] for k in together], [slopes[k] for k in together]
-            )
-            for k, gradient in zip(together, scaled, strict=True):
-                gradients[k] = gradient
-        for k, found in enumerate(gradients):
-            if found is None:
-                gradients[k] = (_centred(tensors[k], means[k]) * slopes[k]).to(tensors[k].dtype)
-        return None, *gradients
+        stacks, function, double = ctx.saved_tensors, ctx.function, 2 * grad
+        gradients: list[Tensor | None] = [None]
+        parts = zip(stacks, function.weights_like(stacks), function.means, strict=True)
+        for stack, weight, mean in parts:
+            centred = _centred(stack, mean)
+            # (k, 1, …, 1) for a stack, one number for a tensor that is none
+            slope = (double * weight).to(centred.dtype)
+            slope = slope.reshape((-1, *[1] * (centred.ndim - 1)) if len(weight) > 1 else ())
+            gradients.append((centred * slope).to(stack.dtype))
+        return tuple(gradients)
 
 
-def _is_zero(mean: Mean) -> bool:
-    return isinstance(mean, float) and mean == 0.0
+def _stack(bundle: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as (k, *shape); one alone as it is."""
+    return bundle[0] if len(bundle) == 1 else torch.stack(list(bundle))
 
 
-def _centred(tensor: Tensor, mean: Mean) -> Tensor:
+def _by_tensor(stack: Tensor, count: int, mean: Mean) -> Tensor:
+    """‖θ − μ‖² of each of `count` tensors, shape (count,)."""
+    if count > 1:
+        rows = _centred(stack, mean).reshape(count, -1)
+        return torch.linalg.vector_norm(rows, dim=1).square()
+    # A float32 norm of many entries loses digits that a dot product keeps.
+    row = _centred(stack, mean).reshape(-1)
+    return torch.dot(row, row)[None]
+
+
+def _centred(stack: Tensor, mean: Mean) -> Tensor:
     """θ − μ in at least single precision."""
-    tensor = accumulable(tensor)
+    stack = accumulable(stack)
     if isinstance(mean, Tensor):
-        return tensor - mean.to(tensor.dtype)
-    return tensor if mean == 0.0 else tensor - mean
+        return stack - mean.to(stack.dtype)
+    return stack if mean == 0.0 else stack - mean

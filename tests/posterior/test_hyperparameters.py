@@ -98,7 +98,7 @@ def test_a_further_hyperparameter_is_one_row():
     assert WithSlope.tuned(Gaussian()) == ("prior_precision", "sigma_noise", "slope")
     assert WithSlope.tuned(Categorical()) == ("prior_precision", "slope", "gain")
     free = FreeCoordinates(hyper, ("slope", "gain"))
-    assert [float(leaf.detach()) for leaf in free.leaves] == pytest.approx([-1.0, math.log(4)])
+    assert [leaf.item() for leaf in free.leaves] == pytest.approx([-1.0, math.log(4)])
     value = free.value()
     assert isinstance(value, WithSlope) and value.slope.requires_grad and value.gain.requires_grad
     assert float(value.detached().gain) == pytest.approx(4.0)
