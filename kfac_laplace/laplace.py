@@ -57,7 +57,7 @@ class Laplace:
 
     Args:
         model: the network at its mode θ*; it is never changed.
-        likelihood: "classification", "regression", "binary" or a `Likelihood`.
+        likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
         hessian_structure: "kron", "diag" or "full".
         subset_of_weights: "all", "last_layer" or parameter-name patterns; other parameters stay
             at their values.
@@ -68,7 +68,7 @@ class Laplace:
         prior_structure: "layerwise", "scalar", "unit" or "diag" (the last two not with "kron"),
             {pattern: one of them}, or a `Sharing`.
         prior_mean: μ, one value, one for each parameter, or {pattern: value}.
-        sigma_noise: σ, a standard deviation; regression only.
+        sigma_noise: σ, a standard deviation; of likelihoods with a noise.
         temperature: T; low means a concentrated posterior.
         joint_bias: whether a weight and its bias share a block.
         uncovered: "diag", "error" or "freeze" for parameters that no layer rule covers.
@@ -283,7 +283,7 @@ class Laplace:
 
         Args:
             prior_precision: δ, one value, one for each precision, or {pattern: value}.
-            sigma_noise: σ; regression only.
+            sigma_noise: σ, of likelihoods with a noise.
 
         Returns:
             A float64 scalar: the sum over all examples, positions and outputs.
@@ -331,7 +331,7 @@ class Laplace:
         tolerance: float = 1e-5,
         grid: Iterable[float] | None = None,
     ) -> Self:
-        """Choose δ, and σ for regression, on cached eigenvalues; no pass over the training data.
+        """Choose δ, and σ where there is one, on cached eigenvalues; no pass over the training data.
 
         Args:
             method: "marglik" maximises the objective by L-BFGS, "mackay" the evidence by a fixed

@@ -37,7 +37,7 @@ class Curvature:
 
     Args:
         model: the network; it is never changed. Passes run in evaluation mode.
-        likelihood: "classification", "regression", "binary" or a `Likelihood`.
+        likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
         kfac_approx: "auto", "expand", "reduce", or patterns of layer names to these (the first
             match counts).
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.

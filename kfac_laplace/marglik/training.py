@@ -56,7 +56,7 @@ def marglik_training(
     Args:
         model: the network; trained in place, its mode is put back at the end.
         train_loader: a loader that can be read every epoch.
-        likelihood: "classification", "regression", "binary" or a `Likelihood`.
+        likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
         hessian_structure: "kron", "diag" or "full".
         optimizer_cls: optimiser of the weights.
         optimizer_kwargs: its options; without weight decay, which the prior is.

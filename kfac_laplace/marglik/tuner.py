@@ -52,13 +52,13 @@ class MarglikTuner:
 
     Args:
         model: the network in training; never changed, its mode and optimiser are the caller's.
-        likelihood: "classification", "regression", "binary" or a `Likelihood`.
+        likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
         n_data: number of training examples (of nodes, where each node has an output), by which the
             loss weighs the prior.
         prior_structure: how δ is shared; as for `Laplace`, with all its forms.
         prior_precision: initial δ; as for `Laplace`.
         prior_mean: μ; as for `Laplace`.
-        sigma_noise: initial σ; regression only.
+        sigma_noise: initial σ, of likelihoods with a noise.
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
         kfac_approx: as for `Laplace`; so are fisher, hessian_structure, subset_of_weights,
@@ -313,7 +313,7 @@ class MarglikTuner:
     # --- results -----------------------------------------------------------------------------
 
     def hyperparameters(self) -> dict[str, Tensor]:
-        """Today's values, detached, float64: δ, and σ for regression, by name.
+        """Today's values, detached, float64: δ, and σ of likelihoods with a noise, by name.
 
         Raises:
             NotFitted: δ was given by patterns, and no batch was seen yet.

@@ -1,4 +1,4 @@
-"""Weight sharing: expand or reduce, and which rows of a layer belong to which example."""
+"""Weight sharing: expand or reduce, by layer."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
