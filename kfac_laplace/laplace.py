@@ -331,7 +331,7 @@ class Laplace:
         tolerance: float = 1e-5,
         grid: Iterable[float] | None = None,
     ) -> Self:
-        """Choose δ, and σ where there is one, on cached eigenvalues; no pass over the training data.
+        """Choose δ, and σ if there is one, on cached eigenvalues; no pass over the training data.
 
         Args:
             method: "marglik" maximises the objective by L-BFGS, "mackay" the evidence by a fixed

@@ -1,5 +1,7 @@
 """The curvature's options as one frozen object: fields, checks, plain data, and what they bind."""
 
+import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,7 +17,7 @@ from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_choice, check_whole, unknown
 
@@ -186,20 +188,29 @@ Callee = TypeVar("Callee", bound=Callable[..., Any])
 
 
 def spelled(function: Callee) -> Callee:
-    """Let `help` and `inspect.signature` show the keywords that `**options` stands for."""
+    """Let the keywords that `**options` stands for be shown by `help`, and check their names."""
     signature = inspect.signature(function)
     shown = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-    for field in fields(CurvatureOptions):
-        if field.name in signature.parameters or field.name == "likelihood":
+    for option in fields(CurvatureOptions):
+        if option.name in signature.parameters or option.name == "likelihood":
             continue
-        default = "exact" if field.name == "fisher" else field.default
-        shown.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=CurvatureKeywords.__annotations__[field.name],
+        default = "exact" if option.name == "fisher" else option.default
+        annotation = CurvatureKeywords.__annotations__[option.name]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        shown.append(inspect.Parameter(option.name, kind, default=default, annotation=annotation))
+    names = [parameter.name for parameter in shown]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        for name in keywords.keys() - set(names):
+            alike = difflib.get_close_matches(name, names, 1)
+            raise InvalidType(
+                "no such keyword",
+                where=function.__qualname__,
+                got=repr(name),
+                remedy=f"Perhaps {alike[0]} was meant" if alike else f"Choose from {names}",
             )
-        )
-    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
-    return function
+        return function(*args, **keywords)
+
+    checked.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return checked  # type: ignore[return-value]

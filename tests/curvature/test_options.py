@@ -146,3 +146,16 @@ def test_an_option_more_is_one_field():
     assert options.keywords()["toy"] == 2 and options != WithToy.of(options.likelihood)
     with pytest.raises(InvalidValue, match="toy"):
         WithToy.of("classification", toy=0)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "meant"),
+    [
+        (lambda model, **o: MarglikTuner(model, "classification", 7, **o), "kfac_aprox", "kfac_"),
+        (lambda model, **o: marglik_training(model, [], **o), "prior_precision", "prior_prec_init"),
+    ],
+    ids=["tuner", "training"],
+)
+def test_a_wrong_keyword_is_named_with_what_may_be_meant(function, name, meant):
+    with pytest.raises(TypeError, match=f"{name}.*Perhaps {meant}"):
+        function(build("mlp-tanh").model, **{name: 1.0})

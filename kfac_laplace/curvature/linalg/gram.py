@@ -11,6 +11,7 @@ from torch import Tensor
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.linalg.packed import diagonals, pack, packed_zeros, unpack
 from kfac_laplace.curvature.linalg.spectrum import eigenvalues
+from kfac_laplace.errors import UnsupportedUse
 
 #: Symmetric products are halved down to so many columns where BLAS has no call for half of one.
 WHOLE_COLUMNS = 256
@@ -119,6 +120,13 @@ class GramSum:
         assert not self._ended, "the sums belong to a Gram already"
         if not rows.numel():
             return
+        if rows.shape[-1] != self._i:
+            raise UnsupportedUse(
+                "a layer rule yields rows of another width than its matrix has",
+                where="layer rule",
+                got=f"{rows.shape[-1]} entries where the matrix has {self._i}",
+                remedy="Let matrix=(b, o, i) agree with inputs (b, *lead, i) and output rows (o)",
+            )
         if self._keeps(rows):
             return
         self._multiply_kept()

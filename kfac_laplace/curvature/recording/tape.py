@@ -10,6 +10,7 @@ unnoticed.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -184,6 +185,13 @@ class Tape(TorchFunctionMode):
         weight, bias = self._sources.get(layer.weight), self._sources.get(layer.bias)
         if weight is None and bias is None:  # the source came in as data
             return
+        if prod(layer.matrix) != layer.weight.numel():
+            raise UnsupportedUse(
+                "a layer rule sees its weight as matrices of another size",
+                where=next(source.params[0] for source in (weight, bias) if source is not None),
+                got=f"{layer.matrix} for a weight of shape {tuple(layer.weight.shape)}",
+                remedy="Let matrix=(b, o, i) hold each entry of the weight once",
+            )
         below = list(layer.data)
         if weight is None:
             below.append(layer.weight)
