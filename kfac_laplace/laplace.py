@@ -35,7 +35,7 @@ from kfac_laplace.posterior.predict.predictor import Predictor
 from kfac_laplace.posterior.prior import (
     Given,
     Prior,
-    check_mean,
+    checked_mean,
     given_precision,
     layouts_of,
     starting_precision,
@@ -123,8 +123,7 @@ class Laplace:
         check_sharing(self._sharing, hessian_structure)
         self.curvature = self._new_curvature()
         self.prior_structure = prior_structure
-        self.prior_mean = prior_mean
-        check_mean(prior_mean)
+        self.prior_mean = checked_mean(prior_mean)
         self.seed = seed
         self.dict_key_y = dict_key_y
         device = self.curvature.network.device
@@ -180,17 +179,26 @@ class Laplace:
             check_finite(value, where=name)
         if not override and any(not torch.equal(mode[n], v) for n, v in self._mode.items()):
             log.warning("the weights moved since the last fit: its curvature is kept as it was")
-        self._adopt(curvature, mode, self._hyper)
+        self._adopt(curvature, mode, self._hyper, self._patterns)
         self._loaders = [train_loader] if override else [*self._loaders, train_loader]
         return self
 
-    def _adopt(self, curvature: Curvature, mode: dict[str, Tensor], hyper: Hyperparameters) -> None:
-        """Take a finished curvature and mode; nothing is stored unless everything fits."""
+    def _adopt(
+        self,
+        curvature: Curvature,
+        mode: dict[str, Tensor],
+        hyper: Hyperparameters,
+        patterns: Mapping[str, float] | None = None,
+    ) -> None:
+        """Take a finished curvature and mode; nothing is stored unless everything fits.
+
+        Patterns, where given, set δ in place of the hyperparameters.
+        """
         device = curvature.network.device
         layouts = layouts_of(curvature.groups, curvature.params)
         prior = Prior.of(self._sharing, layouts, self.prior_mean, device)
         hyper = hyper.to(device)
-        given = hyper.prior_precision if self._patterns is None else self._patterns
+        given = hyper.prior_precision if patterns is None else patterns
         hyper = dataclass_replace(hyper, prior_precision=prior.resolve(given))
         self._posterior = Posterior(Expansion(curvature, mode, prior), hyper)
         self._patterns = None
