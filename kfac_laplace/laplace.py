@@ -36,7 +36,7 @@ from kfac_laplace.posterior.predict.predictor import Predictor
 from kfac_laplace.posterior.prior import (
     Given,
     Prior,
-    check_mean,
+    checked_mean,
     given_precision,
     layouts_of,
     starting_precision,
@@ -127,8 +127,7 @@ class Laplace:
         check_sharing(self._sharing, hessian_structure)
         self.curvature = Curvature.of(model, self.options)
         self.prior_structure = prior_structure
-        self.prior_mean = prior_mean
-        check_mean(prior_mean)
+        self.prior_mean = checked_mean(prior_mean)
         self.dict_key_y = dict_key_y
         device = self.curvature.network.device
         delta, self._patterns = starting_precision(prior_precision, device)
@@ -179,7 +178,7 @@ class Laplace:
             check_finite(value, where=name)
         if not override and any(not torch.equal(mode[n], v) for n, v in self._mode.items()):
             log.warning("the weights moved since the last fit: its curvature is kept as it was")
-        self._adopt(curvature, mode, self._hyper)
+        self._adopt(curvature, mode, self._hyper, self._patterns)
         self._loaders = [train_loader] if override else [*self._loaders, train_loader]
         return self
 
@@ -188,16 +187,20 @@ class Laplace:
         curvature: Curvature,
         mode: dict[str, Tensor],
         hyper: Hyperparameters,
+        patterns: Mapping[str, float] | None = None,
         sharing: str | None = None,
     ) -> None:
-        """Take a finished curvature and mode; nothing is stored unless everything fits."""
+        """Take a finished curvature and mode; nothing is stored unless everything fits.
+
+        Patterns, where given, set δ in place of the hyperparameters; a sharing is that of a state.
+        """
         device = curvature.network.device
         layouts = layouts_of(curvature.groups, curvature.params)
         prior = Prior.of(self._sharing, layouts, self.prior_mean, device)
         if sharing is not None:
             state.check_same_sharing(prior, sharing)
         hyper = hyper.to(device)
-        given = hyper.prior_precision if self._patterns is None else self._patterns
+        given = hyper.prior_precision if patterns is None else patterns
         hyper = dataclass_replace(hyper, prior_precision=prior.resolve(given))
         self._posterior = Posterior(Expansion(curvature.network, curvature.ggn, mode, prior), hyper)
         self._patterns = None
@@ -511,7 +514,7 @@ class Laplace:
             hyper = Hyperparameters.from_state(stored, device)
             scale = _checked_scale(state_dict["posterior_scale"], device)
         state.check_weights(curvature.network, mode)
-        self._adopt(curvature, mode, hyper, state_dict["sharing"])
+        self._adopt(curvature, mode, hyper, sharing=state_dict["sharing"])
         self._scale, self._loaders = scale, []
 
     def save(self, path: str | Path) -> None:

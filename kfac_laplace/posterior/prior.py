@@ -292,12 +292,13 @@ def starting_precision(
     return torch.ones((), dtype=torch.float64, device=device), given
 
 
-def check_mean(value: object) -> None:
-    """Raise `InvalidValue` or `InvalidType` unless a `prior_mean` is finite."""
-    for number in value.values() if isinstance(value, Mapping) else ():
-        one_number(real(number, "prior_mean"), "prior_mean")
-    if not isinstance(value, Mapping):
-        real(value, "prior_mean")
+def checked_mean(value: Given) -> Given:
+    """A `prior_mean`, checked to be finite; patterns with plain numbers."""
+    if isinstance(value, Mapping):
+        numbers = {pattern: real(number, "prior_mean") for pattern, number in value.items()}
+        return {p: float(one_number(number, "prior_mean")) for p, number in numbers.items()}
+    real(value, "prior_mean")
+    return value
 
 
 def _means(given: Given, layouts: Layouts, device: torch.device) -> dict[str, Mean]:

@@ -206,6 +206,14 @@ def test_the_scales_of_norms_may_have_a_mean_of_one(structure):
     assert float(la.scatter) < float(plain.scatter)
 
 
+def test_a_loaded_state_counts_where_patterns_wait():
+    la, case = dense.fit("mlp-tanh")
+    la.prior_precision = torch.tensor([2.0, 3.0])
+    fresh = Laplace(case.model, "classification", prior_precision={"*": 7.0})
+    fresh.load_state_dict(la.state_dict())
+    assert fresh.prior_precision.tolist() == [2.0, 3.0]
+
+
 def test_means_by_pattern_are_saved(tmp_path):
     la, case = dense.fit(
         "mlp-tanh",
