@@ -126,8 +126,8 @@ class Laplace:
         self._sharing = resolve_sharing(prior_structure)
         check_sharing(self._sharing, hessian_structure)
         self.curvature = Curvature.of(model, self.options)
-        self.prior_structure = prior_structure
-        self.prior_mean = checked_mean(prior_mean)
+        self._structure = prior_structure
+        self._mean = checked_mean(prior_mean)
         self.dict_key_y = dict_key_y
         device = self.curvature.network.device
         delta, self._patterns = starting_precision(prior_precision, device)
@@ -140,6 +140,21 @@ class Laplace:
         self._mode: dict[str, Tensor] = {}
         self._posterior: Posterior | None = None
         self._loaders: list[Iterable[Any]] = []
+
+    @property
+    def seed(self) -> int:
+        """Seed of all draws inside `fit`, and of predictions without a generator."""
+        return self.options.seed
+
+    @property
+    def prior_structure(self) -> PriorStructure:
+        """How δ is shared, as it was given."""
+        return self._structure
+
+    @property
+    def prior_mean(self) -> Given:
+        """μ, as it was given."""
+        return self._mean
 
     @property
     def likelihood(self) -> Likelihood:

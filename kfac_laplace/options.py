@@ -36,6 +36,13 @@ def check_whole(where: str, value: object, least: int | None = None) -> None:
         raise InvalidValue(f"must be at least {least}", where=where, got=value)
 
 
+def check_seed(seed: object) -> None:
+    """Raise `InvalidType` or `InvalidValue` unless torch's generators take a seed."""
+    check_whole("seed", seed)
+    if not -(2**63) <= int(seed) < 2**64:  # type: ignore[call-overload]
+        raise InvalidValue("beyond 64 bits", where="seed", got=seed)
+
+
 def check_positive(where: str, value: object) -> None:
     """Raise `InvalidType` unless a value is a number, `InvalidValue` unless it is above zero."""
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -4,6 +4,7 @@ All scaling happens here and in the blocks' normalisation: curvature is a raw su
 σ = 1 and T = 1. The likelihood scale 1/(σ²T) and the prior join in the posterior.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -73,7 +74,13 @@ class GGN:
         return GGN(self.options, self.knowledge, self.settings)
 
     def scaled(self, weight: float) -> "GGN":
-        """The GGN with every example counted `weight` ≥ 0 times."""
+        """The GGN with every example counted `weight` times.
+
+        Raises:
+            InvalidValue: a weight that is negative or not finite.
+        """
+        if not 0 <= weight < math.inf:
+            raise InvalidValue("a weight is finite and ≥ 0", where="weight", got=weight)
         return replace(
             self,
             blocks={name: block.scaled(weight) for name, block in self.blocks.items()},
@@ -101,6 +108,8 @@ class GGN:
         if not self.blocks:
             known = other.knowledge.with_rows_of(self.knowledge)
             return replace(other, options=self.options, knowledge=known)
+        if not other.blocks:
+            return replace(self, knowledge=self.knowledge.with_rows_of(other.knowledge))
         if self._signature() != other._signature():
             raise InvalidValue(
                 "the two were computed with different blocks or settings",
@@ -122,7 +131,7 @@ class GGN:
             self,
             knowledge=self.knowledge.with_rows_of(other.knowledge),
             blocks=blocks,
-            statistic=self.statistic.to(other.statistic.device) + other.statistic,
+            statistic=self.statistic + other.statistic.to(self.statistic.device),
             n_data=self.n_data + other.n_data,
             n_rows=self.n_rows + other.n_rows,
             n_outputs=self.n_outputs + other.n_outputs,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypedDict, TypeVar
 
+import numpy
+
 from kfac_laplace import likelihoods
 from kfac_laplace.curvature.estimate import fisher as fishers
 from kfac_laplace.curvature.estimate.blocks import STRUCTURES, Structure
@@ -19,7 +21,7 @@ from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
-from kfac_laplace.options import check_choice, check_whole, unknown
+from kfac_laplace.options import check_choice, check_seed, unknown
 
 UNCOVERED = ("diag", "error", "freeze")
 #: What stands in plain data for a function, which they cannot hold.
@@ -91,16 +93,24 @@ class CurvatureOptions:
     @classmethod
     def of(cls, likelihood: str | Likelihood, **keywords: Any) -> "CurvatureOptions":
         """Options from what users write: names instead of objects where there are names."""
-        keywords["fisher"] = fishers.resolve(keywords.get("fisher", "exact"))
-        return cls(likelihoods.resolve(likelihood), **keywords)
+        return cls(likelihood, **keywords)  # type: ignore[arg-type]  # resolved below
 
     def __post_init__(self) -> None:
-        """Check each option."""
+        """Resolve names, copy what callers could change later, and check each option."""
+        for option in fields(self):
+            object.__setattr__(self, option.name, _own(getattr(self, option.name)))
+        object.__setattr__(self, "likelihood", likelihoods.resolve(self.likelihood))
+        object.__setattr__(self, "fisher", fishers.resolve(self.fisher))
         check_choice("hessian_structure", self.hessian_structure, STRUCTURES)
         check_choice("uncovered", self.uncovered, UNCOVERED)
         check_kfac_approx(self.kfac_approx)
-        check_whole("seed", self.seed)
         Budget(self.memory_budget)  # checks it
+        check_seed(self.seed)
+        if not isinstance(self.joint_bias, bool):
+            raise InvalidType("neither True nor False", where="joint_bias", got=self.joint_bias)
+        for name in ("forward_fn", "batch_fn"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise InvalidType("not a function", where=name, got=repr(getattr(self, name)))
         if self.factor_dtype not in FACTOR_DTYPES:
             raise unknown("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
 
@@ -163,6 +173,15 @@ class CurvatureOptions:
                 kind, given = found[name]
                 found[name] = kinds[kind](**given)
         return found
+
+
+def _own(value: Any) -> Any:
+    """An option's value as ours: numbers of numpy as Python's, mappings and lists copied."""
+    if isinstance(value, numpy.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _own(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:

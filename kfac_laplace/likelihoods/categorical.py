@@ -133,7 +133,7 @@ class Categorical(Likelihood):
         """The log-likelihood itself."""
         return self.log_prob(f.double(), y, torch.ones(())).sum()
 
-    def log_likelihood(self, statistic: Tensor, count: int, sigma: Tensor) -> Tensor:
+    def log_likelihood(self, statistic: Tensor, count: float, sigma: Tensor) -> Tensor:
         """The summed statistic."""
         return statistic
 

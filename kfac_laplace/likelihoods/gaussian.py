@@ -43,7 +43,7 @@ class Gaussian(Likelihood):
         """The residual sum of squares."""
         return (y.double() - f.double()).square().sum()
 
-    def log_likelihood(self, statistic: Tensor, count: int, sigma: Tensor) -> Tensor:
+    def log_likelihood(self, statistic: Tensor, count: float, sigma: Tensor) -> Tensor:
         """−RSS/(2σ²) − ½ count log 2πσ²."""
         return -0.5 * statistic / sigma**2 - 0.5 * count * (2 * math.pi * sigma**2).log()
 

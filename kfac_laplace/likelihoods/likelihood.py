@@ -52,7 +52,8 @@ class Likelihood(ABC):
         """Λ for each row at σ = 1, shape (n, t, c, c): the Fisher information of y in f."""
 
     def rows(self, f: Tensor, sigma: Tensor) -> Distribution:
-        """`distribution` with a batch shape (...) for outputs (..., c)."""
+        """`distribution` with a batch shape (...) for outputs (..., c), at least float32."""
+        f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f  # few draw in these
         return by_row(self.distribution(f, sigma.to(f)), f)
 
     def log_prob(self, f: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class Likelihood(ABC):
         y = y.double() if y.is_floating_point() else y
         return self.log_prob(f.double(), y, _one(f)).sum()
 
-    def log_likelihood(self, statistic: Tensor, count: int, sigma: Tensor) -> Tensor:
+    def log_likelihood(self, statistic: Tensor, count: float, sigma: Tensor) -> Tensor:
         """log p(D | f, σ) from the summed statistic over `count` scalar outputs, shape ()."""
         return statistic
 
@@ -197,6 +198,14 @@ class Likelihood(ABC):
     def options(self) -> dict[str, Any]:
         """Constructor arguments as plain data, which tell likelihoods of one class apart."""
         return {}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether another is of the same class and options."""
+        return type(self) is type(other) and self.options() == other.options()
+
+    def __hash__(self) -> int:
+        """By class alone: options need not be hashable."""
+        return hash(type(self))
 
 
 def _one(f: Tensor) -> Tensor:

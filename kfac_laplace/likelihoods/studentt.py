@@ -54,7 +54,7 @@ class StudentT(Likelihood):
         """The table of y − f."""
         return residual_table(y.double() - f.double())
 
-    def log_likelihood(self, statistic: Tensor, count: int, sigma: Tensor) -> Tensor:
+    def log_likelihood(self, statistic: Tensor, count: float, sigma: Tensor) -> Tensor:
         """count · (log Γ((ν+1)/2)/Γ(ν/2) − ½ log πνσ²) − ½ (ν+1) Σ log(1 + r²/(νσ²))."""
         df = self.df
         constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(math.pi * df)

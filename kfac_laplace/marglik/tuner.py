@@ -37,7 +37,13 @@ from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.mackay import check_objective, mackay_steps
 from kfac_laplace.posterior.objectives import Objective, resolve_objective
-from kfac_laplace.posterior.prior import Given, Prior, layouts_of, starting_precision
+from kfac_laplace.posterior.prior import (
+    Given,
+    Prior,
+    checked_mean,
+    layouts_of,
+    starting_precision,
+)
 from kfac_laplace.posterior.sharing import PriorStructure, resolve_sharing, sharing_to_plain
 from kfac_laplace.posterior.state import check_options, check_same_sharing, refusing_damage
 from kfac_laplace.posterior.steps import adam
@@ -117,7 +123,7 @@ class MarglikTuner:
         self.n_hypersteps, self.lr_hyp, self.method = n_hypersteps, lr_hyp, method
         self._fixed: dict[str, Any] = {
             "prior_structure": prior_structure,
-            "prior_mean": prior_mean,
+            "prior_mean": checked_mean(prior_mean),
             "dict_key_y": dict_key_y,
         }
         blank = Laplace(
@@ -385,8 +391,7 @@ class MarglikTuner:
                 prior = self._prior_of(known)
                 prior.full(hyper.prior_precision)
                 check_same_sharing(prior, state["sharing"])
-        if prior is not None:
-            self._known, self._prior = known.with_rows_of(self._known), prior
+        self._known, self._prior = known.with_rows_of(self._known), prior
         self._take(hyper)
         self._epoch, self.history, self._patterns = epoch, history, patterns
         self._adam = copy.deepcopy(state["adam"])

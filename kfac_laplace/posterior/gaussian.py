@@ -106,7 +106,7 @@ class Posterior:
         """log p(D | θ*, σ), summed over examples, positions and outputs, before T."""
         ggn = self.ggn
         fit = ggn.likelihood.log_likelihood(
-            ggn.statistic, int(ggn.n_outputs), self.hyperparameters.sigma_noise
+            ggn.statistic, ggn.n_outputs, self.hyperparameters.sigma_noise
         )
         return fit if self.informed else torch.zeros_like(fit)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidType, InvalidValue
 
 Value = TypeVar("Value")
 
@@ -22,6 +22,10 @@ def by_name(patterns: Mapping[str, Value], names: Iterable[str], where: str) -> 
     """
     names = list(names)
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise InvalidType(
+                "not a pattern", where=where, got=repr(pattern), remedy="Pass a string"
+            )
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InvalidValue(
                 "pattern matches no parameter",

@@ -295,10 +295,12 @@ def starting_precision(
 def checked_mean(value: Given) -> Given:
     """A `prior_mean`, checked to be finite; patterns with plain numbers."""
     if isinstance(value, Mapping):
+        if not value:
+            raise InvalidValue("no pattern", where="prior_mean", got=value)
         numbers = {pattern: real(number, "prior_mean") for pattern, number in value.items()}
         return {p: float(one_number(number, "prior_mean")) for p, number in numbers.items()}
-    real(value, "prior_mean")
-    return value
+    mean = real(value, "prior_mean").detach()  # a copy: the caller's may change
+    return float(mean) if mean.numel() == 1 and not isinstance(value, Tensor) else mean
 
 
 def _means(given: Given, layouts: Layouts, device: torch.device) -> dict[str, Mean]:

@@ -95,12 +95,20 @@ def check_overrides(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
             )
 
 
+def _in_order(value: Any) -> Any:
+    """Plain data in which the order of mappings counts, as that of patterns does."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return [(key, _in_order(inner)) for key, inner in value.items()]
+    return value
+
+
 def check_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise `InvalidValue` where stored options contradict those of the posterior that loads."""
     for name in BINDING:
         mine, theirs = own.get(name), stored.get(name)
-        mine, theirs = (v.tolist() if isinstance(v, Tensor) else v for v in (mine, theirs))
-        if mine != theirs:
+        if _in_order(mine) != _in_order(theirs):
             raise InvalidValue(
                 "the state was made with another option",
                 where=name,

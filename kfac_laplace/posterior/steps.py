@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_laplace.errors import InvalidValue
 from kfac_laplace.options import unknown
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import FreeCoordinates, Hyperparameters
@@ -55,20 +56,31 @@ def maximise(posterior: Posterior, search: Search) -> Optimum:
         optimiser.zero_grad()
         loss = -slope_of(search.objective, posterior.at(free.value()))
         loss.backward()
+        if not _finite(loss, free):
+            raise _LeftTheDomain
         return loss
 
-    with torch.inference_mode(False), torch.enable_grad():
-        optimiser.step(closure)
-        final = -closure().detach()
-    if not bool(torch.isfinite(final)) or not all(
-        bool(leaf.isfinite().all()) for leaf in free.leaves
-    ):
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            optimiser.step(closure)
+            final = -closure().detach()
+    except _LeftTheDomain:
         start = posterior.hyperparameters.detached()
         return report(Optimum(start, float("nan"), False, search.n_steps), float("nan"))
     slope = max(float(leaf.grad.abs().max()) for leaf in free.leaves if leaf.grad is not None)
     steps = int(optimiser.state[free.leaves[0]]["n_iter"])
     converged = slope <= 10 * search.tolerance
     return report(Optimum(free.value().detached(), float(final), converged, steps), slope)
+
+
+class _LeftTheDomain(Exception):
+    """An objective or its gradient is not finite; torch's line search would not survive it."""
+
+
+def _finite(value: Tensor, free: FreeCoordinates) -> bool:
+    """Whether an objective, the free coordinates and its gradient in them are finite."""
+    grads = [leaf.grad for leaf in free.leaves if leaf.grad is not None]
+    return all(bool(t.detach().isfinite().all()) for t in (value, *free.leaves, *grads))
 
 
 def adam(
@@ -92,6 +104,9 @@ def adam(
 
     Returns:
         The hyperparameters after the steps, and Adam's state.
+
+    Raises:
+        InvalidValue: the objective or its gradient is not finite on the way.
     """
     free = FreeCoordinates(posterior.hyperparameters, free_names)
     optimiser = torch.optim.Adam(free.leaves, lr=lr)
@@ -101,6 +116,14 @@ def adam(
     with torch.inference_mode(False), torch.enable_grad():
         for _ in range(n_steps):
             optimiser.zero_grad()
-            (-slope_of(objective, posterior.at(free.value()))).backward()
+            loss = -slope_of(objective, posterior.at(free.value()))
+            loss.backward()
+            if not _finite(loss, free):
+                raise InvalidValue(
+                    "the objective or its gradient is not finite",
+                    where="objective",
+                    got=f"{-float(loss.detach())} at {posterior.at(free.value()).hyperparameters}",
+                    remedy="Lower lr_hyp, or keep the objective finite where hyperparameters go",
+                )
             optimiser.step()
     return free.value().detached(), optimiser.state_dict()

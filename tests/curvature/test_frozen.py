@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import build
 
-from kfac_laplace import Curvature
+from kfac_laplace import Curvature, Laplace
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError
 
 STRUCTURES = ["kron", "diag", "full"]
@@ -118,6 +118,37 @@ def test_a_moving_average_weighs_factors_by_their_counts(name):
         torch.testing.assert_close(block.factors.input, inputs, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(block.factors.output, outputs, rtol=1e-12, atol=1e-14)
     assert mean.n_data == pytest.approx(decay * old.n_data + new.n_data)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_weights_are_finite_and_not_negative(weight):
+    with pytest.raises(InvalidValue, match="weight"):
+        fitted("mlp-tanh").ggn.scaled(weight)
+
+
+def test_nothing_adds_nothing_on_either_side():
+    ggn = fitted("cnn").ggn
+    for total in (ggn + ggn.without_data(), ggn.without_data() + ggn):
+        assert total.n_data == ggn.n_data
+        assert all(torch.equal(b.dense(), ggn.blocks[k].dense()) for k, b in total.blocks.items())
+
+
+@pytest.mark.parametrize("weight", [0.3, 2.0])
+def test_the_log_likelihood_of_a_weight_is_that_much(weight):
+    """Also where no whole number of outputs is left."""
+    case = build("mlp-regression")
+    la = Laplace(case.model, case.likelihood, sigma_noise=0.7).fit(case.batches)
+    full = float(la.log_likelihood)
+    la.curvature.ggn = la.curvature.ggn.scaled(weight)
+    assert float(la.log_likelihood) == pytest.approx(weight * full, rel=1e-12)
+
+
+def test_sums_stay_on_the_device_of_the_latest_batch():
+    """A batch's statistic is not fetched from its device: here from one that has no data."""
+    curvature = fitted("mlp-tanh")
+    nothing, batch = curvature.ggn.without_data(), curvature.ggn
+    moved = dataclasses.replace(batch, statistic=batch.statistic.to("meta"))
+    assert moved.after(nothing).statistic.device.type == "meta"
 
 
 def test_sums_of_different_kinds_are_refused():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 
+import numpy
 import pytest
 import torch
 from cases import build
@@ -159,3 +161,51 @@ def test_an_option_more_is_one_field():
 def test_a_wrong_keyword_is_named_with_what_may_be_meant(function, name, meant):
     with pytest.raises(TypeError, match=f"{name}.*Perhaps {meant}"):
         function(build("mlp-tanh").model, **{name: 1.0})
+
+
+def test_names_stand_for_objects_however_options_are_made():
+    direct = CurvatureOptions("classification", fisher="mc")
+    assert direct == CurvatureOptions.of("classification", fisher=MonteCarlo())
+    assert isinstance(direct.likelihood, Categorical)
+    assert direct != CurvatureOptions(Categorical(label_smoothing=0.1), fisher="mc")
+
+
+def test_what_callers_change_later_does_not_reach_the_options():
+    given, subset = {"*": "expand"}, ["2.*"]
+    options = CurvatureOptions.of("classification", kfac_approx=given, subset_of_weights=subset)
+    given["*"] = "reduce"
+    subset.append("0.*")
+    assert options.kfac_approx == {"*": "expand"} and options.subset_of_weights == ["2.*"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", numpy.int64(2)),
+        ("memory_budget", numpy.int64(10**6)),
+        ("joint_bias", numpy.bool_(False)),
+        ("kfac_approx", MappingProxyType({"*": "expand"})),
+    ],
+)
+def test_numbers_of_numpy_and_other_mappings_are_plain(name, value, tmp_path):
+    case = build("mlp-tanh")
+    la = Laplace(case.model, case.likelihood, **{name: value}).fit(case.batches)
+    la.save(tmp_path / "la.pt")
+    again = Laplace.load(tmp_path / "la.pt", case.model)
+    assert again.options == la.options
+    assert torch.equal(again.log_marginal_likelihood(), la.log_marginal_likelihood())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("joint_bias", "no", InvalidType),
+        ("forward_fn", 3, InvalidType),
+        ("batch_fn", "pairs", InvalidType),
+        ("seed", 2**70, InvalidValue),
+        ("memory_budget", 0, InvalidValue),
+    ],
+)
+def test_options_of_a_wrong_kind(name, value, error):
+    with pytest.raises(error, match=name):
+        Laplace(build("mlp-tanh").model, "classification", **{name: value})

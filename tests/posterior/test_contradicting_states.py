@@ -162,3 +162,52 @@ def test_states_hold_hyperparameters_of_any_sign():
 def test_mackay_refuses_what_it_would_leave_alone():
     with pytest.raises(UnsupportedUse, match="slope"):
         FixedPoint(fitted().posterior, ("prior_precision", "slope"))
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("prior_structure", {"0.*": "scalar", "2.*": "scalar"}, {"2.*": "scalar", "0.*": "scalar"}),
+        ("prior_mean", {"0.*": 1.0, "*": 2.0}, {"*": 2.0, "0.*": 1.0}),
+        ("kfac_approx", {"0*": "expand", "*": "reduce"}, {"*": "reduce", "0*": "expand"}),
+    ],
+)
+def test_the_order_of_patterns_counts(name, one, other):
+    case = build("mlp-tanh")
+    la = Laplace(case.model, case.likelihood, **{name: one}).fit(case.batches)
+    tuner = MarglikTuner(case.model, case.likelihood, 7, **{name: one})
+    for reader, state in (
+        (Laplace(case.model, case.likelihood, **{name: other}), la.state_dict()),
+        (MarglikTuner(case.model, case.likelihood, 7, **{name: other}), tuner.state_dict()),
+    ):
+        with pytest.raises(InvalidValue, match=name):
+            reader.load_state_dict(state)
+
+
+def test_a_tuners_state_of_before_the_first_batch_forgets_the_groups():
+    """A loss at precisions by pattern is refused then, as that of a fresh tuner is."""
+    case = build("mlp-tanh")
+    patterns = {"0.*": 2.0, "*": 3.0}
+    tuner = MarglikTuner(case.model, case.likelihood, 7, prior_precision=patterns)
+    state = tuner.state_dict()
+    tuner.step(case.batches)
+    tuner.load_state_dict(state)
+    with pytest.raises(InvalidValue, match="prepare"):
+        tuner.loss(case.model(case.x), case.y)
+
+
+def test_what_was_given_cannot_be_written_over():
+    """It would say something else than what is stored."""
+    la = fitted()
+    for name in ("seed", "prior_structure", "prior_mean", "likelihood"):
+        with pytest.raises(AttributeError):
+            setattr(la, name, getattr(la, name))
+
+
+def test_a_mean_that_changes_later_is_not_the_priors():
+    case = build("mlp-tanh")
+    mean = torch.zeros(sum(p.numel() for p in case.model.parameters()), dtype=torch.float64)
+    la = Laplace(case.model, case.likelihood, prior_mean=mean)
+    mean.fill_(100.0)
+    zero = Laplace(case.model, case.likelihood).fit(case.batches)
+    assert torch.equal(la.fit(case.batches).scatter, zero.scatter)

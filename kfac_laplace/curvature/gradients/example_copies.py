@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch
+from kfac_laplace.curvature.model.unchanged import attributes_kept, has_hooks
 from kfac_laplace.errors import UnsupportedUse
 
 #: takes parameters by name and inputs to aligned outputs (rows, t, c)
@@ -23,22 +24,30 @@ class ExampleGraph:
 
     Args:
         forward: the model, aligned.
+        model: itself, whose attributes are put back: what it keeps inside a vectorised pass is of
+            no use outside. One with hooks is not vectorised.
         params: the parameters wanted; all others stay as they are.
         batch: inputs of n examples.
     """
 
-    def __init__(self, forward: ForwardOne, params: Mapping[str, Tensor], batch: AnyBatch):
+    def __init__(
+        self,
+        forward: ForwardOne,
+        model: nn.Module,
+        params: Mapping[str, Tensor],
+        batch: AnyBatch,
+    ):
         self._copies = {
             name: p.detach().expand(batch.n, *p.shape).clone().requires_grad_()
             for name, p in params.items()
         }
         self._forward, self._batch = forward, batch
-        self._vectorised = isinstance(batch, Batch)
-        if not isinstance(batch, Batch):
+        self._vectorised = isinstance(batch, Batch) and not has_hooks(model)
+        if not isinstance(batch, Batch) or has_hooks(model):
             self._loop()
             return
         try:
-            with warnings.catch_warnings():
+            with attributes_kept(model), warnings.catch_warnings():
                 # Slower operations without a batching rule are still right.
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
                 self.outputs = torch.func.vmap(self._one)(self._copies, batch.by_example)

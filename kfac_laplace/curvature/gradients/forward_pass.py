@@ -186,7 +186,7 @@ class ForwardPass:
             output = self.forward(x, {**held, **chosen})
             return accumulable(self.likelihood.align(output, self.knowledge.class_axis))
 
-        graph = ExampleGraph(aligned, copied, self.batch)
+        graph = ExampleGraph(aligned, self.forward.model, copied, self.batch)
         graph.check(self.outputs.detach(), torch.finfo(self.recording.output.dtype).eps)
         return graph
 

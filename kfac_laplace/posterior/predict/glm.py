@@ -101,7 +101,7 @@ def _by_row(passed: ForwardPass, features: Tensor) -> Tensor:
 def _inputs_at_once(posterior: Posterior, batch: AnyBatch) -> int:
     """How many inputs to run together, so that one output row of each stays under the budget."""
     ggn, network = posterior.ggn, posterior.network
-    outputs = max(1, int(ggn.n_outputs // ggn.n_data))
+    outputs = max(1, round(ggn.n_outputs / ggn.n_data)) if ggn.n_data else 1
     some = next(iter(posterior.mode_for_model.values()))
     budget = network.budget.gradient_rows(some) // _entries(ggn)
     if batch.n <= budget // outputs:

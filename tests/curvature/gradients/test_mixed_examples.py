@@ -142,7 +142,7 @@ def test_a_graph_of_examples_alone_checks_what_it_is_given(reads):
         return torch.func.functional_call(model, replaced, (inputs,))[:, None]  # (n, t, c)
 
     centres = {"centres": model.centres}
-    graph = ExampleGraph(forward, centres, Batch(x, torch.device("cpu")))
+    graph = ExampleGraph(forward, nn.Identity(), centres, Batch(x, torch.device("cpu")))
     assert sizes == ([1] * 6 if reads else [1])  # one vectorised pass, or a failure and five more
     want, _ = outputs(model, x)
     assert relative_error(graph.outputs.detach(), want[:, None]) < EXACT

@@ -151,3 +151,30 @@ def test_unknown_objectives_name_the_option():
         la.optimize_prior(objective="exakt")
     with pytest.raises(InvalidValue, match="objective"):
         MarglikTuner(case.model, "classification", 7, objective="exakt")
+
+
+def test_an_objective_that_leaves_its_domain_changes_nothing(caplog):
+    """Just beyond its start it is not a number, and uphill leads there."""
+    case = build("mlp-tanh")
+    la = Laplace(case.model, case.likelihood).fit(case.batches)
+    before = la.prior_precision.clone()
+
+    def bounded(posterior):
+        delta = posterior.hyperparameters.prior_precision
+        return delta.sum() + 1e-9 * (1.001 - delta).log().sum()
+
+    la.optimize_prior(objective=bounded)
+    assert torch.equal(la.prior_precision, before)
+    assert "not finite" in caplog.text
+
+
+def test_a_round_of_an_objective_that_is_no_number_is_refused():
+    case = build("mlp-tanh")
+    tuner = MarglikTuner(
+        case.model, case.likelihood, 7, objective=lambda p: p.log_marginal_likelihood * torch.nan
+    )
+    before = tuner.hyperparameters()["prior_precision"]
+    with pytest.raises(InvalidValue, match="objective"):
+        tuner.step(case.batches)
+    assert torch.equal(tuner.hyperparameters()["prior_precision"], before)
+    assert not tuner.history and bool(torch.isfinite(tuner.loss(case.model(case.x), case.y)))
