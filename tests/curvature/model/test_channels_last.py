@@ -138,10 +138,10 @@ def test_networks_with_norms_are_left_alone(middle, n):
 
 
 @pytest.mark.parametrize("wire", [normed_first, normed_last], ids=lambda wire: wire.__name__)
-def test_a_norm_counts_wherever_it_is(wire):
-    """Also where it is no module: calls are seen."""
+def test_a_norm_of_images_counts_wherever_it_is(wire):
+    """Also where it is no module: calls are seen. Norms of features are none of images."""
     curvature = assert_same_in_double(Images(wire, nn.Identity()), batch(5), kfac_approx="expand")
-    assert not curvature.ggn.knowledge.reorders
+    assert curvature.ggn.knowledge.reorders == (wire is normed_last)
 
 
 def orders_seen(model: Images, n: int) -> list[bool]:
