@@ -68,7 +68,8 @@ class MarglikTuner:
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
         kfac_approx: as for `Laplace`; so are fisher, hessian_structure, subset_of_weights,
-            joint_bias, uncovered, seed, factor_dtype, dict_key_y, forward_fn and batch_fn.
+            joint_bias, uncovered, seed, factor_dtype, memory_budget, dict_key_y, forward_fn and
+            batch_fn.
         n_epochs_burnin: no round before this epoch (epochs count from 1).
         marglik_frequency: a round in every epoch that is a multiple of it.
         n_hypersteps: steps in each round.
