@@ -47,6 +47,7 @@ class Inputs(ABC):
             if total is None:
                 total = GramSum(len(piece), piece.shape[-1], piece, dtype)
             total.add(piece)
+            del piece  # which the sums need no memory beside
         assert total is not None
         return total.gram()
 
