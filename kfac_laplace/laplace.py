@@ -1,5 +1,6 @@
 """`Laplace`: the facade that users call. Each verb is a few lines over the modules beside it."""
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -126,7 +127,7 @@ class Laplace:
         self._sharing = resolve_sharing(prior_structure)
         check_sharing(self._sharing, hessian_structure)
         self.curvature = Curvature.of(model, self.options)
-        self._structure = prior_structure
+        self._structure = copy.deepcopy(prior_structure)  # the caller's mapping may change
         self._mean = checked_mean(prior_mean)
         self.dict_key_y = dict_key_y
         device = self.curvature.network.device

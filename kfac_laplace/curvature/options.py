@@ -131,7 +131,7 @@ class CurvatureOptions:
 
     @property
     def loss(self) -> tuple[type[Likelihood], dict[str, Any]]:
-        """The likelihood by kind and options: objects of one's own have no equality."""
+        """The likelihood by kind and options, which `options` has to tell apart."""
         return type(self.likelihood), self.likelihood.options()
 
     @property

@@ -123,7 +123,7 @@ class MarglikTuner:
         self.n_epochs_burnin, self.marglik_frequency = n_epochs_burnin, marglik_frequency
         self.n_hypersteps, self.lr_hyp, self.method = n_hypersteps, lr_hyp, method
         self._fixed: dict[str, Any] = {
-            "prior_structure": prior_structure,
+            "prior_structure": copy.deepcopy(prior_structure),
             "prior_mean": checked_mean(prior_mean),
             "dict_key_y": dict_key_y,
         }

@@ -179,14 +179,14 @@ class ForwardPass:
         if not copied:
             return None
         # With gradients, as in the model itself: a checkpoint that is recomputed in the backward
-        # pass must save the same tensors in the same order. Made here: not under vectorisation.
+        # pass must save the same tensors in the same order.
         held = {name: p.detach().requires_grad_() for name, p in self.params.items()}
 
         def aligned(chosen: Mapping[str, Tensor], x: object) -> Tensor:
             output = self.forward(x, {**held, **chosen})
             return accumulable(self.likelihood.align(output, self.knowledge.class_axis))
 
-        graph = ExampleGraph(aligned, self.forward.model, copied, self.batch)
+        graph = ExampleGraph(aligned, copied, self.batch)
         graph.check(self.outputs.detach(), torch.finfo(self.recording.output.dtype).eps)
         return graph
 

@@ -1,9 +1,7 @@
 """Leaving the caller's model as it was: modes, random states, inference tensors, wrappers."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,28 +75,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         _restore_modes(model, modes)
-
-
-@contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what modules keep in attributes and buffers, and in lists and mappings of these."""
-    holders: list[Any] = [own for m in model.modules() for own in (m.__dict__, m._buffers)]
-    holders += [own for held in holders for own in held.values() if isinstance(own, dict | list)]
-    contents = [copy.copy(own) for own in holders]
-    try:
-        yield
-    finally:
-        for own, content in zip(holders, contents, strict=True):
-            if isinstance(own, list):
-                own[:] = content
-            else:
-                own.clear()
-                own.update(content)
-
-
-def has_hooks(model: nn.Module) -> bool:
-    """Whether code of the caller's runs in forward passes beside the modules' own."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def evaluate_afresh(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ REFUSAL = "an example alone gives another output than in its batch"
 TOLERANCE = torch.finfo(torch.float64).eps ** 0.5
 
 structures = pytest.mark.parametrize("structure", ["kron", "diag", "full"])
-#: Models that read numbers out of tensors cannot be vectorised, and run example by example.
+#: Models that read numbers out of tensors, and models that do not.
 ways = pytest.mark.parametrize("reads", [False, True], ids=["plain", "reads-numbers"])
 
 Mix = Callable[[Tensor, Tensor], Tensor]
@@ -142,8 +142,8 @@ def test_a_graph_of_examples_alone_checks_what_it_is_given(reads):
         return torch.func.functional_call(model, replaced, (inputs,))[:, None]  # (n, t, c)
 
     centres = {"centres": model.centres}
-    graph = ExampleGraph(forward, nn.Identity(), centres, Batch(x, torch.device("cpu")))
-    assert sizes == ([1] * 6 if reads else [1])  # one vectorised pass, or a failure and five more
+    graph = ExampleGraph(forward, centres, Batch(x, torch.device("cpu")))
+    assert sizes == [1] * 5
     want, _ = outputs(model, x)
     assert relative_error(graph.outputs.detach(), want[:, None]) < EXACT
     graph.check(want[:, None], eps)

@@ -52,17 +52,6 @@ def test_what_a_model_keeps_can_be_used_after_a_fit(reads):
     assert bool(torch.isfinite(la(batches[0][0])).all())
 
 
-def test_copies_stay_vectorised():
-    """Models that keep tensors do not pay for it: each example alone would call forward again."""
-    model, batches = Keeping(False).double(), data()
-    Curvature(model, "classification").fit(batches[:1])
-    calls = len(model.all)
-    model.all.clear()
-    Curvature(model, "classification").fit([(torch.cat([x for x, _ in batches]),
-                                             torch.cat([y for _, y in batches]))])  # fmt: skip
-    assert len(model.all) == calls  # of 9 examples as of 4
-
-
 def test_hooks_of_the_callers_see_tensors():
     model, batches, seen = Keeping(False).double(), data(), {}
     model.first.register_forward_hook(lambda module, x, y: seen.__setitem__("y", y.detach()))
@@ -70,17 +59,36 @@ def test_hooks_of_the_callers_see_tensors():
     assert bool(torch.isfinite(seen["y"] + 0).all())
 
 
-def test_blocks_are_those_of_examples_alone():
-    """With a hook the copies run one after another: the same numbers."""
+class Branching(Keeping):
+    """Gradients that a forward pass changes: by a hook of a module or tensor, or by a branch."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(False)
+        self.how, self.tanh = how, nn.Tanh()
+        if how == "module hook":
+            self.tanh.register_full_backward_hook(lambda module, i, o: (10 * i[0],))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x) + self.mixing.exp().sum(0)
+        if self.how == "tensor hook" and z.requires_grad:
+            z.register_hook(lambda gradient: 10 * gradient)
+        if self.how == "branch":
+            z = z + (9 * (z - z.detach()) if z.requires_grad else 0)
+        return self.head(self.tanh(z))
+
+
+@pytest.mark.parametrize("how", ["module hook", "tensor hook", "branch"])
+def test_gradients_are_those_that_the_model_really_has(how):
+    """Ten times as large as those of the values, in every example of its own."""
     batches = data()
-    model = Keeping(False).double()
-    together = Curvature(model, "classification").fit(batches)
-    model.first.register_forward_hook(lambda *_: None)
-    alone = Curvature(model, "classification").fit(batches)
-    for name, block in together.blocks.items():
-        torch.testing.assert_close(
-            block.dense(), alone.blocks[name].dense(), rtol=1e-11, atol=1e-13
-        )
+    model = Branching(how).double()
+    changed = Curvature(model, "classification", hessian_structure="diag").fit(batches)
+    plain = Branching("").double()
+    plain.load_state_dict(model.state_dict())
+    values = Curvature(plain, "classification", hessian_structure="diag").fit(batches)
+    torch.testing.assert_close(
+        changed.blocks["mixing"].dense(), 100 * values.blocks["mixing"].dense()
+    )
 
 
 def test_training_goes_on():
