@@ -16,7 +16,6 @@ from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.options import CurvatureOptions
-from kfac_laplace.curvature.rows.layout import Layout
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 
@@ -58,11 +57,6 @@ class GGN:
     def groups(self) -> tuple[Group, ...]:
         """Groups of parameters that share a block, in model order."""
         return self.knowledge.groups
-
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        """Layout of each group, in the order of layerwise precisions."""
-        return {group.name: group.layout for group in self.groups}
 
     @property
     def params(self) -> tuple[str, ...]:

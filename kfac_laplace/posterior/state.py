@@ -9,16 +9,24 @@ from torch import Tensor
 
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError
+from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.prior import Prior
 
 FORMAT = 4
+KEYS = {
+    "format",
+    "options",
+    "curvature",
+    "mode",
+    "sharing",
+    "hyperparameters",
+    "posterior_scale",
+}
 
 
 def check_state(state: Mapping[str, Any]) -> None:
     """Raise `InvalidValue` unless the state is one of ours."""
-    keys = {"format", "options", "curvature", "mode", "hyperparameters", "posterior_scale"}
-    keys.add("sharing")
-    if not isinstance(state, Mapping) or keys - set(state):
+    if not isinstance(state, Mapping) or KEYS - set(state):
         raise InvalidValue(
             "not the state of a Laplace posterior",
             where="state",
@@ -84,8 +92,10 @@ def check_overrides(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
         stored: options as plain data.
         overrides: keywords beside the file.
     """
+    held = {name for name, value in stored.items() if value is not None} - set(CHOSEN)
+    held |= Hyperparameters.rows().keys()
     for name in overrides:
-        if name not in CHOSEN and not (name in stored and stored[name] is None):
+        if name in held:
             raise InvalidValue(
                 "the file holds this already",
                 where=name,

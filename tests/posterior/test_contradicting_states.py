@@ -62,6 +62,13 @@ def test_what_a_file_holds_cannot_be_overridden(name, value, tmp_path):
         Laplace.load(tmp_path / "la.pt", la.model, **{name: value})
 
 
+def test_a_wrong_keyword_is_none_of_the_files(tmp_path):
+    la = fitted()
+    la.save(tmp_path / "la.pt")
+    with pytest.raises(TypeError, match="sead"):
+        Laplace.load(tmp_path / "la.pt", la.model, sead=3)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("seed", 3), ("memory_budget", 2**20), ("dict_key_y", "y")]
 )
