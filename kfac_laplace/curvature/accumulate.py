@@ -1,15 +1,26 @@
 """One batch more: a GGN, a model and a batch give the GGN of both."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from kfac_laplace.curvature.estimate.cancellation import (
+    EXAMPLES,
+    relative_traces,
+    sharing_groups,
+)
 from kfac_laplace.curvature.estimate.estimator import Plan, estimate
-from kfac_laplace.curvature.estimate.settings import Setting, resolve_settings
+from kfac_laplace.curvature.estimate.settings import (
+    Setting,
+    cancelled,
+    chosen_settings,
+    keeping_curvature,
+)
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
@@ -79,7 +90,8 @@ def _of_batch(
     if not passed.knowledge.groups:
         check_examples(passed)
         passed = passed.knowing(_with_groups(passed, ggn.options))
-        settings = _settings(passed, ggn.options)
+        few = partial(_few, network, passed, parameters)
+        settings = _settings(passed, ggn.options, few)
     idle = _idle_examples(passed.weights)
     # Examples whose labels are all ignored would enter the input factors alone.
     if bool(idle.any()) and not bool(idle.all()) and isinstance(batch, Batch):
@@ -90,9 +102,7 @@ def _of_batch(
     options = ggn.options
     dtype = SumDtype(options.factor_dtype)
     plan = Plan(options.hessian_structure, settings, options.fisher, dtype)
-    blocks, cancelling = estimate(passed, plan, targets, generator)
-    if cancelling:
-        _warn_of_cancellation(cancelling)
+    blocks = estimate(passed, plan, targets, generator)
     if bool(idle.all()):
         blocks = {name: block.zero() for name, block in blocks.items()}
     for name, block in blocks.items():
@@ -102,7 +112,7 @@ def _of_batch(
                 where=name,
                 remedy="Check inputs and weights; half precision may overflow",
             )
-    known = replace(passed.knowledge, watched=True)
+    known = passed.learned
     return GGN(ggn.options, known, settings, blocks, statistic, batch.n, len(f), f.numel())
 
 
@@ -146,11 +156,45 @@ def _with_groups(passed: ForwardPass, options: CurvatureOptions) -> Knowledge:
     return replace(known, listed=True)
 
 
-def _settings(passed: ForwardPass, options: CurvatureOptions) -> dict[str, Setting]:
-    """Expand or reduce for each group with Kronecker factors."""
+def _few(
+    network: Network, passed: ForwardPass, parameters: Mapping[str, Tensor] | None
+) -> ForwardPass:
+    """A pass over the first examples of a batch; that of the batch where these are all."""
+    if passed.n <= EXAMPLES or not isinstance(passed.batch, Batch):
+        return passed
+    chosen = torch.arange(EXAMPLES)
+    few = network.record(passed.batch.select(chosen), passed.knowledge, parameters)
+    weights = passed.weights
+    return few.weighted(weights if weights is None or len(weights) == 1 else weights[:EXAMPLES])
+
+
+def _settings(
+    passed: ForwardPass, options: CurvatureOptions, few: Callable[[], ForwardPass]
+) -> dict[str, Setting]:
+    """Expand or reduce for each group with Kronecker factors.
+
+    "auto" is expand where the loss keeps the shared axis (token or pixel outputs), and reduce where
+    the model returns one output row for each example; but not for layers that it would blind.
+    """
     layers = [group.name for group in passed.knowledge.groups if group.treatment == "kron"]
+    chosen = chosen_settings(options.kfac_approx, layers)
     shared = passed.recording.output.ndim > 2 or passed.output_segments is not None
-    return resolve_settings(options.kfac_approx, layers, shared)
+    settings: dict[str, Setting] = {
+        name: "expand" if setting == "expand" or (setting == "auto" and shared) else "reduce"
+        for name, setting in chosen.items()
+    }
+    reduced = [group for group in sharing_groups(passed) if settings[group.name] == "reduce"]
+    if not reduced or options.hessian_structure != "kron":
+        return settings
+    traces, blind = relative_traces(few(), reduced), []
+    for group in reduced:
+        if chosen[group.name] == "auto":
+            settings[group.name] = keeping_curvature(traces[group.name], group.layout.parts)
+        elif cancelled(traces[group.name]):
+            blind.append(group.name)
+    if blind:
+        _warn_of_cancellation(blind)
+    return settings
 
 
 def _idle_examples(weights: Tensor | None) -> Tensor:
@@ -160,12 +204,12 @@ def _idle_examples(weights: Tensor | None) -> Tensor:
     return (weights == 0).flatten(1).all(1)
 
 
-def _warn_of_cancellation(blind: tuple[str, ...]) -> None:
-    """Say where reduce sees no curvature although there is some."""
+def _warn_of_cancellation(blind: list[str]) -> None:
+    """Say where reduce sees next to no curvature although there is some."""
     log.warning(
-        "K-FAC-reduce sees no curvature in %s: an example's gradients cancel over the "
-        "shared axis, as those of attention keys do. Give each of them the setting "
-        "'expand', as in kfac_approx={'%s': 'expand', '*': 'auto'}",
+        "K-FAC-reduce sees less than a tenth of the curvature in %s: an example's gradients "
+        "cancel over the shared axis, as those of attention keys do. Give each of them the setting "
+        "'expand', as in kfac_approx={'%s': 'expand', '*': 'reduce'}, or leave it to 'auto'",
         ", ".join(blind),
         blind[0],
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.estimate.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
-from kfac_laplace.curvature.estimate.settings import Setting
+from kfac_laplace.curvature.estimate.settings import Setting, of_part
 from kfac_laplace.curvature.gradients.by_group import (
     factored_gradient,
     flat_gradients,
@@ -18,11 +18,10 @@ from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group, Term
 from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
 from kfac_laplace.curvature.linalg.gram import Gram, GramSum
+from kfac_laplace.curvature.recording.live_rows import is_nonzero
 from kfac_laplace.curvature.rows.inputs import Inputs
 from kfac_laplace.curvature.rows.layout import Layout
 
-#: Of the squared gradient rows, so much is left by rounding where they cancel.
-CANCELLED = 1e-9
 #: Most rows that are not zero show it in their first entries.
 SOME_COLUMNS = 16
 
@@ -52,10 +51,6 @@ class Accumulator(ABC):
     @abstractmethod
     def block(self) -> Block:
         """The finished block."""
-
-    def cancels(self) -> bool:
-        """Whether the sum sees no curvature where gradients of single positions have some."""
-        return False
 
 
 class WholeGradients(Accumulator):
@@ -87,18 +82,17 @@ class KroneckerAccumulator(Accumulator):
     """
 
     def __init__(self, group: Group, passed: ForwardPass, setting: Setting, dtype: SumDtype):
-        self._group, self._passed, self._setting, self._dtype = group, passed, setting, dtype
+        self._group, self._passed, self._dtype = group, passed, dtype
         self._terms = passed.terms[group.name]
         self.uses = frozenset(term.use for term in self._terms)
         self._of_example: dict[int, Tensor] = {}  # of the vector at hand, by first block
         b, o, _ = group.layout.matrix
         device = passed.device
         self._device = device
-        shared = setting == "expand" and any(map(self._shared, self._terms))
+        blocks = b // group.layout.parts
+        self._settings = {t.start: of_part(setting, t.start // blocks) for t in self._terms}
+        shared = "expand" in self._settings.values() and any(map(self._shared, self._terms))
         self._outputs = GramSum(b, o, passed.outputs.detach(), dtype.of_rows(shared))
-        # Gradients that cancel are looked for in a network's first batch.
-        self._watching = not passed.knowledge.watched
-        self._before_summing = torch.zeros(b, device=device)
         self._live: dict[int, Tensor] = {}
         self._complete = {t.use for t in self._terms if not _may_drop(t, passed.n)}
         for term in self._terms:
@@ -115,16 +109,13 @@ class KroneckerAccumulator(Accumulator):
             if term.use != use:
                 continue
             self._see(term, own)
-            if self._setting == "expand":
+            if self._settings[term.start] == "expand":
                 self._outputs.add(own[0], term.start)
                 continue
             row_layout, n = self._passed.row_layout(use), self._passed.n
             part = row_layout.by_example(own, n, block_axis=1).sum(3)[0]  # (b, n, o)
             known = self._of_example.get(term.start)
             self._of_example[term.start] = part if known is None else known + part
-            if self._watching:
-                squares = own.square().sum((0, *range(2, own.ndim)))  # (b,)
-                self._before_summing[term.start : term.start + len(squares)] += squares
 
     def finish_vector(self, generic: Mapping[str, Tensor]) -> None:
         """Add Σ b̂ b̂ᵀ over the sums by example, in which uses are more shared positions."""
@@ -142,16 +133,6 @@ class KroneckerAccumulator(Accumulator):
         if bool(self._live[term.use].all()):
             self._complete.add(term.use)
 
-    def cancels(self) -> bool:
-        """Whether the gradients of each example cancel over its positions, which leaves B = 0.
-
-        Attention keys do so: softmax does not see a shift of all keys by one vector. The block of a
-        bias is exact, so that one is truly zero.
-        """
-        if self._group.role == "bias":
-            return False
-        return bool((self._outputs.trace() < CANCELLED * self._before_summing).any())
-
     def block(self) -> KroneckerBlock:
         """Sums and counts."""
         starts: dict[int, list[Term]] = {}
@@ -162,9 +143,8 @@ class KroneckerAccumulator(Accumulator):
         found: dict[int, Gram | Tensor] = {}
         count = torch.zeros(b, dtype=torch.float64, device=self._device)
         for start, terms in starts.items():
-            found[start], number = (
-                self._rows(terms) if self._setting == "expand" else self._means(terms)
-            )
+            sums = self._rows if self._settings[start] == "expand" else self._means
+            found[start], number = sums(terms)
             blocks = b // self._group.layout.parts
             count[start : start + blocks] = number
         if len(found) == 1 and self._group.layout.parts == 1:
@@ -219,11 +199,11 @@ class KroneckerAccumulator(Accumulator):
 
 def _nonzero_rows(rows: Tensor) -> Tensor:
     """Which rows (1, b, *lead, o) have an entry that is not zero in any block, shape (*lead)."""
-    first = (rows[..., :SOME_COLUMNS] != 0).any(-1).flatten(0, 1).any(0)
+    first = is_nonzero(rows[..., :SOME_COLUMNS]).any(-1).flatten(0, 1).any(0)
     if rows.shape[-1] <= SOME_COLUMNS or bool(first.all()):
         return first
     others = rows[..., SOME_COLUMNS:].movedim((0, 1), (-3, -2))[~first]  # (m, 1, b, o)
-    first[~first] = (others != 0).flatten(1).any(1)
+    first[~first] = is_nonzero(others).flatten(1).any(1)
     return first
 
 

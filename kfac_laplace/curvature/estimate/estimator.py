@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 from torch import Generator, Tensor
 
@@ -42,21 +41,8 @@ class Plan:
     dtype: SumDtype = SumDtype()
 
 
-class Estimate(NamedTuple):
-    """What one batch contributes.
-
-    Args:
-        blocks: by name of their groups, or one block "full".
-        cancelling: names of the groups in which gradients cancel under reduce, where that was
-            looked for.
-    """
-
-    blocks: dict[str, Block]
-    cancelling: tuple[str, ...]
-
-
-def estimate(passed: ForwardPass, plan: Plan, y: Tensor, generator: Generator) -> Estimate:
-    """The blocks of a recorded pass, and where reduce is blind (looked for in a first batch).
+def estimate(passed: ForwardPass, plan: Plan, y: Tensor, generator: Generator) -> dict[str, Block]:
+    """The blocks of a recorded pass, by name of their groups, or one block "full".
 
     Args:
         passed: the forward pass, with the groups of its parameters known.
@@ -72,10 +58,9 @@ def estimate(passed: ForwardPass, plan: Plan, y: Tensor, generator: Generator) -
         _add_vectors(passed, vectors, made)
     else:
         made = _add_cut(cut, made)
-    blind = [] if passed.knowledge.watched else [n for n, part in made.items() if part.cancels()]
     # One by one, so that the sums of a finished block need no memory beside the next.
     with without_autocast(passed.device):
-        return Estimate({name: made.pop(name).block() for name in list(made)}, tuple(blind))
+        return {name: made.pop(name).block() for name in list(made)}
 
 
 def _accumulators(passed: ForwardPass, plan: Plan) -> dict[str, Accumulator]:

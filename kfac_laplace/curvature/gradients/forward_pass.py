@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.recording.backward import Backward
-from kfac_laplace.curvature.recording.live_rows import reachable_rows
-from kfac_laplace.curvature.recording.tape import Recording, Use
+from kfac_laplace.curvature.recording.live_rows import irregular, reachable_rows
+from kfac_laplace.curvature.recording.moved_rows import read_when_moved
+from kfac_laplace.curvature.recording.tape import Nudge, Recording, Tape, Use
 from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout, Segments
 from kfac_laplace.errors import UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
@@ -201,10 +203,47 @@ class ForwardPass:
             backward(vector, lambda u, rows: found.setdefault(u, []).append(rows))
         return {u: torch.cat(rows) if len(rows) > 1 else rows[0] for u, rows in found.items()}
 
-    @cached_property
+    @property
     def reachable(self) -> list[Tensor]:
         """For each use a mask over the leading axes of its rows: those that outputs depend on."""
-        return reachable_rows(self.recording, self.outputs, self.weights)
+        return self._read[0]
+
+    @property
+    def learned(self) -> Knowledge:
+        """What is known after all that was asked of this pass."""
+        unread = self._read[1] if "_read" in vars(self) else frozenset()
+        return replace(self.knowledge, unread=self.knowledge.unread | unread)
+
+    @cached_property
+    def _read(self) -> tuple[list[Tensor], frozenset[bytes]]:
+        """Masks of the rows that are read, and the patterns found not to be, wherever they are."""
+        vector = irregular(self.outputs, self.weights)
+        reached = reachable_rows(self.recording, self.outputs, vector)
+        unread = self._patterns(reached)
+        if unread <= self.knowledge.unread and unread:
+            return reached, frozenset()
+        found = read_when_moved(self.recording, reached, self._again, self.outputs, self.weights)
+        settled = all(torch.equal(mask, more) for mask, more in zip(reached, found, strict=True))
+        return found, unread if settled else frozenset()
+
+    def _patterns(self, reached: Sequence[Tensor]) -> frozenset[bytes]:
+        """Which rows of an example are not read, as digests; none where rows are not in order."""
+        masks = []
+        for u, mask in enumerate(reached):
+            layout = self._known_layout(u)
+            if not isinstance(layout, Axis) or not layout.fits(mask.shape, self.n):
+                return frozenset()
+            masks.append(layout.by_example(mask[None, ..., None], self.n, 0)[0, ..., 0])
+        joint = torch.cat(masks, 1).cpu().numpy()
+        return frozenset(blake2b(row.tobytes(), digest_size=16).digest() for row in joint)
+
+    def _again(self, nudge: Nudge) -> tuple[Recording, Tensor]:
+        """Run the model again with something done to its recorded calls; with its outputs."""
+        own = self.batch.copied()
+        with Tape(self.params, own.data, own.n, nudge) as tape:
+            output = self.forward(own.x, self.params)
+        again = replace(self, recording=tape.recording(output))
+        return again.recording, again.outputs
 
     def row_layout(self, u: int) -> RowLayout:
         """Row layout of a use, or an error that asks for it."""

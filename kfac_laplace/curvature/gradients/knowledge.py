@@ -24,8 +24,9 @@ class Knowledge:
         row_layouts: which rows of a use belong to which example; None where no layout fits.
         settled: uses whose layout no later batch can contradict.
         row_entries: gradient rows of one example and vector, all recorded calls together.
+        unread: digests of the patterns of rows that no output of an example depends on, wherever
+            the rows are moved.
         reorders: whether images may be handed to convolutions with channels last.
-        watched: whether gradients that cancel under reduce were looked for.
         listed: whether the log says what has no Kronecker factors.
     """
 
@@ -35,8 +36,8 @@ class Knowledge:
     row_layouts: Mapping[UseKey, RowLayout | None] = field(default_factory=dict)
     settled: frozenset[UseKey] = frozenset()
     row_entries: int = 1
+    unread: frozenset[bytes] = frozenset()
     reorders: bool = True
-    watched: bool = False
     listed: bool = False
 
     @property
@@ -70,7 +71,7 @@ class Knowledge:
             self,
             row_layouts={**self.row_layouts, **other.row_layouts},
             settled=self.settled | other.settled,
+            unread=self.unread | other.unread,
             reorders=self.reorders and other.reorders,
-            watched=self.watched or other.watched,
             listed=self.listed or other.listed,
         )

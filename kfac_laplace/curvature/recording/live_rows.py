@@ -2,8 +2,9 @@
 
 Padding, and tokens that nothing reads, receive no gradient and must not enter input factors. Rows
 behind a rectifier that happens to be off, or that win no maximum, receive none either, but are
-ordinary positions: their input belongs to the average. A backward pass in which rectifiers and
-maxima let everything through tells the two apart.
+ordinary positions: their input belongs to the average. A row counts if the outputs would depend on
+it at some other values of the rows. A backward pass in which the usual rectifiers and maxima let
+everything through finds most of these at once; `moved_rows` finds those that are spelled otherwise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,8 @@ def _spread_pool(grad_inputs: Gradients, grad_outputs: Gradients) -> tuple[Tenso
     return (F.interpolate(given, wanted.shape[2:]),)
 
 
+#: Smallest gradient that counts, in any precision.
+SMALLEST = torch.finfo(torch.float32).tiny
 #: Autograd nodes of elementwise functions that are flat on half of their inputs or more.
 GATES = (
     "ReluBackward",
@@ -79,31 +82,53 @@ POOLS = (
 )
 
 
-def reachable_rows(recording: Recording, outputs: Tensor, counted: Tensor | None) -> list[Tensor]:
+def reachable_rows(recording: Recording, outputs: Tensor, vector: Tensor) -> list[Tensor]:
     """For each recorded use a mask over the leading axes of its rows: those that outputs see.
 
     Args:
         recording: the forward pass.
         outputs: f (n, t, c) in its graph.
-        counted: weights of the outputs in the loss, broadcastable to (n, t, c), where zeros do not
-            count; None if all do.
+        vector: what is backpropagated, shaped like them.
     """
-    # Irregular weights: equal ones could cancel in a softmax or a normalisation.
-    weights = torch.arange(1, outputs.numel() + 1, dtype=outputs.dtype, device=outputs.device)
-    vector = (weights % 97 + 1).sqrt().reshape(outputs.shape)
-    if counted is not None:
-        vector = vector * (counted != 0)
+    with _open_gates(outputs):
+        return rows_reached(recording, outputs, vector)
+
+
+def rows_reached(recording: Recording, outputs: Tensor, vector: Tensor) -> list[Tensor]:
+    """Where the gradients of a vector are not zero; arguments as for `reachable_rows`."""
     reached = [
         torch.zeros(use.layer.inputs.lead, dtype=torch.bool, device=outputs.device)
         for use in recording.uses
     ]
 
     def receive(u: int, rows: Tensor) -> None:
-        reached[u] = (rows[0] != 0).any(-1).any(0)
+        reached[u] = is_nonzero(rows[0]).any(-1).any(0)
 
-    with _open_gates(outputs):
-        Backward(recording, outputs, range(len(recording.uses)))(vector, receive)
+    Backward(recording, outputs, range(len(recording.uses)))(vector, receive)
     return reached
+
+
+def irregular(outputs: Tensor, counted: Tensor | None) -> Tensor:
+    """A backward vector for outputs (n, t, c) that sees all of them that count.
+
+    Args:
+        outputs: gives shape, dtype and device.
+        counted: weights of the outputs in the loss, broadcastable to (n, t, c), where zeros do not
+            count; None if all do.
+    """
+    # Irregular weights: equal ones could cancel in a softmax or a normalisation.
+    weights = torch.arange(1, outputs.numel() + 1, dtype=outputs.dtype, device=outputs.device)
+    vector = (weights % 97 + 1).sqrt().reshape(outputs.shape)
+    return vector if counted is None else vector * (counted != 0)
+
+
+def is_nonzero(rows: Tensor) -> Tensor:
+    """Which entries count as not zero: those that float32 holds, so that precision does not matter.
+
+    What overflowed or is no number says nothing.
+    """
+    size = rows.abs()
+    return (size >= SMALLEST) & (size < torch.inf)
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from kfac_laplace.curvature.model.tensors import tensors_in
 from kfac_laplace.curvature.recording.sources import Source, Sources
 from kfac_laplace.errors import UnsupportedUse
 
+Nudge = Callable[[int, Layer, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Use:
@@ -36,6 +38,7 @@ class Use:
         bias: the source of its bias, if that is tracked.
         edge: gradient edge of its output.
         below: the graph nodes under it that are not its sources.
+        call: its place among the recorded calls, those that the output does not depend on included.
     """
 
     layer: Layer
@@ -43,6 +46,7 @@ class Use:
     bias: Source | None
     edge: GradientEdge
     below: tuple[Node, ...]
+    call: int = 0
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -81,10 +85,19 @@ class Tape(TorchFunctionMode):
         tracked: parameter names and the tensors that the model will use for them.
         data: the model's inputs that differ between examples.
         n: number of examples.
+        nudge: changes the output of a recorded call in place, if given; called with the call's
+            place among them, its layer and its output.
     """
 
-    def __init__(self, tracked: Mapping[str, Tensor], data: Iterable[Tensor], n: int):
+    def __init__(
+        self,
+        tracked: Mapping[str, Tensor],
+        data: Iterable[Tensor],
+        n: int,
+        nudge: Nudge | None = None,
+    ):
         super().__init__()
+        self._nudge = nudge
         self._sources = Sources(tracked)
         self._names = {id(tensor): name for name, tensor in tracked.items()}
         self._data = WeakTensorKeyDictionary(dict.fromkeys(data, True))
@@ -202,7 +215,10 @@ class Tape(TorchFunctionMode):
             for t in below
             if id(t) in before or (t is not output and t.requires_grad)
         )
-        self.uses.append(Use(layer, weight, bias, get_gradient_edge(output), nodes))
+        if self._nudge is not None:
+            self._nudge(len(self.uses), layer, output)
+        edge = get_gradient_edge(output)
+        self.uses.append(Use(layer, weight, bias, edge, nodes, len(self.uses)))
 
     def recording(self, output: Tensor) -> Recording:
         """Close the tape over the model's output.

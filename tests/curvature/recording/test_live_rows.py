@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case
-from laws import assert_dense_structures_are_exact, assert_kfac_block, fitted, seeded_case
+from laws import (
+    assert_dense_structures_are_exact,
+    assert_kfac_block,
+    fitted,
+    relative_error,
+    seeded_case,
+)
 from torch import Tensor, nn
+
+from kfac_laplace import Curvature
 
 CLASSES = 3
 settings = pytest.mark.parametrize("setting", ["expand", "reduce"])
@@ -31,7 +40,21 @@ RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": lambda z: F.hardswish(3 * z),
     "softshrink": lambda z: F.softshrink(z, 1.0),
     "hardshrink": lambda z: F.hardshrink(z, 1.0),
+    # The same functions, written by hand.
+    "times a mask": lambda z: z * (z > 0),
+    "times a mask of floats": lambda z: z * (z > 0).to(z.dtype),
+    "where": lambda z: torch.where(z > 0, z, 0.0),
+    "masked_fill": lambda z: z.masked_fill(z < 0, 0.0),
+    "written into": lambda z: written(z.clone()),
+    "half of z + |z|": lambda z: (z + z.abs()) / 2,
+    "heaviside": lambda z: z * torch.heaviside(z.detach(), torch.zeros((), dtype=z.dtype)),
+    "maximum of a stack": lambda z: torch.stack([z, torch.zeros_like(z)]).max(0).values,
 }
+
+
+def written(z: Tensor) -> Tensor:
+    z[z < 0] = 0.0
+    return z
 
 
 class Rectified(nn.Module):
@@ -73,18 +96,20 @@ def test_rows_behind_a_rectifier_that_is_off_stay(name, setting):
 class PaddedAndRectified(nn.Module):
     """Rows of zeros are padding; what is left goes through a rectifier."""
 
-    def __init__(self):
+    def __init__(self, rectifier: Callable[[Tensor], Tensor] = F.relu):
         super().__init__()
         self.first, self.head = nn.Linear(3, 2), nn.Linear(2, CLASSES)
+        self.rectifier = rectifier
 
     def forward(self, x: Tensor) -> Tensor:
         rows = (x != 0).any(-1, keepdim=True)
-        return self.head(((self.first(x) - 0.7).relu() * rows).sum(1) / rows.sum(1))
+        return self.head((self.rectifier(self.first(x) - 0.7) * rows).sum(1) / rows.sum(1))
 
 
 @settings
-def test_padding_leaves_where_rectified_rows_stay(setting):
-    example = seeded_case(PaddedAndRectified, (6, 3))
+@pytest.mark.parametrize("name", ["relu", "times a mask", "where", "half of z + |z|"])
+def test_padding_leaves_where_rectified_rows_stay(name, setting):
+    example = seeded_case(lambda: PaddedAndRectified(RECTIFIERS[name]), (6, 3))
     for x, _ in example.batches:
         x[:, 4:] = 0
         x[0, 2:] = 0
@@ -92,6 +117,44 @@ def test_padding_leaves_where_rectified_rows_stay(setting):
     assert (off_rows(example, "first") & live).any() and (~live).any()
     curvature = fitted(example, kfac_approx=setting)
     assert_kfac_block(example, curvature, "first", setting, live=live)
+
+
+@settings
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["relu", "times a mask", "half of z + |z|"])
+def test_precision_does_not_decide_which_rows_count(name, dtype, setting):
+    """A of the first layer holds inputs alone: it is that of float64, up to their rounding."""
+    x, y = torch.randn(30, 6, 3), torch.randint(0, CLASSES, (30,))
+
+    def inputs(dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(4)
+        model = Rectified(RECTIFIERS[name]).to(dtype)
+        found = Curvature(model, "classification", kfac_approx=setting).fit([(x.to(dtype), y)])
+        return found.blocks["first.weight"].factors.input.double()
+
+    exact = inputs(torch.float64)
+    assert relative_error(inputs(dtype), exact) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("score", [-60.0, -1e4, -float("inf")])
+def test_masks_by_scores_too_small_for_float32_are_masks(score):
+    """exp(−60) is no zero, but what is multiplied by it in float64 would not be seen in others."""
+
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(3, 2), nn.Linear(2, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = torch.where((x != 0).any(-1), 0.0, 2 * score)
+            return self.head((scores.softmax(1)[..., None] * self.first(x).tanh()).sum(1))
+
+    example = seeded_case(Weighted, (6, 3))
+    for x, _ in example.batches:
+        x[:, 4:] = 0
+    found = fitted(example, kfac_approx="expand").blocks["first.weight"].factors.input[0]
+    rows = torch.cat([example.x, torch.ones_like(example.x[..., :1])], -1)[:, :4].flatten(0, 1)
+    assert relative_error(found, rows.mT @ rows / len(rows)) < 1e-12
 
 
 class MaxPooled(nn.Module):
@@ -113,6 +176,15 @@ MAXIMA: dict[str, Callable[[Tensor], Tensor]] = {
     "amax of two axes": lambda h: h.unflatten(1, (2, 3)).amax((1, -2)),
     "strided pool": lambda h: F.max_pool1d(h.mT, 2).mean(-1),
     "pool": lambda h: F.adaptive_max_pool1d(h.mT, 1)[..., 0],
+    "topk": lambda h: h.topk(1, 1).values[:, 0],
+    "sort": lambda h: h.sort(1).values[:, -1],
+    "kthvalue": lambda h: h.kthvalue(h.shape[1], 1).values,
+    "quantile": lambda h: h.quantile(1.0, dim=1),
+    "cummax": lambda h: h.cummax(1).values[:, -1],
+    "gather": lambda h: h.gather(1, h.argmax(1, keepdim=True))[:, 0],
+    "one-hot": lambda h: (h * F.one_hot(h.argmax(1), h.shape[1]).mT).sum(1),
+    "one after another": lambda h: reduce(torch.maximum, h.unbind(1)),
+    "two of them": lambda h: h.topk(2, 1).values.mean(1),
 }
 
 
