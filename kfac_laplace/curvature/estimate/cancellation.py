@@ -20,7 +20,7 @@ from kfac_laplace.likelihoods import Likelihood
 
 #: Examples looked at, and vectors of signs. Traces are sums: a factor of two shows in a handful.
 EXAMPLES = 8
-VECTORS = 4
+VECTORS = 2
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from kfac_laplace.curvature.recording.tape import Nudge, Recording
 #: How far entries are moved, in units of the mean size of their layer's output, as powers of two:
 #: far enough at first to turn a rectifier on, then less far, too, where saturation would hide rows.
 FIRST, LEAST, MOST = 1.0, -3.0, 4.0
-#: Moves after which to stop: without effect on any output from the start, and without any more
-#: rows once there has been an effect.
-WITHOUT_EFFECT, FRUITLESS = 2, 8
+#: Moves after which to stop without any more rows, once there has been an effect on any output.
+FRUITLESS = 8
+#: A row of so many entries is sure to be moved up in some and down in others at once.
+MANY = 8
 #: Length of the table of noise; a prime, so that rows differ.
 TABLE = 10007
 #: A maximum over positions shows as many rows in a move as there are channels.
@@ -75,13 +76,19 @@ def read_when_moved(
         counted: as for `irregular`.
     """
     found, effect, fruitless = [mask.clone() for mask in reached], False, 0
+    narrow = any(
+        use.layer.matrix[0] * use.layer.matrix[1] < MANY
+        for use, mask in zip(recording.uses, reached, strict=True)
+        if not bool(mask.all())
+    )
+    without_effect = 2 if narrow else 1
     for k in range(MOST_MOVES):
         rows = {
             use.call: ~mask
             for use, mask in zip(recording.uses, found, strict=True)
             if not bool(mask.all())
         }
-        if not rows or fruitless == (FRUITLESS if effect else WITHOUT_EFFECT):
+        if not rows or fruitless == (FRUITLESS if effect else without_effect):
             break
         moved, there = again(Move(rows, sign=(-1) ** k, seed=k // 2, alone=bool(k // 2 % 2)))
         fruitless += 1
