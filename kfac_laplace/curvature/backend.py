@@ -202,6 +202,7 @@ class Curvature:
                 got=type(loader).__name__,
                 remedy="Pass a DataLoader or a list of batches",
             )
+        self.network.check_none_new(self.ggn.knowledge, self.options.subset_of_weights)
         batches = 0
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
             for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):
