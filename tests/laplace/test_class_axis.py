@@ -7,7 +7,7 @@ import pytest
 import torch
 from taggers import Last, Tagger, dense_ggn, dense_log_likelihood, labelled
 
-from kfac_laplace import Curvature, Laplace
+from kfac_laplace import Curvature, Laplace, marglik_training
 from kfac_laplace.errors import InvalidValue
 
 C = 3
@@ -182,6 +182,17 @@ def test_curvatures_with_other_axes_do_not_merge():
     other = Curvature(model, "classification").fit([labelled(2, 4)])
     with pytest.raises(InvalidValue, match="class_axis"):
         one.merge(other)
+
+
+@axes
+def test_the_whole_loop_with_the_option(axis):
+    """`prepare`, losses, rounds and the final fit on nothing but ambiguous batches."""
+    torch.manual_seed(1)
+    batches = [labelled(2, C), labelled(2, C)]
+    la, model, *_ = marglik_training(
+        Tagger(axis), batches, hessian_structure="full", n_epochs=2, class_axis=axis
+    )
+    torch.testing.assert_close(la.curvature.blocks["full"].dense(), dense_ggn(model, batches))
 
 
 @pytest.mark.parametrize("likelihood", ["regression", "binary", "poisson", "studentt"])
