@@ -77,6 +77,8 @@ class Laplace:
         factor_dtype: precision in which curvature is summed, "auto", torch.float64 or
             torch.float32; see `Curvature`.
         dict_key_y: name of the targets where batches are mappings.
+        class_axis: axis of the outputs that holds the outputs of one row, also from the end; None:
+            told by the shapes, and refused where they allow two.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of a loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take; see `Curvature`.
@@ -105,6 +107,7 @@ class Laplace:
         seed: int = 0,
         factor_dtype: FactorDtype = "auto",
         dict_key_y: str = "labels",
+        class_axis: int | None = None,
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
         memory_budget: int | None = None,
@@ -120,6 +123,7 @@ class Laplace:
             uncovered=uncovered,
             seed=seed,
             factor_dtype=factor_dtype,
+            class_axis=class_axis,
             forward_fn=forward_fn,
             batch_fn=batch_fn,
             memory_budget=memory_budget,

@@ -35,7 +35,7 @@ from kfac_laplace.errors import (
     KfacLaplaceError,
     UnsupportedUse,
 )
-from kfac_laplace.likelihoods import check_finite
+from kfac_laplace.likelihoods import aligned_target, check_finite, settled_axis
 
 log = logging.getLogger("kfac_laplace")
 
@@ -81,7 +81,7 @@ def _of_batch(
 ) -> GGN:
     """The GGN of one batch, by what is known and what this batch teaches."""
     passed = network.record(batch, ggn.knowledge, parameters)
-    passed, f, y = _aligned(passed, y.to(network.device), first=not ggn.n_data)
+    passed, f, y = _aligned(passed, y.to(network.device), ggn.options.class_axis)
     statistic = ggn.likelihood.statistic(f, y)
     targets = passed.by_example(y)
     passed = passed.weighted(ggn.likelihood.importance(targets))
@@ -116,7 +116,9 @@ def _of_batch(
     return GGN(ggn.options, known, settings, blocks, statistic, batch.n, len(f), f.numel())
 
 
-def _aligned(passed: ForwardPass, y: Tensor, first: bool) -> tuple[ForwardPass, Tensor, Tensor]:
+def _aligned(
+    passed: ForwardPass, y: Tensor, given: int | None
+) -> tuple[ForwardPass, Tensor, Tensor]:
     """The pass with its class axis known, outputs (rows, t, c) without graph, and targets."""
     output = passed.recording.output
     rows = (output.ndim and output.shape[0], y.ndim and y.shape[0])
@@ -128,12 +130,11 @@ def _aligned(passed: ForwardPass, y: Tensor, first: bool) -> tuple[ForwardPass, 
             got=f"{passed.n} inputs, output {tuple(output.shape)}, target {tuple(y.shape)}",
             remedy="The first axis must run over the examples",
         )
-    axis = passed.likelihood.class_axis(output, y)
-    if first:
-        passed = passed.knowing(replace(passed.knowledge, class_axis=axis))
+    axis = settled_axis(passed.likelihood, output, y, given, passed.knowledge.axis)
+    passed = passed.knowing(passed.knowledge.with_axis(axis, output.ndim))
     f = passed.output_rows.detach()
     check_finite(f)
-    return passed, f, passed.likelihood.align_target(y, f)
+    return passed, f, aligned_target(passed.likelihood, y, output.shape, f, axis)
 
 
 def _with_groups(passed: ForwardPass, options: CurvatureOptions) -> Knowledge:

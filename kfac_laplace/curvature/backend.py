@@ -48,6 +48,8 @@ class Curvature:
         seed: seed of labels and signs.
         factor_dtype: precision in which products of rows are summed; `CurvatureOptions` says what
             each of "auto", torch.float64 and torch.float32 costs.
+        class_axis: axis of the outputs that holds the outputs of one row, also from the end; None:
+            told by the shapes, and refused where they allow two.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take, about; None: 1 GiB on a CPU, 8 GiB on
@@ -71,6 +73,7 @@ class Curvature:
         uncovered: str = "diag",
         seed: int = 0,
         factor_dtype: FactorDtype = "auto",
+        class_axis: int | None = None,
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
         memory_budget: int | None = None,
@@ -85,6 +88,7 @@ class Curvature:
             uncovered=uncovered,
             seed=seed,
             factor_dtype=factor_dtype,
+            class_axis=class_axis,
             forward_fn=forward_fn,
             batch_fn=batch_fn,
             memory_budget=memory_budget,
@@ -198,6 +202,7 @@ class Curvature:
                 got=type(loader).__name__,
                 remedy="Pass a DataLoader or a list of batches",
             )
+        self.network.check_none_new(self.ggn.knowledge, self.options.subset_of_weights)
         batches = 0
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
             for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):

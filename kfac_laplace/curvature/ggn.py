@@ -90,7 +90,8 @@ class GGN:
         A moving average with decay ρ is `old.scaled(ρ) + new`, whose `n_data` is its weight.
 
         Raises:
-            InvalidValue: the two have other structures, likelihoods, blocks or settings.
+            InvalidValue: the two have other structures, likelihoods, blocks or settings, or their
+                classes on different axes.
         """
         if self.options.binding != other.options.binding:
             raise InvalidValue(
@@ -98,6 +99,14 @@ class GGN:
                 where="merge",
                 got=f"'{other.options.hessian_structure}' into '{self.options.hessian_structure}'",
                 remedy="Use the same options for both",
+            )
+        axes = {self.knowledge.axis, other.knowledge.axis} - {None}
+        if len(axes) > 1:
+            raise InvalidValue(
+                "the two have their classes on different axes of the output",
+                where="merge",
+                got=f"{other.knowledge.axis} into {self.knowledge.axis}",
+                remedy="Give both the same class_axis",
             )
         if not self.blocks:
             known = other.knowledge.with_rows_of(self.knowledge)

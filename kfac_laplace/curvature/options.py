@@ -21,7 +21,7 @@ from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
-from kfac_laplace.options import check_choice, check_seed, unknown
+from kfac_laplace.options import check_choice, check_seed, check_whole, unknown
 
 UNCOVERED = ("diag", "error", "freeze")
 #: What stands in plain data for a function, which they cannot hold.
@@ -41,6 +41,7 @@ class CurvatureKeywords(TypedDict, total=False):
     uncovered: str
     seed: int
     factor_dtype: FactorDtype
+    class_axis: int | None
     forward_fn: ForwardFn | None
     batch_fn: BatchFn | None
     memory_budget: int | None
@@ -67,6 +68,9 @@ class CurvatureOptions:
             precision before. torch.float64: all of it. torch.float32: nothing, which is fastest on
             devices that are slow in float64, and loses small eigenvalues (more so under TF32):
             trust the evidence then only where prior precisions are not small.
+        class_axis: axis of the outputs that holds the outputs of one row, counted from 0 (the
+            examples) or from the end. None: told by the first batch whose outputs have more than
+            two axes, and refused where its shapes allow two.
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take, about, here and in what a posterior
@@ -86,6 +90,7 @@ class CurvatureOptions:
     uncovered: str = "diag"
     seed: int = 0
     factor_dtype: FactorDtype = "auto"
+    class_axis: int | None = None
     forward_fn: ForwardFn | None = None
     batch_fn: BatchFn | None = None
     memory_budget: int | None = None
@@ -108,6 +113,10 @@ class CurvatureOptions:
         check_seed(self.seed)
         if not isinstance(self.joint_bias, bool):
             raise InvalidType("neither True nor False", where="joint_bias", got=self.joint_bias)
+        if self.class_axis is not None:
+            check_whole("class_axis", self.class_axis)
+            if self.class_axis == 0:
+                raise InvalidValue("axis 0 runs over the examples", where="class_axis", got=0)
         for name in ("forward_fn", "batch_fn"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise InvalidType("not a function", where=name, got=repr(getattr(self, name)))

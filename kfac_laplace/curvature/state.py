@@ -65,6 +65,7 @@ def ggn_from_state(state: Mapping[str, Any], network: Network, options: Curvatur
         known,
         tracked=tuple(state["tracked"]),
         class_axis=state["class_axis"],
+        axis_known=True,
         row_entries=state["row_entries"],
         row_layouts={
             (tuple(params), nth): _row_layout(plain) for params, nth, plain in state["row_layouts"]

@@ -6,6 +6,8 @@ through `precision` and `log_likelihood`.
 """
 
 from kfac_laplace.errors import InvalidType
+from kfac_laplace.likelihoods.alignment import aligned_target as aligned_target
+from kfac_laplace.likelihoods.alignment import settled_axis as settled_axis
 from kfac_laplace.likelihoods.bernoulli import Bernoulli as Bernoulli
 from kfac_laplace.likelihoods.categorical import Categorical as Categorical
 from kfac_laplace.likelihoods.checks import check_finite as check_finite

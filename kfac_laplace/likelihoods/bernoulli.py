@@ -45,10 +45,9 @@ class Bernoulli(Likelihood):
         """Zeros and ones of probabilities sigmoid(f), without the weight."""
         return Independent(BernoulliDistribution(logits=f), 1)
 
-    def class_axis(self, output: Tensor, target: Tensor) -> int:
-        """The last axis."""
-        check_same_layout(output, target)
-        return -1
+    def check_axis(self, shape: Sequence[int], target: Tensor, axis: int) -> None:
+        """One target for each output, whatever the axis."""
+        check_same_layout(shape, target)
 
     def align_target(self, target: Tensor, f: Tensor) -> Tensor:
         """Targets in [0, 1] of any real dtype, as (n, t, c)."""

@@ -10,6 +10,7 @@ from torch.distributions import Categorical as CategoricalDistribution
 from torch.distributions import Distribution
 
 from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.likelihoods.axes import ambiguous, without
 from kfac_laplace.likelihoods.checks import check_length, loss_weight
 from kfac_laplace.likelihoods.latent import Latent
 from kfac_laplace.likelihoods.likelihood import Likelihood
@@ -57,17 +58,35 @@ class Categorical(Likelihood):
         return CategoricalDistribution(logits=f)
 
     def class_axis(self, output: Tensor, target: Tensor) -> int:
-        """The last axis where `output.shape[:-1] == target.shape`, else axis 1."""
-        if output.shape[:-1] == target.shape:
-            return -1
-        if output.ndim < 2 or target.shape != (output.shape[0], *output.shape[2:]):
+        """The last axis where `output.shape[:-1] == target.shape`, else axis 1.
+
+        Raises:
+            InvalidValue: neither, or both: there are as many positions as classes.
+        """
+        shape, labels = output.shape, target.shape
+        last = shape[:-1] == labels
+        second = len(shape) > 1 and labels == (shape[0], *shape[2:])
+        if last and second and len(shape) > 2 and max(shape[1:]) > 1:
+            raise ambiguous(shape, labels)
+        if not last and not second:
             raise InvalidValue(
                 "labels do not match the output",
                 where="target",
-                got=f"{tuple(target.shape)} for an output {tuple(output.shape)}",
+                got=f"{tuple(labels)} for an output {tuple(shape)}",
                 remedy="Labels have the output's shape without its class axis, last or second",
             )
-        return 1
+        return -1 if last else 1
+
+    def check_axis(self, shape: Sequence[int], target: Tensor, axis: int) -> None:
+        """Labels have the output's shape without its class axis."""
+        if not shape or target.shape != without(shape, axis if len(shape) > 2 else -1):
+            raise InvalidValue(
+                "labels do not match the output, whose classes lie along another axis",
+                where="target",
+                got=f"{tuple(target.shape)} for an output {tuple(shape)} with classes on axis "
+                f"{axis}, as class_axis or an earlier batch has it",
+                remedy="Labels have the output's shape without its class axis",
+            )
 
     def align_target(self, target: Tensor, f: Tensor) -> Tensor:
         """Labels (n, t), checked for dtype, shape and range."""

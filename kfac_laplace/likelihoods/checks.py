@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.likelihoods.axes import same_layout
 
 
 def check_finite(f: Tensor, where: str = "model output") -> None:
@@ -20,27 +21,28 @@ def check_finite(f: Tensor, where: str = "model output") -> None:
         )
 
 
-def check_same_layout(output: Tensor, target: Tensor) -> None:
+def check_same_layout(shape: Sequence[int], target: Tensor) -> None:
     """Targets are shaped as the output, but for axes of length 1: no broadcasting."""
-    if [s for s in output.shape if s != 1] != [s for s in target.shape if s != 1]:
+    if not same_layout(shape, target.shape):
         raise InvalidValue(
             "targets do not match the output",
             where="target",
-            got=f"{tuple(target.shape)} for an output {tuple(output.shape)}",
+            got=f"{tuple(target.shape)} for an output {tuple(shape)}",
             remedy="Give them the output's shape",
         )
 
 
-def check_leading_axes(output: Tensor, target: Tensor) -> None:
+def check_leading_axes(shape: Sequence[int], target: Tensor) -> None:
     """Targets share the output's axes, up to its last and those of length 1: no broadcasting."""
-    shape = output.shape if output.ndim == 1 else output.shape[:-1]
-    lead, own = ([s for s in sizes if s != 1] for sizes in (shape, target.shape))
+    before = shape if len(shape) == 1 else shape[:-1]
+    lead, own = ([s for s in sizes if s != 1] for sizes in (before, target.shape))
     if own[: len(lead)] != lead:
         raise InvalidValue(
             "targets do not match the output",
             where="target",
-            got=f"{tuple(target.shape)} for an output {tuple(output.shape)}",
-            remedy="Give them the output's shape, up to the last axis",
+            got=f"{tuple(target.shape)} for an output {tuple(shape)}",
+            remedy="Give them the output's shape, up to the last axis; where another one holds the "
+            "outputs of a row, say so with class_axis",
         )
 
 

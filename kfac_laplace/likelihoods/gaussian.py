@@ -1,7 +1,7 @@
 """Regression with Gaussian noise."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -24,10 +24,9 @@ class Gaussian(Likelihood):
         """N(f, σ² I)."""
         return Independent(Normal(f, sigma), 1)
 
-    def class_axis(self, output: Tensor, target: Tensor) -> int:
-        """The last axis; every output has the same curvature, so none is special."""
-        check_same_layout(output, target)
-        return -1
+    def check_axis(self, shape: Sequence[int], target: Tensor, axis: int) -> None:
+        """One target for each output, whatever the axis."""
+        check_same_layout(shape, target)
 
     def align_target(self, target: Tensor, f: Tensor) -> Tensor:
         """Values (n, t, c); no broadcasting, which would regress on the wrong pairs."""

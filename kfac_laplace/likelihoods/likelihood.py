@@ -1,14 +1,15 @@
 """What a likelihood has to say about itself, and what follows from its distribution."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.distributions import Categorical, Distribution
 
-from kfac_laplace.errors import UnsupportedUse
+from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.likelihoods.axes import ambiguous, classes_last, fits, same_layout
 from kfac_laplace.likelihoods.checks import check_finite, check_leading_axes, target_of
 from kfac_laplace.likelihoods.distributions import by_row, draw
 from kfac_laplace.likelihoods.latent import Latent
@@ -84,20 +85,58 @@ class Likelihood(ABC):
     # --- targets and outputs -----------------------------------------------------------------
 
     def class_axis(self, output: Tensor, target: Tensor) -> int:
-        """Axis of `output` that holds the c outputs of one row, -1 or 1; the last by default.
+        """Axis of `output` that holds the c outputs of one row, by the shapes; the last by default.
+
+        It is asked for the first batch whose outputs have more than two axes, unless users give the
+        option of that name.
 
         Raises:
-            InvalidValue: the target's leading axes are not the output's.
+            InvalidValue: the target's leading axes are not the output's, or it has one value a row
+                and there are as many positions as outputs, so that the axis may be another.
         """
-        check_leading_axes(output, target)
+        shape = output.shape
+        self.check_axis(shape, target, -1)
+        one_each = len(shape) > 2 and target.shape == (shape[0], *shape[2:])
+        if one_each and not same_layout(shape, target.shape) and max(shape[1:]) > 1:
+            self.align_target(target, self.align(output.detach(), -1))  # a fault of its own first
+            raise ambiguous(shape, target.shape)
         return -1
+
+    @property
+    def arranges_targets(self) -> bool:
+        """Whether `align_target` comes with a `class_axis` of its own, and so knows of the axis."""
+        kinds = type(self).__mro__
+        aligns, axis = (
+            next(k for k, kind in enumerate(kinds) if name in vars(kind))
+            for name in ("align_target", "class_axis")
+        )
+        return aligns <= axis < kinds.index(Likelihood)
+
+    def check_axis(self, shape: Sequence[int], target: Tensor, axis: int) -> None:
+        """Raise `InvalidValue` unless targets fit outputs of a shape whose rows lie along `axis`.
+
+        Args:
+            shape: the output's.
+            target: its targets, as the loader gave them.
+            axis: -1 for the last, otherwise its number.
+        """
+        if self.arranges_targets:
+            return
+        if axis == -1 or len(shape) <= 2:
+            check_leading_axes(shape, target)
+        elif not fits(shape, target.shape, axis):
+            raise InvalidValue(
+                "targets do not match the output",
+                where="target",
+                got=f"{tuple(target.shape)} for an output {tuple(shape)} with rows on axis {axis}",
+                remedy="Give them the output's shape, with or without that axis",
+            )
 
     def align(self, output: Tensor, class_axis: int) -> Tensor:
         """View `output` as f (n, t, c), differentiably."""
         if output.ndim == 1:
             return output[:, None, None]
-        if class_axis == 1:
-            output = output.movedim(1, -1)
+        output = classes_last(output, class_axis)
         return output.flatten(1, -2) if output.ndim > 2 else output[:, None]
 
     def align_target(self, target: Tensor, f: Tensor) -> Tensor:

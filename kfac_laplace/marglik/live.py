@@ -10,8 +10,8 @@ class LiveParameters:
     """Parameters by name, whatever was put in their place since.
 
     `named_parameters` walks through all modules on each call. Here the walk is made once; a call
-    looks whether every module on the way still hangs where it did, in torch's own dictionaries, and
-    walks again where one was replaced.
+    looks whether modules and parameters still hang where they did, in torch's own dictionaries, and
+    walks again where they do not.
 
     Args:
         model: the module.
@@ -24,22 +24,39 @@ class LiveParameters:
 
     def __call__(self) -> dict[str, Tensor]:
         """The parameters."""
-        if not all(own.get(key) is child for own, key, child in self._links):
+        if self.moved:
             self._walk()
-        return {name: own[key] for name, own, key in self._places}
+        return self.found
+
+    @property
+    def moved(self) -> bool:
+        """Whether the model's parameters are others than at the last walk.
+
+        Others: added, removed, replaced, frozen, unfrozen, reshaped ones, or on another device.
+        """
+        return not (
+            self._children == self._children_then  # by identity: modules have no equality
+            and list(map(len, self._slots)) == self._counts
+            and all(own.get(key) is parameter for own, key, parameter in self._places)
+            and self._kinds() == self._kinds_then
+        )
 
     def _walk(self) -> None:
-        """Note where each parameter hangs, and each module on the way to it."""
-        modules = dict(self._model.named_modules())
-        self._places: list[tuple[str, dict[str, Any], str]] = []
-        on_the_way = set()
-        for name in self._names:
-            path, _, key = name.rpartition(".")
-            self._places.append((name, modules[path]._parameters, key))
-            while path:
-                on_the_way.add(path)
-                path = path.rpartition(".")[0]
-        self._links: list[tuple[dict[str, Any], str, nn.Module]] = []
-        for path in sorted(on_the_way):
-            parent, _, key = path.rpartition(".")
-            self._links.append((modules[parent]._modules, key, modules[path]))
+        """Note where each module and each parameter hangs."""
+        named = dict(self._model.named_parameters())
+        #: the parameters as they were at the last walk
+        self.found: dict[str, Tensor] = {name: named[name] for name in self._names}
+        modules = list(self._model.modules())
+        self._children: list[dict[str, Any]] = [module._modules for module in modules]
+        self._children_then = [dict(children) for children in self._children]
+        self._slots: list[dict[str, Any]] = [module._parameters for module in modules]
+        self._counts = list(map(len, self._slots))
+        self._places = [(own, key, p) for own in self._slots for key, p in own.items()]
+        self._tensors: list[Tensor] = list(named.values())
+        self._kinds_then = self._kinds()
+
+    def _kinds(self) -> tuple[object, ...]:
+        """What may change in parameters that stay where they are; their device in all at once."""
+        tensors = self._tensors
+        device = tensors[0].device if tensors else None
+        return device, [p.requires_grad for p in tensors], [p.shape for p in tensors]

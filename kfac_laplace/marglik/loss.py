@@ -1,18 +1,55 @@
 """The two parts of the training loss: what the data make, and what the prior makes at first."""
 
+from typing import Any
+
 from torch import Tensor
 
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.linalg.dtypes import accumulable
+from kfac_laplace.curvature.model.batches import split_batch
+from kfac_laplace.curvature.model.forward import as_output
 from kfac_laplace.curvature.rows.layout import flat_layout
-from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods import Likelihood, aligned_target
 from kfac_laplace.posterior.layouts import Layouts
 from kfac_laplace.posterior.prior import Given, Prior
 from kfac_laplace.posterior.sharing import Scalar
 
 
+def output_and_target(returned: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """What a model returned as one tensor, and targets for each of its rows on the same device.
+
+    Args:
+        returned: a tensor, or whatever `Laplace` takes a model to return.
+        target: the targets.
+
+    Raises:
+        InvalidType: no output among what the model returned, or targets that are no tensor.
+        InvalidValue: no examples, or not as many outputs as targets.
+    """
+    output = as_output(returned)
+    if not isinstance(target, Tensor) or target.is_inference():
+        _, target = split_batch((output, target), "")
+    rows = (output.ndim and output.shape[0], target.ndim and target.shape[0])
+    if output.ndim and target.ndim and rows == (0, 0):
+        raise InvalidValue(
+            "a batch without examples",
+            where="output",
+            got=f"an output {tuple(output.shape)}",
+            remedy="Drop it",
+        )
+    if rows[0] != rows[1] or not rows[0]:
+        raise InvalidValue(
+            "outputs and targets differ in their number of examples",
+            where="batch",
+            got=f"output {tuple(output.shape)}, target {tuple(target.shape)}",
+            remedy="The first axis must run over the examples",
+        )
+    return output, target.to(output.device)
+
+
 def mean_log_likelihood(
-    likelihood: Likelihood, output: Tensor, target: Tensor, sigma: Tensor
+    likelihood: Likelihood, output: Tensor, target: Tensor, sigma: Tensor, axis: int
 ) -> Tensor:
     """(1/B) Σ log p(y | f, σ) over the B examples of a batch, in at least single precision.
 
@@ -21,15 +58,14 @@ def mean_log_likelihood(
         output: what the model returned.
         target: its targets, checked against the output.
         sigma: σ, shape ().
+        axis: axis of the output that holds the outputs of one row.
 
     Raises:
         InvalidValue: targets of a wrong shape or range.
         InvalidType: targets of a wrong dtype.
     """
-    target = target.to(output.device)
-    axis = likelihood.class_axis(output, target)
     f = accumulable(likelihood.align(output, axis))
-    y = likelihood.align_target(target, f.detach())
+    y = aligned_target(likelihood, target, output.shape, f.detach(), axis)
     return likelihood.log_prob(f, y, sigma.to(f)).mean()
 
 

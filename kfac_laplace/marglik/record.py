@@ -1,5 +1,6 @@
 """What a round of hyperparameter steps leaves behind."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +24,9 @@ class Record:
         objective: what the round maximised: the evidence unless the tuner was given another.
         seconds: duration of the whole round.
         curvature_seconds: duration of the curvature pass within it.
+        n_data: number of examples (of nodes, where each has an output) that the evidence is over.
+        groups: names of the groups, in the order of layerwise precisions.
+        parameters: number of scalar parameters in the posterior.
     """
 
     epoch: int
@@ -34,6 +38,9 @@ class Record:
     objective: float
     seconds: float
     curvature_seconds: float
+    n_data: int
+    groups: tuple[str, ...]
+    parameters: int
 
     @classmethod
     def of(
@@ -57,4 +64,27 @@ class Record:
             objective=float(value_of(objective, posterior)),
             seconds=seconds[0],
             curvature_seconds=seconds[1],
+            n_data=int(posterior.ggn.n_rows),
+            groups=tuple(posterior.prior.layouts.groups),
+            parameters=posterior.prior.size,
         )
+
+
+def best_of(history: Sequence[Record], n_data: int) -> Record | None:
+    """The record of the largest objective among those that can be compared, or None.
+
+    Evidences over other numbers of data, or of other parameters, are no larger or smaller. Counted
+    are rounds over the parameters of the last one and over `n_data` examples; where no round had as
+    many, over as many as the first of them.
+
+    Args:
+        history: all records.
+        n_data: number of training examples.
+    """
+    if not history:
+        return None
+    last = history[-1]
+    alike = [r for r in history if (r.groups, r.parameters) == (last.groups, last.parameters)]
+    sizes = [record.n_data for record in alike]
+    size = n_data if n_data in sizes else sizes[0]
+    return max((r for r in alike if r.n_data == size), key=lambda record: record.objective)

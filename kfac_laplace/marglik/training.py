@@ -79,8 +79,8 @@ def marglik_training(
         progress_bar: show one, an epoch a step.
         dict_key_y: name of the targets where batches are mappings.
         curvature: further options of `Curvature` by their names: kfac_approx, fisher,
-            subset_of_weights, joint_bias, uncovered, seed, factor_dtype, memory_budget, forward_fn,
-            batch_fn.
+            subset_of_weights, joint_bias, uncovered, seed, factor_dtype, memory_budget, class_axis,
+            forward_fn, batch_fn.
 
     Returns:
         The posterior at the weights and hyperparameters of highest objective, the model with those

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from kfac_laplace.curvature.estimate.blocks import Structure
-from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
@@ -28,10 +27,13 @@ from kfac_laplace.curvature.state import (
 )
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.laplace import Laplace
-from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.likelihoods import Likelihood, settled_axis
+from kfac_laplace.marglik.carry import carried
+from kfac_laplace.marglik.grouping import Grouping, difference
 from kfac_laplace.marglik.live import LiveParameters
-from kfac_laplace.marglik.loss import mean_log_likelihood, undivided_prior
-from kfac_laplace.marglik.record import Record
+from kfac_laplace.marglik.loss import mean_log_likelihood, output_and_target
+from kfac_laplace.marglik.record import Record, best_of
+from kfac_laplace.marglik.sample import Examples, KeepsFirst
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
@@ -39,12 +41,10 @@ from kfac_laplace.posterior.mackay import check_objective, mackay_steps
 from kfac_laplace.posterior.objectives import Objective, resolve_objective
 from kfac_laplace.posterior.prior import (
     Given,
-    Prior,
     checked_mean,
-    layouts_of,
     starting_precision,
 )
-from kfac_laplace.posterior.sharing import PriorStructure, resolve_sharing, sharing_to_plain
+from kfac_laplace.posterior.sharing import PriorStructure, sharing_to_plain
 from kfac_laplace.posterior.state import check_options, check_same_sharing, refusing_damage
 from kfac_laplace.posterior.steps import adam
 
@@ -68,8 +68,8 @@ class MarglikTuner:
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
         kfac_approx: as for `Laplace`; so are fisher, hessian_structure, subset_of_weights,
-            joint_bias, uncovered, seed, factor_dtype, memory_budget, dict_key_y, forward_fn and
-            batch_fn.
+            joint_bias, uncovered, seed, factor_dtype, memory_budget, dict_key_y, class_axis,
+            forward_fn and batch_fn.
         n_epochs_burnin: no round before this epoch (epochs count from 1).
         marglik_frequency: a round in every epoch that is a multiple of it.
         n_hypersteps: steps in each round.
@@ -122,9 +122,10 @@ class MarglikTuner:
         self.n_data = n_data
         self.n_epochs_burnin, self.marglik_frequency = n_epochs_burnin, marglik_frequency
         self.n_hypersteps, self.lr_hyp, self.method = n_hypersteps, lr_hyp, method
+        mean = checked_mean(prior_mean)
         self._fixed: dict[str, Any] = {
             "prior_structure": copy.deepcopy(prior_structure),
-            "prior_mean": checked_mean(prior_mean),
+            "prior_mean": mean,
             "dict_key_y": dict_key_y,
         }
         blank = Laplace(
@@ -139,40 +140,53 @@ class MarglikTuner:
         )
         self.options = blank.options
         self.likelihood = blank.likelihood
-        self._network, self._known = blank.curvature.network, blank.curvature.ggn.knowledge
+        structure = self._fixed["prior_structure"]
+        self._groups = Grouping.of(model, self.options, structure, mean)
+        self._network = blank.curvature.network
         self._penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
-        self._live: LiveParameters
+        self._live = LiveParameters(self._network.model, ())
         delta, self._patterns = starting_precision(prior_precision, self._network.device)
+        self._initial = delta if self._patterns is None else self._patterns
         self._take(Hyperparameters(delta, blank.sigma_noise, blank.temperature))
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         self._free = Hyperparameters.tuned(self.likelihood, fixed)
         self._adam: dict[str, Any] | None = None
-        self._prior: Prior | None = None
         self._epoch = 0
         self.history: list[Record] = []
 
     # --- the loss ----------------------------------------------------------------------------
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+    def loss(self, output: Any, target: Tensor) -> Tensor:
         """Negative log joint per example: (1/B) Σ −log p(y|f, σ)/T + (1/2N) Σ δ(θ − μ)².
 
-        Log-likelihoods are sums over positions and outputs; hyperparameters are detached.
+        Log-likelihoods are sums over positions and outputs; hyperparameters are detached. Where
+        other parameters of the model are trained than before, they are grouped anew: precisions go
+        on by name, and new groups start at the initial one.
 
         Args:
             output: what the model returned for a batch of B examples.
             target: its targets.
 
         Raises:
-            InvalidValue: targets of a wrong shape or range.
-            InvalidType: targets of a wrong dtype.
+            InvalidValue: targets of a wrong shape or range, no examples, or shapes that leave open
+                where the classes are.
+            InvalidType: targets of a wrong dtype, or an output that `Laplace` would not take.
         """
-        hyper = self._hyper
-        fit = mean_log_likelihood(self.likelihood, output, target, hyper.sigma_noise)
+        output, target = output_and_target(output, target)
+        if self._live.moved:
+            self._follow()
+        hyper, known = self._hyper, self._groups.known
+        axis = settled_axis(self.likelihood, output, target, self.options.class_axis, known.axis)
+        fit = mean_log_likelihood(self.likelihood, output, target, hyper.sigma_noise, axis)
         if self._penalty is None:
-            prior = self._prior or self._first_prior()
+            several = self._patterns is not None or hyper.prior_precision.numel() > 1
+            prior = self._groups.prior or self._groups.first_prior(several)
             self._live = LiveParameters(self._network.model, prior.layouts.params)
             self._penalty = prior.penalty(hyper.prior_precision / (2 * self.n_data))
-        return -1 / self._temperature * fit + self._penalty(self._live()).to(fit.dtype)
+        settled = known.with_axis(axis, output.ndim)
+        if settled is not known:
+            self._groups = replace(self._groups, known=settled)
+        return -1 / self._temperature * fit + self._penalty(self._live.found).to(fit.dtype)
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The model's output on a batch of a loader, in the model's present mode, and its targets.
@@ -185,36 +199,53 @@ class MarglikTuner:
         run = Forward(self.model, self.options.forward_fn)
         return run(self._network.batch(x, len(y)).x), y
 
-    def _first_prior(self) -> Prior:
-        """The prior before a batch was seen: all parameters share one precision, or an error."""
-        options, mean = self.options, self._fixed["prior_mean"]
-        several = self._patterns is not None or self._hyper.prior_precision.numel() > 1
-        several |= not isinstance(mean, Mapping) and torch.as_tensor(mean).numel() > 1
-        partial = options.subset_of_weights == "last_layer" or options.uncovered == "freeze"
-        if several or partial:
-            raise InvalidValue(
-                "which parameters belong to which precision shows only when the model is used",
-                where="prior_precision",
-                got="a loss before the first batch was seen",
-                remedy="Call tuner.prepare(loader) once before training",
-            )
-        return undivided_prior(self._network, self._known.tracked, mean)
-
     def prepare(self, loader: Iterable[Any]) -> None:
         """Learn the groups of parameters from a loader's first batch, before the first round.
 
         Needed only where the loss cannot know before it which precision pulls which parameter:
         several initial precisions or means (means by pattern excepted), "last_layer", or
-        uncovered="freeze".
+        uncovered="freeze"; and where a tuner that was resumed from a state finds other parameters
+        trained than before.
         """
-        curvature = self._blank().curvature
-        curvature.fit([*islice(loader, 1)], key_y=self._key_y)
-        known = curvature.ggn.knowledge
-        prior, hyper = self._prior_of(known), self._hyper
-        if self._patterns is not None:
-            hyper = replace(hyper, prior_precision=prior.resolve(self._patterns))
-        self._known, self._prior, self._patterns = known, prior, None
+        seen, now = KeepsFirst(loader), self._groups.today()
+        curvature = now.curvature().fit(islice(seen, 1), key_y=self._key_y)
+        now = replace(now, examples=self._few(seen))
+        self._regroup(now.grouped(curvature.ggn.knowledge))
+
+    def _follow(self) -> None:
+        """Take account of parameters that were changed since the last look."""
+        now = self._groups.today()
+        if now.prior is None and self._groups.prior is not None:
+            now = now.regrouped(self._groups)
+        self._regroup(now)
+        self._live = LiveParameters(self._network.model, ())
+
+    def _regroup(self, groups: Grouping) -> None:
+        """Take over groups, with the hyperparameters carried to them."""
+        hyper, self._adam = self._carried(groups)
+        if groups.prior is not None:
+            self._patterns = None
+        self._groups = groups
         self._take(hyper)
+
+    def _carried(self, groups: Grouping) -> tuple[Hyperparameters, dict[str, Any] | None]:
+        """Today's hyperparameters and Adam's moments as those of other groups."""
+        prior, before = groups.prior, self._groups.prior
+        hyper = self._hyper.to(self._network.device)
+        if prior is not None and before is None:
+            given = prior.resolve(self._patterns or hyper.prior_precision)
+            hyper = replace(hyper, prior_precision=given) if self._patterns else hyper
+        if prior is None or before is None or before.layouts.in_same_order(prior.layouts):
+            return hyper, self._adam
+        log.info(
+            "other parameters are trained than before (%s): prior precisions go on by name",
+            difference(self._groups.shapes, groups.shapes),
+        )
+        hyper, carry = carried(hyper, before, prior, self._initial)
+        return hyper, carry.moments(self._adam, self._free.index("prior_precision"))
+
+    def _few(self, seen: KeepsFirst) -> Examples:
+        return seen.few(self._network, self._key_y, self.options.batch_fn)
 
     @property
     def _key_y(self) -> str:
@@ -247,19 +278,15 @@ class MarglikTuner:
                 got=None,
                 remedy="Pass the training loader",
             )
-        start = time.perf_counter()
+        start, seen = time.perf_counter(), KeepsFirst(loader)
         # Another seed each round, so that Monte-Carlo labels are not the same ones again.
-        la = self._blank(self.options.seeded(self.options.seed + epoch)).fit(loader)
-        if la.curvature.n_rows != self.n_data and not self.history:
-            log.warning(
-                "the loader holds %d examples where n_data=%d was promised: the loss weighs the "
-                "prior by n_data",
-                la.curvature.n_rows,
-                self.n_data,
-            )
+        options = self.options.seeded(self.options.seed + epoch)
+        la, groups, moments = self._fitted(seen, options)
+        groups = replace(groups, examples=self._few(seen))
+        self._check_count(la.curvature.n_rows)
         self._synchronise()
         curvature_seconds = time.perf_counter() - start
-        hyper, moments = self._improved(la.posterior)
+        hyper, moments = self._improved(la.posterior, moments)
         with torch.no_grad():
             record = Record.of(
                 la.posterior.at(hyper),
@@ -267,12 +294,21 @@ class MarglikTuner:
                 epoch=epoch,
                 seconds=(time.perf_counter() - start, curvature_seconds),
             )
-        known, prior = la.curvature.ggn.knowledge, la.posterior.prior
-        self._known, self._prior, self._patterns = known, prior, None
+        self._groups, self._patterns = groups, None
         self._take(hyper)
         self._adam, self._epoch = moments, epoch
         self.history.append(record)
         return record
+
+    def _check_count(self, count: int) -> None:
+        """Say, once for each, that a round has another number of examples than was promised."""
+        if count != self.n_data and all(record.n_data != count for record in self.history):
+            log.warning(
+                "the loader holds %d examples where n_data=%d was promised: the loss weighs the "
+                "prior by n_data, and `best` compares only evidences over as many examples",
+                count,
+                self.n_data,
+            )
 
     def _take(self, hyper: Hyperparameters) -> None:
         """Make them today's, with what the loss needs of them."""
@@ -280,31 +316,39 @@ class MarglikTuner:
         self._temperature = float(hyper.temperature)
         self._penalty = None
 
-    def _blank(self, options: CurvatureOptions | None = None) -> Laplace:
-        """An unfitted posterior at today's hyperparameters, with other options if any."""
-        blank = Laplace(
+    def _fitted(
+        self, loader: Iterable[Any], options: CurvatureOptions
+    ) -> tuple[Laplace, Grouping, dict[str, Any] | None]:
+        """A posterior fitted at today's hyperparameters, its groups, and Adam's moments."""
+        now = self._groups.today()
+        others = now.prior is None and self._groups.prior is not None
+        la = Laplace(
             self.model,
             self.likelihood,
-            prior_precision=self._patterns or self._hyper.prior_precision,
+            # Those of other parameters wait until it shows how the new ones are grouped.
+            prior_precision=1.0 if others else self._patterns or self._hyper.prior_precision,
             sigma_noise=self._hyper.sigma_noise,
             temperature=self._temperature,
             **self._fixed,
-            **(options or self.options).keywords(),
+            **options.keywords(),
         )
-        blank.curvature.remember(self._known)
-        return blank
+        la.curvature = now.curvature(options)
+        la.fit(loader)
+        groups = replace(now, known=la.curvature.ggn.knowledge, prior=la.posterior.prior)
+        if not others:
+            return la, groups, self._adam
+        hyper, moments = self._carried(groups)
+        la.prior_precision = hyper.prior_precision
+        return la, groups, moments
 
     def _synchronise(self) -> None:
         """Wait for the device, so that the clock tells the pass from the steps."""
         if self._network.device.type == "cuda":
             torch.cuda.synchronize(self._network.device)
 
-    def _prior_of(self, known: Knowledge) -> Prior:
-        sharing = resolve_sharing(self._fixed["prior_structure"])
-        layouts = layouts_of(known.groups, known.params)
-        return Prior.of(sharing, layouts, self._fixed["prior_mean"], self._network.device)
-
-    def _improved(self, posterior: Posterior) -> tuple[Hyperparameters, dict[str, Any] | None]:
+    def _improved(
+        self, posterior: Posterior, moments: dict[str, Any] | None
+    ) -> tuple[Hyperparameters, dict[str, Any] | None]:
         """The hyperparameters after this round's steps, and Adam's state after them."""
         if self.method == "mackay":
             return mackay_steps(posterior, self._free, self.n_hypersteps), None
@@ -314,7 +358,7 @@ class MarglikTuner:
             self._free,
             n_steps=self.n_hypersteps,
             lr=self.lr_hyp,
-            state=self._adam,
+            state=moments,
         )
 
     # --- results -----------------------------------------------------------------------------
@@ -336,28 +380,35 @@ class MarglikTuner:
     @property
     def groups(self) -> tuple[str, ...]:
         """Names of the groups in the order of the layerwise precisions; empty before the first."""
-        return tuple(self._prior.layouts.groups) if self._prior is not None else ()
+        prior = self._groups.prior
+        return tuple(prior.layouts.groups) if prior is not None else ()
 
     @property
     def best(self) -> Record | None:
-        """The record of the largest objective (evidence), or None before the first round."""
-        return max(self.history, key=lambda record: record.objective, default=None)
+        """The record of the largest objective (evidence), or None before the first round.
+
+        Compared are rounds over the parameters of the last one and over `n_data` examples; where
+        none had as many, over as many as the first of them.
+        """
+        return best_of(self.history, self.n_data)
 
     def laplace(self, loader: Iterable[Any]) -> Laplace:
         """Fit a posterior at the model's present weights with today's hyperparameters."""
-        return self._blank().fit(loader)
+        return self._fitted(loader, self.options)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data, from which training goes on as if it had not stopped."""
+        known, prior = self._groups.known, self._groups.prior
         return {
             "options": self._plain_options(),
-            "sharing": None if self._prior is None else self._prior.digest,
+            "sharing": None if prior is None else prior.digest,
             "hyperparameters": asdict(self._hyper),
             "adam": copy.deepcopy(self._adam),
             "epoch": self._epoch,
             "history": [asdict(record) for record in self.history],
-            "groups": None if self._prior is None else groups_to_plain(self._known.groups),
+            "groups": None if prior is None else groups_to_plain(known.groups),
             "patterns": self._patterns,
+            "class_axis": known.axis,
         }
 
     def _plain_options(self) -> dict[str, Any]:
@@ -379,20 +430,25 @@ class MarglikTuner:
                 remedy="Pass what state_dict() made",
             )
         check_options(state["options"], self._plain_options())
-        device, known, prior = self._network.device, self._known, None
+        device, now = self._network.device, self._groups.today()
+        rows = now.known
+        now = replace(now, prior=None)
         with refusing_damage():
             hyper = Hyperparameters.from_state(state["hyperparameters"], device)
             history = [Record(**record) for record in state["history"]]
-            epoch, patterns = int(state["epoch"]), state["patterns"]
+            epoch, patterns, axis = int(state["epoch"]), state["patterns"], state["class_axis"]
             if patterns is not None:
                 patterns = starting_precision(dict(patterns), device)[1]
             if state["groups"] is not None:
                 groups = groups_from_plain(state["groups"])
-                known = knowledge_of_groups(groups, self._network, self.options)
-                prior = self._prior_of(known)
-                prior.full(hyper.prior_precision)
-                check_same_sharing(prior, state["sharing"])
-        self._known, self._prior = known.with_rows_of(self._known), prior
+                now = now.grouped(knowledge_of_groups(groups, self._network, self.options))
+                assert now.prior is not None
+                now.prior.full(hyper.prior_precision)
+                check_same_sharing(now.prior, state["sharing"])
+            known = now.known
+            if axis is not None:
+                known = replace(known, class_axis=int(axis), axis_known=True)
+        self._groups = replace(now, known=known.with_rows_of(rows))
         self._take(hyper)
         self._epoch, self.history, self._patterns = epoch, history, patterns
         self._adam = copy.deepcopy(state["adam"])

@@ -22,6 +22,10 @@ class Layouts:
     groups: Mapping[str, Layout]
     params: Sequence[str]
 
+    def in_same_order(self, other: "Layouts") -> bool:
+        """Whether another has the same groups one after another."""
+        return [*self.groups.items()] == [*other.groups.items()]
+
     @property
     def size(self) -> int:
         """Number of scalar parameters p."""

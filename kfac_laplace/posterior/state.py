@@ -66,6 +66,7 @@ BINDING = (
     "fisher",
     "subset_of_weights",
     "uncovered",
+    "class_axis",
     "prior_structure",
     "prior_mean",
     "likelihood",

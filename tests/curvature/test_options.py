@@ -28,6 +28,7 @@ OTHERS = {
     "uncovered": "freeze",
     "seed": 3,
     "factor_dtype": torch.float64,
+    "class_axis": 1,
     "forward_fn": lambda model, x: model(x),
     "batch_fn": lambda batch: (batch[0], batch[1]),
     "memory_budget": 2**20,

@@ -142,7 +142,7 @@ KINDS: dict[str, Callable[[], Case]] = {
     "classes": lambda: case(mlp(3), (4,), "classification"),
     "binary": lambda: case(mlp(1), (4,), "binary"),
     "regression": lambda: case(mlp(2), (4,), "regression"),
-    "token classes": lambda: case(TokenMixer(4, 3), (3, 4), "classification"),
+    "token classes": lambda: case(TokenMixer(4, 2), (3, 4), "classification"),
     "token values": lambda: case(TokenMixer(4, 2), (3, 4), "regression"),
     "token logits": lambda: case(TokenMixer(4, 2), (3, 4), "binary"),
     "pixel classes": images,

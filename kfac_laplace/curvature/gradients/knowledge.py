@@ -20,7 +20,8 @@ class Knowledge:
     Args:
         tracked: names of the parameters that gradients are wanted for, in model order.
         groups: groups of these that share a block; empty before the first batch.
-        class_axis: axis of the outputs that holds the c outputs of one row.
+        class_axis: axis of the outputs that holds the c outputs of one row, -1 for the last.
+        axis_known: whether a batch whose outputs have more than two axes settled it.
         row_layouts: which rows of a use belong to which example; None where no layout fits.
         settled: uses whose layout no later batch can contradict.
         row_entries: gradient rows of one example and vector, all recorded calls together.
@@ -33,6 +34,7 @@ class Knowledge:
     tracked: tuple[str, ...]
     groups: tuple[Group, ...] = ()
     class_axis: int = -1
+    axis_known: bool = False
     row_layouts: Mapping[UseKey, RowLayout | None] = field(default_factory=dict)
     settled: frozenset[UseKey] = frozenset()
     row_entries: int = 1
@@ -63,12 +65,36 @@ class Knowledge:
 
     def rows_alone(self, tracked: tuple[str, ...]) -> "Knowledge":
         """How rows lie in the model's layers, for a fit that groups its parameters anew."""
-        return replace(self, tracked=tracked, groups=(), class_axis=-1, row_entries=1)
+        return replace(self, tracked=tracked, groups=(), row_entries=1)
+
+    def axis_alone(self, tracked: tuple[str, ...]) -> "Knowledge":
+        """Where the outputs have their classes, for a model whose parameters are others now."""
+        fresh = Knowledge(tracked, reorders=self.reorders)
+        return replace(fresh, class_axis=self.class_axis, axis_known=self.axis_known)
+
+    @property
+    def axis(self) -> int | None:
+        """The class axis, or None while nothing has settled it."""
+        return self.class_axis if self.axis_known else None
+
+    def with_axis(self, axis: int, axes: int) -> "Knowledge":
+        """The same with the class axis that a batch settled.
+
+        Args:
+            axis: -1 for the last.
+            axes: number of axes of the outputs; those of (n, c) say nothing of others.
+        """
+        if axes <= 2 or self.axis_known:
+            return self
+        return replace(self, class_axis=axis, axis_known=True)
 
     def with_rows_of(self, other: "Knowledge") -> "Knowledge":
-        """The same groups, with how rows lie by what both have seen."""
+        """The same groups, with how rows and outputs lie by what both have seen."""
+        axis = self if self.axis_known else other
         return replace(
             self,
+            class_axis=axis.class_axis,
+            axis_known=axis.axis_known,
             row_layouts={**self.row_layouts, **other.row_layouts},
             settled=self.settled | other.settled,
             unread=self.unread | other.unread,

@@ -94,6 +94,41 @@ class Network:
         params = dict(self.model.named_parameters())
         return {name: params[name] for name in names}
 
+    def trained(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Parameters that earlier batches knew, which must still be there and be trainable.
+
+        Raises:
+            InvalidValue: one is frozen now, or gone.
+        """
+        params = dict(self.model.named_parameters())
+        for name in names:
+            if name not in params or not params[name].requires_grad:
+                raise InvalidValue(
+                    "parameters are no longer those of the first batch",
+                    where=name,
+                    got="frozen now" if name in params else "no longer in the model",
+                    remedy="Put it back as it was, or make a new posterior",
+                )
+        return {name: params[name] for name in names}
+
+    def check_none_new(self, known: Knowledge, subset: Subset) -> None:
+        """Raise `InvalidValue` for a parameter that is trained now and was not at the first batch.
+
+        Args:
+            known: what earlier batches taught.
+            subset: `subset_of_weights`.
+        """
+        if not known.groups or subset == "last_layer":
+            return
+        new = [name for name in self.select(subset) if name not in known.tracked]
+        if new:
+            raise InvalidValue(
+                "parameters are no longer those of the first batch",
+                where=", ".join(new),
+                got="trained now",
+                remedy="Freeze them again, or make a new posterior",
+            )
+
     def batch(self, x: Any, n: int | None = None) -> AnyBatch:
         """Inputs of n examples (if known) on the model's device; `InvalidValue` if none."""
         return as_batch(x, self.device, n)
@@ -103,7 +138,7 @@ class Network:
     ) -> ForwardPass:
         """Record a forward pass at `params` (the model's own by default)."""
         if params is None:
-            used = self.parameters(knowledge.tracked)
+            used = self.trained(knowledge.tracked)
         else:
             used = {name: p.detach().requires_grad_() for name, p in params.items()}
         substitutes = None if params is None else used

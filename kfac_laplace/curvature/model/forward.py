@@ -72,10 +72,21 @@ def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
 
 
 def as_output(output: Any) -> Tensor:
-    """The tensor that a model returned, alone or as the logits of an object or mapping."""
+    """The tensor that a model returned, alone or as the logits of an object or mapping.
+
+    Args:
+        output: a tensor; an object with `.logits`; a mapping with "logits" or "out"; or a tuple or
+            list whose first entry is the only tensor in it, as recurrent layers return.
+
+    Raises:
+        InvalidType: there is none, or there are several tensors, of which any may be meant.
+    """
     logits = getattr(output, "logits", output)
     if isinstance(logits, Mapping):
         logits = logits.get("logits", logits.get("out"))
+    if isinstance(logits, tuple | list):
+        tensors = [entry for entry in logits if isinstance(entry, Tensor)]
+        logits = logits[0] if len(tensors) == 1 else None
     if not isinstance(logits, Tensor):
         raise InvalidType(
             "the model must return one tensor (or an object with `.logits`)",

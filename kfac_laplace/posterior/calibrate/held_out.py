@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.likelihoods import Latent, Likelihood
+from kfac_laplace.likelihoods import Latent, Likelihood, aligned_target
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.glm import output_gaussian
 
@@ -44,7 +44,9 @@ def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -
         outputs = output_gaussian(posterior, network.batch(x)).double()
         means.append(outputs.mean)
         covariances.append(outputs.covariance)
-        targets.append(likelihood.align_target(y.to(network.device), outputs.mean))
+        axis = posterior.ggn.knowledge.class_axis
+        y = y.to(network.device)
+        targets.append(aligned_target(likelihood, y, outputs.shape, outputs.mean, axis))
     if not means:
         raise InvalidValue(
             "the loader yielded no batch",

@@ -21,6 +21,7 @@ from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.likelihoods import aligned_target
 from kfac_laplace.posterior.calibrate.held_out import HeldOut
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
@@ -57,8 +58,12 @@ def leave_one_out_points(
         )
     outputs = [output_gaussian(posterior, batch).double() for batch, _ in picked]
     mean = torch.cat([part.mean for part in outputs])  # (m, t, c)
-    align = posterior.ggn.likelihood.align_target
-    target = torch.cat([align(y, part.mean) for (_, y), part in zip(picked, outputs, strict=True)])
+    likelihood, axis = posterior.ggn.likelihood, posterior.ggn.knowledge.class_axis
+    targets = [
+        aligned_target(likelihood, y, part.shape, part.mean, axis)
+        for (_, y), part in zip(picked, outputs, strict=True)
+    ]
+    target = torch.cat(targets)
     own = torch.cat([part.covariance for part in outputs])  # (m, t, c, c)
     hessian, score = _scaled(posterior, mean, target)
     exact = _exact_covariances(posterior, [batch for batch, _ in picked], hessian, rest)

@@ -110,9 +110,9 @@ def restore(aligned: Tensor, shape: torch.Size, class_axis: int) -> Tensor:
     """
     if len(shape) <= 2:
         return aligned[:, 0]
-    if class_axis == 1:
-        values = aligned.unflatten(1, shape[2:])
-        return values.movedim(-1, 1) if aligned.ndim == 3 else values
+    if class_axis != -1:
+        values = aligned.unflatten(1, shape[1:class_axis] + shape[class_axis + 1 :])
+        return values.movedim(-1, class_axis) if aligned.ndim == 3 else values
     return aligned.reshape(*shape[:-1], *aligned.shape[2:])
 
 

@@ -1,0 +1,144 @@
+"""Which parameters of a model are trained, and how they are grouped: told anew when they change."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Size, nn
+
+from kfac_laplace.curvature.backend import Curvature
+from kfac_laplace.curvature.estimate.fisher import MonteCarlo
+from kfac_laplace.curvature.gradients.knowledge import Knowledge
+from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.errors import InvalidValue, KfacLaplaceError, UnsupportedUse
+from kfac_laplace.marglik.loss import undivided_prior
+from kfac_laplace.marglik.sample import Examples
+from kfac_laplace.posterior.prior import Given, Prior, layouts_of
+from kfac_laplace.posterior.sharing import PriorStructure, resolve_sharing
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The trained parameters of a model at some time, with what batches have taught about them.
+
+    Args:
+        model: as the caller trains it.
+        options: of the curvature.
+        structure: how precisions are shared.
+        mean: μ as it was given.
+        known: groups, class axis and how rows lie.
+        shapes: the trained parameters that the options admit.
+        prior: over the groups; None before a batch was seen.
+        examples: a few of the data, None before a batch was seen.
+    """
+
+    model: nn.Module
+    options: CurvatureOptions
+    structure: PriorStructure
+    mean: Given
+    known: Knowledge
+    shapes: Mapping[str, Size]
+    prior: Prior | None = None
+    examples: Examples | None = None
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, options: CurvatureOptions, structure: PriorStructure, mean: Given
+    ) -> "Grouping":
+        """That of a model of which no batch was seen."""
+        curvature = Curvature.of(model, options)
+        return cls(model, options, structure, mean, curvature.ggn.knowledge, _shapes(curvature))
+
+    def curvature(self, options: CurvatureOptions | None = None) -> Curvature:
+        """A curvature of no data, which knows how rows and outputs lie."""
+        return Curvature.of(self.model, options or self.options).remember(self.known)
+
+    def grouped(self, known: Knowledge) -> "Grouping":
+        """The same parameters in the groups that were found."""
+        device = Curvature.of(self.model, self.options).network.device
+        layouts = layouts_of(known.groups, known.params)
+        prior = Prior.of(resolve_sharing(self.structure), layouts, self.mean, device)
+        return replace(self, known=known, prior=prior)
+
+    def today(self) -> "Grouping":
+        """Itself while the same parameters are trained on the same device.
+
+        Otherwise those of today: without groups where they are others.
+        """
+        curvature = Curvature.of(self.model, self.options)
+        shapes = _shapes(curvature)
+        if [*shapes.items()] != [*self.shapes.items()]:
+            known = self.known.axis_alone(tuple(shapes))
+            return replace(self, known=known, shapes=shapes, prior=None)
+        if self.prior is not None and self.prior.device != curvature.network.device:
+            return self.grouped(self.known)
+        return self
+
+    def regrouped(self, earlier: "Grouping") -> "Grouping":
+        """The groups of today's parameters, by the examples at hand.
+
+        Args:
+            earlier: the grouping before they changed.
+
+        Raises:
+            InvalidValue: there are no examples.
+            UnsupportedUse: the model fails on them, or uses a parameter in a way that cannot be
+                treated correctly.
+        """
+        if self.examples is None:
+            raise InvalidValue(
+                "the parameters that are trained changed",
+                where="model",
+                got=difference(earlier.shapes, self.shapes),
+                remedy="Call tuner.prepare(loader) once: it sees how they are used",
+            )
+        # Groups are those of any estimator, and this one is the cheapest.
+        curvature = self.curvature(replace(self.options, fisher=MonteCarlo()))
+        try:
+            curvature.accumulate(self.examples.x, self.examples.y)
+        except KfacLaplaceError:
+            raise
+        except Exception as error:  # models raise what they like
+            raise UnsupportedUse(
+                "the parameters that are trained changed, and the model fails on a few examples "
+                "that were to show how it uses them",
+                where="model",
+                got=repr(error),
+                remedy="Call tuner.prepare(loader) once",
+            ) from error
+        return self.grouped(curvature.ggn.knowledge)
+
+    def first_prior(self, several: bool) -> Prior:
+        """The prior before a batch was seen: all parameters share one precision, or an error.
+
+        Args:
+            several: whether there are several initial precisions.
+        """
+        several |= not isinstance(self.mean, float | Mapping) and self.mean.numel() > 1
+        options = self.options
+        if several or options.subset_of_weights == "last_layer" or options.uncovered == "freeze":
+            raise InvalidValue(
+                "which parameters belong to which precision shows only when the model is used",
+                where="prior_precision",
+                got="a loss before the first batch was seen",
+                remedy="Call tuner.prepare(loader) once before training",
+            )
+        network = Curvature.of(self.model, options).network
+        return undivided_prior(network, tuple(self.shapes), self.mean)
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Which parameters are trained now and were not, are no longer, or have another shape."""
+    found = {
+        "new": [name for name in after if name not in before],
+        "gone or frozen": [name for name in before if name not in after],
+        "of another shape": [n for n in after if n in before and before[n] != after[n]],
+    }
+    parts = [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
+    return "; ".join(parts) or "the same in other groups"
+
+
+def _shapes(curvature: Curvature) -> dict[str, Size]:
+    """Shapes of the parameters that a curvature tracks."""
+    tracked = curvature.ggn.knowledge.tracked
+    return {name: p.shape for name, p in curvature.network.parameters(tracked).items()}

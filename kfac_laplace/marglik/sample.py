@@ -1,0 +1,71 @@
+"""A few examples of the training data, kept to see how the model uses its parameters."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.model.batches import BatchFn, split_batch
+from kfac_laplace.errors import InvalidType
+
+#: Enough to tell which rows of a layer belong to which example.
+FEW = 4
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs and targets.
+
+    Args:
+        x: inputs as the model takes them.
+        y: targets.
+    """
+
+    x: Any
+    y: Tensor
+
+
+class KeepsFirst:
+    """A loader whose first batch stays at hand after it was read.
+
+    Args:
+        loader: an iterable of batches.
+
+    Raises:
+        InvalidType: it is none.
+    """
+
+    def __init__(self, loader: Iterable[Any]):
+        if not isinstance(loader, Iterable):
+            raise InvalidType(
+                "not an iterable of batches",
+                where="loader",
+                got=type(loader).__name__,
+                remedy="Pass a DataLoader or a list of batches",
+            )
+        self._loader = loader
+        self._first: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches."""
+        for batch in self._loader:
+            if self._first is None:
+                self._first = batch
+            yield batch
+
+    def few(self, network: Network, key_y: str, batch_fn: BatchFn | None) -> Examples:
+        """The first examples of the first batch, all of it where it cannot be divided.
+
+        Args:
+            network: the model.
+            key_y: name of the targets in mappings.
+            batch_fn: takes a batch to inputs and targets, where it is no pair and no mapping.
+        """
+        x, y = split_batch(self._first, key_y, batch_fn)
+        inputs = network.batch(x, len(y))
+        if inputs.segments or len(y) != inputs.n or inputs.n <= FEW:
+            return Examples(x, y)
+        return Examples(inputs.select(torch.arange(FEW)).x, y[:FEW].clone())
