@@ -64,6 +64,8 @@ def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.d
     """
     hyper = hyperparameters_from_state(found["hyperparameters"], likelihood, device)
     groups = None if found["groups"].value is None else groups_from_plain(found["groups"])
+    if groups == ():
+        raise found["groups"].fault("no group")
     patterns = None
     if found["patterns"].value is not None:
         patterns = {name: one.number() for name, one in found["patterns"].items().items()}

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.fisher import Exact
+from kfac_laplace.curvature.gradients.groups import SUBSETS
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidType, InvalidValue, KfacLaplaceError
-from kfac_laplace.likelihoods import Gaussian, Likelihood
+from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.prior import Prior, checked_mean
 from kfac_laplace.posterior.sharing import resolve_sharing
 from kfac_laplace.states.plain import same
-from kfac_laplace.states.stored import REMEDY, Stored, refusing_damage, shown
+from kfac_laplace.states.stored import REMEDY, Stored, shown
 
 #: What the state of a posterior holds beside its format and its checksum.
 KEYS = (
@@ -45,7 +45,7 @@ CHOSEN = ("seed", "factor_dtype", "memory_budget", "forward_fn", "batch_fn", "di
 #: Options of a posterior that are not its curvature's.
 OWN = ("prior_structure", "prior_mean", "dict_key_y")
 #: What stands for objects of a user's own while the stored options around them are checked.
-STANDING_IN = {"likelihood": Gaussian(), "fisher": Exact(), "prior_structure": "layerwise"}
+STANDING_IN = {"likelihood": "regression", "fisher": "exact", "prior_structure": "layerwise"}
 
 
 def options_from_state(stored: Stored, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,32 +87,35 @@ def _is_own(name: str, value: object) -> bool:
 def _check_alone(where: str, plain: Mapping[str, Any]) -> None:
     """Raise `InvalidValue` unless the stored options are some, whatever overrides say."""
     own = {name: STANDING_IN.get(name) for name, value in plain.items() if _is_own(name, value)}
+    structure: Any = own.pop("prior_structure", plain["prior_structure"])
     try:
-        with refusing_damage(where):
-            found = CurvatureOptions.from_plain(plain, own)
-            CurvatureOptions.of(**found)
-            resolve_sharing({**plain, **own}["prior_structure"])
-            checked_mean(plain["prior_mean"])
-            Stored(plain["dict_key_y"], "dict_key_y").text()
-    except KfacLaplaceError as error:
+        CurvatureOptions.of(**CurvatureOptions.from_plain(plain, own))
+        resolve_sharing(structure)
+        checked_mean(plain["prior_mean"])
+        Stored(plain["dict_key_y"], "dict_key_y").text()
+        subset = Stored(plain["subset_of_weights"], "subset_of_weights")
+        if isinstance(subset.value, str):
+            subset.text(SUBSETS)
+        else:
+            subset.texts()
+    except Exception as error:  # whatever a damaged value does to a check
         raise InvalidValue(
             "the state holds an option that there is not here",
             where=where,
-            got=error,
+            got=error if isinstance(error, KfacLaplaceError) else shown(error),
             remedy=REMEDY,
         ) from error
 
 
 def check_names(overrides: Iterable[str], known: Collection[str]) -> None:
-    """Raise `InvalidType` for keywords of `Laplace.load` that are no options, `InvalidValue` for
-    hyperparameters, which the file holds."""  # noqa: D205, D209  # one sentence
+    """Raise `InvalidType` for what is no option, `InvalidValue` for the file's hyperparameters."""
     for name in overrides:
         if name in Hyperparameters.rows():
             raise InvalidValue(
                 "the file holds this already",
                 where=name,
                 got="an override",
-                remedy=f"Set it after loading: la = Laplace.load(path, model); la.{name} = ...",
+                remedy=f"Set it after loading: la = Laplace.load(path, model); la.{name} = value",
             )
         if name not in known:
             alike = difflib.get_close_matches(name, known, 1)

@@ -104,9 +104,11 @@ def _feed(update: Callable[[Any], None], value: Any) -> None:
         update(f"list {len(value)};".encode())
         for inner in value:
             _feed(update, inner)
-    elif isinstance(value, Tensor):
+    elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
         update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
+        if flat.stride(0) != 1:  # one entry that was expanded
+            flat = flat.new_empty(flat.shape).copy_(flat)
         update(flat.view(torch.uint8).numpy())
     elif isinstance(value, LEAVES):
         update(f"{type(value).__name__} {value!r};".encode("utf-8", "surrogatepass"))

@@ -130,7 +130,7 @@ class Stored:
         if not value.is_floating_point():
             raise self.fault("not a tensor of real numbers")
         if shape is not None and value.shape != shape:
-            raise self.fault(f"shape {shape} is needed", tuple(value.shape))
+            raise self.fault(f"shape {tuple(shape)} is needed", tuple(value.shape))
         value = value.detach()
         if bool(value.isnan().any()) or (finite and not bool(value.isfinite().all())):
             raise self.fault("not finite", f"{int((~value.isfinite()).sum())} such entries")
