@@ -1,11 +1,11 @@
 """`Laplace`: the facade that users call. Each verb is a few lines over the modules beside it."""
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from dataclasses import replace as dataclass_replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from kfac_laplace.options import check_whole
 from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate import scale as calibration
 from kfac_laplace.posterior.calibrate.prior_grid import grid_search
+from kfac_laplace.posterior.calibrate.training_data import TrainingData
 from kfac_laplace.posterior.expansion import Expansion
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters, one_number, positive, real
@@ -49,8 +50,13 @@ from kfac_laplace.posterior.sharing import (
     sharing_to_plain,
 )
 from kfac_laplace.posterior.steps import optimise
+from kfac_laplace.states.files import File, read, write
+from kfac_laplace.states.plain import check_seal, sealed
+from kfac_laplace.states.stored import FORMAT, opened, refusing_damage
 
 log = logging.getLogger("kfac_laplace")
+
+_NO_OPTION = {"self", "model"}
 
 
 class Laplace:
@@ -144,7 +150,7 @@ class Laplace:
         self._scale = torch.ones((), dtype=torch.float64, device=device)
         self._mode: dict[str, Tensor] = {}
         self._posterior: Posterior | None = None
-        self._loaders: list[Iterable[Any]] = []
+        self._data = TrainingData()
 
     @property
     def seed(self) -> int:
@@ -199,7 +205,7 @@ class Laplace:
         if not override and any(not torch.equal(mode[n], v) for n, v in self._mode.items()):
             log.warning("the weights moved since the last fit: its curvature is kept as it was")
         self._adopt(curvature, mode, self._hyper, self._patterns)
-        self._loaders = [train_loader] if override else [*self._loaders, train_loader]
+        self._data = self._data.with_loader(train_loader, override)
         return self
 
     def _adopt(
@@ -400,7 +406,7 @@ class Laplace:
             method: "loo" predicts each training point without itself, linearised; "validation"
                 predicts a loader.
         """
-        loaders = self._loaders if loader is None and method == "loo" else [loader]
+        loaders = self._data.loaders if loader is None and method == "loo" else [loader]
         points = calibration.held_out_points(
             self.posterior, method, loaders, self.dict_key_y, self.options.seed
         )
@@ -497,10 +503,10 @@ class Laplace:
     # --- state -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data: options, curvature, mode and hyperparameters."""
+        """Tensors and plain data: options, curvature, mode and hyperparameters, with a checksum."""
         posterior = self.posterior
-        return {
-            "format": state.FORMAT,
+        content = {
+            "format": FORMAT,
             "options": self._plain_options(),
             "curvature": self.curvature.state_dict(),
             "mode": dict(self._mode),
@@ -508,6 +514,7 @@ class Laplace:
             "hyperparameters": asdict(posterior.hyperparameters.detached()),
             "posterior_scale": self._scale,
         }
+        return sealed(content)
 
     def _plain_options(self) -> dict[str, Any]:
         return {
@@ -520,46 +527,73 @@ class Laplace:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state made with the same options on the same weights.
 
-        Raises:
-            InvalidValue: a state of another kind, structure, model or of other weights; nothing
-                is changed then.
-        """
-        state.check_state(state_dict)
-        state.check_options(state_dict["options"], self._plain_options())
-        with state.refusing_damage():
-            curvature = Curvature.from_state(state_dict["curvature"], self.model, self.options)
-            device = curvature.network.device
-            mode = {name: state_dict["mode"][name].to(device) for name in curvature.params}
-            stored = state_dict["hyperparameters"]
-            hyper = Hyperparameters.from_state(stored, device)
-            scale = _checked_scale(state_dict["posterior_scale"], device)
-        state.check_weights(curvature.network, mode)
-        self._adopt(curvature, mode, hyper, sharing=state_dict["sharing"])
-        self._scale, self._loaders = scale, []
+        Hyperparameters, κ, curvature and mode are the state's; seed, factor_dtype, memory_budget,
+        forward_fn, batch_fn and dict_key_y stay this posterior's own.
 
-    def save(self, path: str | Path) -> None:
-        """Write `state_dict()` to a file that `torch.load(weights_only=True)` reads."""
-        torch.save(self.state_dict(), path)
+        Raises:
+            InvalidValue: a state of another kind, version, structure, model or of other weights, a
+                damaged or changed one; nothing is changed then.
+        """
+        self._take_state(state_dict, "Make it with the stored options, as Laplace.load does")
+
+    def _take_state(self, state_dict: Mapping[str, Any], remedy: str) -> None:
+        """Take over a state; the remedy is for options other than the stored ones."""
+        with refusing_damage():
+            found = opened(state_dict, state.KEYS, "a Laplace posterior")
+            state.check_options(found["options"], self._plain_options(), remedy)
+            curvature = Curvature.from_state(found["curvature"].value, self.model, self.options)
+            if not curvature.blocks:
+                raise found["curvature"].fault("a posterior needs data", "a curvature of none")
+            device, shapes = curvature.network.device, curvature.ggn.knowledge.shapes
+            mode = state.mode_from_state(found["mode"], shapes, device)
+            stored = found["hyperparameters"]
+            hyper = state.hyperparameters_from_state(stored, self.likelihood, device)
+            scale = state.scale_from_state(found["posterior_scale"], device)
+            sharing = found["sharing"].text()
+            check_seal(state_dict, "state")
+        state.check_weights(curvature.network, mode)
+        self._adopt(curvature, mode, hyper, sharing=sharing)
+        self._scale, self._data = scale, TrainingData()
+
+    def save(self, path: File) -> None:
+        """Write `state_dict()` to a file that `torch.load(weights_only=True)` reads.
+
+        It is written as a whole or not at all: after a failure the path holds what it held before.
+
+        Args:
+            path: where to, or a file open for bytes.
+
+        Raises:
+            NotFitted: before `fit`.
+            OSError: the folder does not exist or is full, the path is a folder or not writable.
+        """
+        write(self.state_dict(), path)
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, **overrides: Any) -> Self:
+    def load(cls, path: File, model: nn.Module, **overrides: Any) -> Self:
         """Read a saved posterior for a model that holds the weights of the fit.
 
         Args:
-            path: file made by `save`.
+            path: file made by `save`, or such a file open for bytes. It is read as plain data:
+                nothing in it is run.
             model: the network, with its weights loaded.
-            overrides: options that the file cannot hold, such as a likelihood of your own.
+            overrides: options that the file cannot hold, such as a likelihood of your own, and
+                those that do not bind its numbers: seed, factor_dtype, memory_budget, forward_fn,
+                batch_fn and dict_key_y. Others may be given if they are the file's; hyperparameters
+                are set after loading.
+
+        Raises:
+            FileNotFoundError: no such file.
+            InvalidValue: a file of another kind or version, a damaged one, one that belongs to
+                another model or other weights, or an override that contradicts it.
+            InvalidType: an override that is no option of `Laplace`.
         """
-        stored = torch.load(path, weights_only=True, map_location="cpu")
-        state.check_state(stored)
-        plain = stored["options"]
-        state.check_overrides(plain, overrides)
-        options = {
-            **state.prior_options(plain, overrides),
-            **CurvatureOptions.from_plain(plain, overrides),
-        }
+        state.check_names(overrides, inspect.signature(cls.__init__).parameters.keys() - _NO_OPTION)
+        stored = read(path)
+        found = opened(stored, state.KEYS, "a Laplace posterior")
+        options = state.options_from_state(found["options"], overrides)
         loaded = cls(model, options.pop("likelihood"), **options)
-        loaded.load_state_dict(stored)
+        loaded._take_state(stored, "Leave it out: the file decides it")
         return loaded
 
     # --- checks ----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ HOUSE = Sources(ROOT / "kfac_laplace")
 ROOMS = """
 errors
 options
+states
 likelihoods
 curvature/__init__
 curvature/model
@@ -30,6 +31,7 @@ curvature/estimate
 curvature/options
 curvature/ggn
 curvature/accumulate
+curvature/plain_groups
 curvature/state
 curvature/backend
 posterior/__init__

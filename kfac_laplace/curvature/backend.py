@@ -28,6 +28,8 @@ from kfac_laplace.errors import (
     NotFitted,
 )
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.states.plain import check_seal, sealed
+from kfac_laplace.states.stored import FORMAT, opened, refusing_damage
 
 
 class Curvature:
@@ -255,8 +257,13 @@ class Curvature:
     # --- state -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data."""
-        return {"ggn": ggn_to_state(self.ggn), "draws": self.generator.get_state()}
+        """Tensors and plain data, sealed by a checksum."""
+        content = {
+            "format": FORMAT,
+            "ggn": ggn_to_state(self.ggn),
+            "draws": self.generator.get_state(),
+        }
+        return sealed(content)
 
     @classmethod
     def from_state(
@@ -265,9 +272,13 @@ class Curvature:
         """The curvature of a state, on the same model with the same options.
 
         Raises:
-            InvalidValue: the state belongs to another model or to other options.
+            InvalidValue: no such state, a damaged one, or one of another model, of other options or
+                of another version.
         """
         made = cls.of(model, options)
-        made.ggn = ggn_from_state(state["ggn"], made.network, options)
-        made.generator.set_state(state["draws"].cpu())
+        with refusing_damage("curvature"):
+            found = opened(state, ("ggn", "draws"), "a curvature")
+            made.ggn = ggn_from_state(found["ggn"], made.network, options)
+            check_seal(state, "curvature")
+            made.generator.set_state(found["draws"].value.cpu())
         return made

@@ -18,6 +18,7 @@ from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.states.plain import same
 
 
 def _nothing() -> Tensor:
@@ -93,7 +94,7 @@ class GGN:
             InvalidValue: the two have other structures, likelihoods, blocks or settings, or their
                 classes on different axes.
         """
-        if self.options.binding != other.options.binding:
+        if not same(self.options.binding, other.options.binding):
             raise InvalidValue(
                 "the two have different structures or likelihoods",
                 where="merge",
@@ -113,7 +114,7 @@ class GGN:
             return replace(other, options=self.options, knowledge=known)
         if not other.blocks:
             return replace(self, knowledge=self.knowledge.with_rows_of(other.knowledge))
-        if self._signature() != other._signature():
+        if not same(self._signature(), other._signature()):
             raise InvalidValue(
                 "the two were computed with different blocks or settings",
                 where="merge",
@@ -140,7 +141,7 @@ class GGN:
             n_outputs=self.n_outputs + other.n_outputs,
         )
 
-    def _signature(self) -> object:
+    def _signature(self) -> tuple[object, ...]:
         """What two must share to be added."""
         layouts = {name: (type(block), block.layout) for name, block in self.blocks.items()}
         return layouts, dict(self.settings), self.options.fisher

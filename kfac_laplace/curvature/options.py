@@ -138,6 +138,10 @@ class CurvatureOptions:
 
     # --- equality ----------------------------------------------------------------------------
 
+    def __hash__(self) -> int:
+        """By what can always be hashed; patterns and objects of a user's own need not be."""
+        return hash((type(self.likelihood), self.hessian_structure, self.joint_bias, self.seed))
+
     @property
     def loss(self) -> tuple[type[Likelihood], dict[str, Any]]:
         """The likelihood by kind and options, which `options` has to tell apart."""

@@ -1,20 +1,31 @@
 """A GGN as tensors and plain data, and back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
+from torch import Tensor
 
-from kfac_laplace.curvature.estimate.blocks import KINDS
+from kfac_laplace.curvature.estimate.blocks import KINDS, Block
+from kfac_laplace.curvature.estimate.settings import PartSetting, Setting
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.linalg.packed import packed_zeros
 from kfac_laplace.curvature.options import CurvatureOptions
-from kfac_laplace.curvature.rows.layout import Fold, Layout
-from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout, Segments
+from kfac_laplace.curvature.plain_groups import (
+    groups_from_plain,
+    groups_to_plain,
+    knowledge_of_groups,
+    rows_to_plain,
+    with_rows,
+)
+from kfac_laplace.curvature.rows.layout import Layout
 from kfac_laplace.errors import InvalidValue
+from kfac_laplace.states.plain import same
+from kfac_laplace.states.stored import Stored, shown
 
 
 def ggn_to_state(ggn: GGN) -> dict[str, Any]:
@@ -23,13 +34,11 @@ def ggn_to_state(ggn: GGN) -> dict[str, Any]:
     return {
         "structure": ggn.options.hessian_structure,
         "likelihood": _likelihood(ggn.options),
+        "estimator": _estimator(ggn.options),
         "tracked": list(known.tracked),
         "groups": groups_to_plain(known.groups),
-        "row_layouts": [
-            [list(params), nth, _plain_row_layout(layout)]
-            for (params, nth), layout in known.row_layouts.items()
-        ],
-        "class_axis": known.class_axis,
+        "row_layouts": rows_to_plain(known.row_layouts),
+        "class_axis": known.axis,
         "row_entries": known.row_entries,
         "settings": dict(ggn.settings),
         "blocks": {name: block.tensors() for name, block in ggn.blocks.items()},
@@ -41,56 +50,79 @@ def ggn_to_state(ggn: GGN) -> dict[str, Any]:
     }
 
 
-def ggn_from_state(state: Mapping[str, Any], network: Network, options: CurvatureOptions) -> GGN:
+#: What such a state holds.
+FIELDS = (
+    "structure",
+    "likelihood",
+    "estimator",
+    "tracked",
+    "groups",
+    "row_layouts",
+    "class_axis",
+    "row_entries",
+    "settings",
+    "blocks",
+    "kinds",
+    "statistic",
+    "n_data",
+    "n_rows",
+    "n_outputs",
+)
+
+
+def ggn_from_state(stored: Stored, network: Network, options: CurvatureOptions) -> GGN:
     """The GGN of a state, for the same model and options.
 
     Raises:
-        InvalidValue: the state is no GGN's, or belongs to another model or structure.
+        InvalidValue: the state is no GGN's, contradicts itself, or belongs to another model or to
+            other options.
     """
-    missing = {"structure", "groups", "blocks", "kinds", "tracked"} - set(state)
-    if missing:
-        raise InvalidValue("not a curvature state", where="state", got=f"no {sorted(missing)}")
-    if (state["structure"], state["likelihood"]) != (
-        options.hessian_structure,
-        _likelihood(options),
-    ):
-        raise InvalidValue(
-            "the state belongs to other options",
-            where="state",
-            got=f"structure {state['structure']!r}, likelihood {state['likelihood']!r}",
-            remedy="Use the options that the state was made with",
-        )
-    known = knowledge_of_groups(groups_from_plain(state["groups"]), network, options)
+    found = stored.fields(FIELDS)
+    _check_options(found, options)
+    groups = groups_from_plain(found["groups"])
+    known = knowledge_of_groups(groups, network, options)
+    if found["tracked"].texts() != known.tracked:
+        raise found["tracked"].fault("not the trainable parameters of the model, in its order")
+    axis = axis_of(found["class_axis"])
     known = replace(
-        known,
-        tracked=tuple(state["tracked"]),
-        class_axis=state["class_axis"],
-        axis_known=True,
-        row_entries=state["row_entries"],
-        row_layouts={
-            (tuple(params), nth): _row_layout(plain) for params, nth, plain in state["row_layouts"]
-        },
+        with_rows(known, found["row_layouts"]),
+        class_axis=-1 if axis is None else axis,
+        axis_known=axis is not None,
+        row_entries=found["row_entries"].whole(1),
     )
-    layouts = {group.name: group.layout for group in known.groups}
-    if options.hessian_structure == "full":
-        layouts = {"full": known.full_layout}
-    device = network.device
-    blocks = {
-        name: KINDS[state["kinds"][name]].from_tensors(
-            layouts[name], {key: tensor.to(device) for key, tensor in tensors.items()}
-        )
-        for name, tensors in state["blocks"].items()
+    blocks = _blocks(found, known, options, network.device)
+    counts = [found[name].count() for name in ("n_data", "n_rows", "n_outputs")]
+    if not blocks and any(counts):
+        raise found["blocks"].fault("data without blocks", f"{counts[0]} examples")
+    statistic = found["statistic"].tensor().to(network.device)
+    return GGN(options, known, _settings(found, groups), blocks, statistic, *counts)
+
+
+def axis_of(stored: Stored) -> int | None:
+    """The class axis of a network, or None where no batch has settled it."""
+    if stored.value is None:
+        return None
+    axis = stored.whole(-1)
+    if axis == 0:
+        raise stored.fault("axis 0 runs over the examples")
+    return axis
+
+
+def _check_options(found: Mapping[str, Stored], options: CurvatureOptions) -> None:
+    """Raise `InvalidValue` unless the sums were made with these options."""
+    own = {
+        "structure": options.hessian_structure,
+        "likelihood": _likelihood(options),
+        "estimator": _estimator(options),
     }
-    return GGN(
-        options,
-        known,
-        dict(state["settings"]),
-        blocks,
-        state["statistic"].to(device),
-        state["n_data"],
-        state["n_rows"],
-        state["n_outputs"],
-    )
+    for name, mine in own.items():
+        if not same(found[name].value, mine):
+            raise InvalidValue(
+                "the state was made with another option",
+                where=name,
+                got=f"{shown(found[name].value)} stored, {shown(mine)} here",
+                remedy="Use the options that the state was made with",
+            )
 
 
 def _likelihood(options: CurvatureOptions) -> list[Any]:
@@ -98,95 +130,83 @@ def _likelihood(options: CurvatureOptions) -> list[Any]:
     return [type(options.likelihood).__name__, options.likelihood.options()]
 
 
-def _plain_row_layout(layout: RowLayout | None) -> list[Any] | None:
-    """A row layout as plain data."""
-    if layout is None:
-        return None
-    if isinstance(layout, Segments):
-        return ["segments", layout.kind]
-    assert isinstance(layout, Axis)
-    return ["axis", layout.axis, layout.minor]
+def _estimator(options: CurvatureOptions) -> str:
+    """Name of what chooses the backward vectors, by which those of users are told apart."""
+    return type(options.fisher).__name__
 
 
-def _row_layout(plain: list[Any] | None) -> RowLayout | None:
-    """A row layout from plain data."""
-    if plain is None:
-        return None
-    return Segments(plain[1]) if plain[0] == "segments" else Axis(*plain[1:])
+def _settings(found: Mapping[str, Stored], groups: tuple[Group, ...]) -> dict[str, Setting]:
+    """Expand or reduce, for every group with Kronecker factors and no other."""
+    settings = found["settings"].fields([g.name for g in groups if g.treatment == "kron"])
+    parts = {group.name: group.layout.parts for group in groups}
+    return {name: _setting(one, parts[name]) for name, one in settings.items()}
 
 
-def groups_to_plain(groups: Iterable[Group]) -> list[dict[str, Any]]:
-    """Groups as plain data."""
-    return [
-        {
-            "name": group.name,
-            "role": group.role,
-            "params": list(group.layout.params),
-            "shapes": [list(shape) for shape in group.layout.shapes],
-            "matrix": list(group.layout.matrix),
-            "parts": group.layout.parts,
-            "folds": [
-                [[list(fold.split), list(fold.order)] for fold in chain]
-                for chain in group.layout.folds
-            ],
-            "treatment": group.treatment,
-            "covered": group.covered,
-            "diagonal": group.diagonal,
-        }
-        for group in groups
-    ]
+def _setting(stored: Stored, parts: int) -> Setting:
+    """One setting, or several of a weight's parts."""
+    choices = get_args(PartSetting)
+    if isinstance(stored.value, str) or parts == 1:
+        return cast(PartSetting, stored.text(choices))
+    return tuple(cast(PartSetting, one.text(choices)) for one in stored.entries(parts))
 
 
-def groups_from_plain(plain: Iterable[Mapping[str, Any]]) -> tuple[Group, ...]:
-    """Groups from plain data."""
-    return tuple(
-        Group(
-            entry["name"],
-            Layout(
-                tuple(entry["params"]),
-                tuple(torch.Size(shape) for shape in entry["shapes"]),
-                tuple(entry["matrix"]),
-                entry["parts"],
-                tuple(
-                    tuple(Fold(tuple(split), tuple(order)) for split, order in chain)
-                    for chain in entry["folds"]
-                ),
-            ),
-            entry["role"],
-            entry["treatment"],
-            entry["covered"],
-            entry["diagonal"],
-        )
-        for entry in plain
-    )
-
-
-def knowledge_of_groups(
-    groups: tuple[Group, ...], network: Network, options: CurvatureOptions
-) -> Knowledge:
-    """What stored groups say about a model, which must have their parameters.
-
-    Raises:
-        InvalidValue: the model's trainable parameters are not those of the groups.
-    """
-    tracked = network.select(options.subset_of_weights)
-    have = {name: p.shape for name, p in network.parameters(tracked).items()}
-    want = {
-        name: shape
-        for group in groups
-        for name, shape in zip(group.layout.params, group.layout.shapes, strict=True)
+def _blocks(
+    found: Mapping[str, Stored], known: Knowledge, options: CurvatureOptions, device: torch.device
+) -> dict[str, Block]:
+    """One block for each group, or "full", each of the kind that the options ask for; or none."""
+    layouts = {group.name: group.layout for group in known.groups}
+    kinds: dict[str, str] = {group.name: group.treatment for group in known.groups}
+    if options.hessian_structure == "diag":
+        kinds = dict.fromkeys(kinds, "diag")
+    if options.hessian_structure == "full":
+        layouts, kinds = ({"full": known.full_layout}, {"full": "dense"}) if layouts else ({}, {})
+    stored = found["blocks"].items()
+    if stored or found["kinds"].items():
+        stored = found["blocks"].fields(kinds)
+        for name, kind in found["kinds"].fields(kinds).items():
+            kind.text((kinds[name],))
+    diagonal = {group.name for group in known.groups if group.diagonal}
+    return {
+        name: _block(stored[name], kinds[name], layouts[name], name in diagonal, device)
+        for name in kinds
+        if stored
     }
-    wrong = [name for name, shape in want.items() if have.get(name) != shape]
-    partial = options.subset_of_weights == "last_layer"
-    if not partial and options.uncovered != "freeze":
-        wrong += [name for name in have if name not in want]
-    if wrong:
-        raise InvalidValue(
-            "the state belongs to another model",
-            where=wrong[0],
-            got=f"shape {have.get(wrong[0])} where the state has {want.get(wrong[0])}",
-            remedy="Load it into the model that it was made with",
-        )
-    if partial:
-        tracked = tuple(name for name in tracked if name in want)
-    return Knowledge(tracked, groups)
+
+
+def _block(
+    stored: Stored, kind: str, layout: Layout, diagonal: bool, device: torch.device
+) -> Block:
+    """A block whose sums have the shapes of its layout."""
+    b, o, i = layout.matrix
+    shapes: dict[str, tuple[int, ...]] = {}
+    if kind == "dense":
+        shapes["matrix"] = (layout.size, layout.size)
+    elif kind == "diag":
+        shapes["values"] = (b, o, i)
+    else:
+        parts = stored.items()
+        shapes |= _gram_shapes(parts, "output", b, o) | {"input_count": (b,)}
+        shapes |= _gram_shapes(parts, "input", b, i)
+        if diagonal:
+            shapes |= {"input_sum": (b, i), "input_rows": (b, 0, i)}
+    sums = {name: one.tensor(shapes[name]) for name, one in stored.fields(shapes).items()}
+    if kind == "kron" and bool((sums["input_count"] < 0).any()):
+        raise Stored(sums["input_count"], f"{stored.where}.input_count").fault("negative counts")
+    return KINDS[kind].from_tensors(layout, {name: one.to(device) for name, one in sums.items()})
+
+
+def _gram_shapes(
+    parts: Mapping[str, Stored], side: str, b: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of sums and rows of `Gram`: the sums may be none yet, of rows there are any number."""
+    total, rows = (_shape_of(parts.get(f"{side}_{name}")) for name in ("sum", "rows"))
+    packed = packed_zeros(width, torch.empty(0, device="meta")).shape[1:]
+    return {
+        f"{side}_sum": (b, 0, 0) if total == (b, 0, 0) else (b, *packed),
+        f"{side}_rows": (b, rows[1] if len(rows) == 3 else 0, width),
+    }
+
+
+def _shape_of(stored: Stored | None) -> tuple[int, ...]:
+    value = stored.value if stored is not None else None
+    return tuple(value.shape) if isinstance(value, Tensor) else ()

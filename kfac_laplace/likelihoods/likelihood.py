@@ -15,6 +15,7 @@ from kfac_laplace.likelihoods.distributions import by_row, draw
 from kfac_laplace.likelihoods.latent import Latent
 from kfac_laplace.likelihoods.predictive import ClassPredictive, Mixture, RowPredictive
 from kfac_laplace.likelihoods.roots import eigen_roots
+from kfac_laplace.states.plain import same
 
 
 class Likelihood(ABC):
@@ -240,7 +241,7 @@ class Likelihood(ABC):
 
     def __eq__(self, other: object) -> bool:
         """Whether another is of the same class and options."""
-        return type(self) is type(other) and self.options() == other.options()
+        return type(self) is type(other) and same(self.options(), other.options())
 
     def __hash__(self) -> int:
         """By class alone: options need not be hashable."""

@@ -20,11 +20,7 @@ from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
-from kfac_laplace.curvature.state import (
-    groups_from_plain,
-    groups_to_plain,
-    knowledge_of_groups,
-)
+from kfac_laplace.curvature.plain_groups import groups_to_plain, knowledge_of_groups
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, settled_axis
@@ -34,6 +30,7 @@ from kfac_laplace.marglik.live import LiveParameters
 from kfac_laplace.marglik.loss import mean_log_likelihood, output_and_target
 from kfac_laplace.marglik.record import Record, best_of
 from kfac_laplace.marglik.sample import Examples, KeepsFirst
+from kfac_laplace.marglik.state import KEYS, check_goal, name_of, resumed
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
@@ -45,8 +42,10 @@ from kfac_laplace.posterior.prior import (
     starting_precision,
 )
 from kfac_laplace.posterior.sharing import PriorStructure, sharing_to_plain
-from kfac_laplace.posterior.state import check_options, check_same_sharing, refusing_damage
+from kfac_laplace.posterior.state import check_options, check_same_sharing
 from kfac_laplace.posterior.steps import adam
+from kfac_laplace.states.plain import check_seal, sealed
+from kfac_laplace.states.stored import FORMAT, opened, refusing_damage
 
 log = logging.getLogger("kfac_laplace")
 
@@ -399,10 +398,13 @@ class MarglikTuner:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data, from which training goes on as if it had not stopped."""
         known, prior = self._groups.known, self._groups.prior
-        return {
+        content = {
+            "format": FORMAT,
             "options": self._plain_options(),
             "sharing": None if prior is None else prior.digest,
             "hyperparameters": asdict(self._hyper),
+            "tuned": list(self._free),
+            "objective": name_of(self.objective),
             "adam": copy.deepcopy(self._adam),
             "epoch": self._epoch,
             "history": [asdict(record) for record in self.history],
@@ -410,6 +412,7 @@ class MarglikTuner:
             "patterns": self._patterns,
             "class_axis": known.axis,
         }
+        return sealed(content)
 
     def _plain_options(self) -> dict[str, Any]:
         structure = sharing_to_plain(self._fixed["prior_structure"])
@@ -418,37 +421,34 @@ class MarglikTuner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state made with the same options on the same architecture.
 
+        Hyperparameters, T included, Adam's moments, epoch and history are the state's. Options on
+        which these depend have to be the same, fix_sigma_noise and objective among them. The
+        tuner's own stay n_data, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp, method,
+        seed, factor_dtype, memory_budget, forward_fn, batch_fn and dict_key_y.
+
         Raises:
-            InvalidValue: not a tuner's state, or another model's; nothing is changed then.
+            InvalidValue: not a tuner's state, one of another version, model or option, a damaged or
+                changed one; nothing is changed then.
         """
-        missing = {*self.state_dict()} - set(state)
-        if missing:
-            raise InvalidValue(
-                "not the state of a tuner",
-                where="state",
-                got=f"no {sorted(missing)}",
-                remedy="Pass what state_dict() made",
-            )
-        check_options(state["options"], self._plain_options())
         device, now = self._network.device, self._groups.today()
         rows = now.known
         now = replace(now, prior=None)
         with refusing_damage():
-            hyper = Hyperparameters.from_state(state["hyperparameters"], device)
-            history = [Record(**record) for record in state["history"]]
-            epoch, patterns, axis = int(state["epoch"]), state["patterns"], state["class_axis"]
-            if patterns is not None:
-                patterns = starting_precision(dict(patterns), device)[1]
-            if state["groups"] is not None:
-                groups = groups_from_plain(state["groups"])
-                now = now.grouped(knowledge_of_groups(groups, self._network, self.options))
+            found = opened(state, KEYS, "a tuner")
+            remedy = "Make the tuner with the stored options"
+            check_options(found["options"], self._plain_options(), remedy)
+            check_goal(found, self._free, self.objective)
+            read = resumed(found, self.likelihood, device)
+            if read.groups is not None:
+                now = now.grouped(knowledge_of_groups(read.groups, self._network, self.options))
                 assert now.prior is not None
-                now.prior.full(hyper.prior_precision)
-                check_same_sharing(now.prior, state["sharing"])
-            known = now.known
-            if axis is not None:
-                known = replace(known, class_axis=int(axis), axis_known=True)
+                now.prior.full(read.hyper.prior_precision)
+                check_same_sharing(now.prior, found["sharing"].text())
+            check_seal(state, "state")
+        known = now.known
+        if read.class_axis is not None:
+            known = replace(known, class_axis=read.class_axis, axis_known=True)
         self._groups = replace(now, known=known.with_rows_of(rows))
-        self._take(hyper)
-        self._epoch, self.history, self._patterns = epoch, history, patterns
-        self._adam = copy.deepcopy(state["adam"])
+        self._take(read.hyper)
+        self._epoch, self.history, self._patterns = read.epoch, read.history, read.patterns
+        self._adam = read.adam

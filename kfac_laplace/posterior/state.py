@@ -1,63 +1,33 @@
 """A fitted Laplace posterior as tensors and plain data, readable with `weights_only=True`."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.gradients.groups import SUBSETS
 from kfac_laplace.curvature.gradients.network import Network
-from kfac_laplace.errors import InvalidValue, KfacLaplaceError
+from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.errors import InvalidType, InvalidValue, KfacLaplaceError
+from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
-from kfac_laplace.posterior.prior import Prior
+from kfac_laplace.posterior.prior import Prior, checked_mean
+from kfac_laplace.posterior.sharing import resolve_sharing
+from kfac_laplace.states.plain import same
+from kfac_laplace.states.stored import REMEDY, Stored, shown
 
-FORMAT = 4
-KEYS = {
-    "format",
+#: What the state of a posterior holds beside its format and its checksum.
+KEYS = (
     "options",
     "curvature",
     "mode",
     "sharing",
     "hyperparameters",
     "posterior_scale",
-}
-
-
-def check_state(state: Mapping[str, Any]) -> None:
-    """Raise `InvalidValue` unless the state is one of ours."""
-    if not isinstance(state, Mapping) or KEYS - set(state):
-        raise InvalidValue(
-            "not the state of a Laplace posterior",
-            where="state",
-            remedy="Pass what state_dict() or save() made",
-        )
-    if state["format"] != FORMAT:
-        raise InvalidValue(
-            "unknown format",
-            where="state",
-            got=state["format"],
-            remedy=f"This version reads format {FORMAT}",
-        )
-
-
-def prior_options(plain: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a posterior that are not its curvature's, as keywords from plain data.
-
-    Raises:
-        InvalidValue: a prior structure of the user's own, which only `overrides` can give.
-    """
-    names = ("prior_structure", "prior_mean", "dict_key_y")
-    found = {name: overrides.get(name, plain[name]) for name in names}
-    if found["prior_structure"] is None:
-        raise InvalidValue(
-            "an object of your own is not stored in the file",
-            where="prior_structure",
-            remedy="Pass it: Laplace.load(path, model, prior_structure=...)",
-        )
-    return found
-
-
+)
 #: Options on which stored blocks and evidence depend.
 BINDING = (
     "hessian_structure",
@@ -73,6 +43,89 @@ BINDING = (
 )
 #: Options that a file has no say in, and a reader may choose.
 CHOSEN = ("seed", "factor_dtype", "memory_budget", "forward_fn", "batch_fn", "dict_key_y")
+#: Options of a posterior that are not its curvature's.
+OWN = ("prior_structure", "prior_mean", "dict_key_y")
+#: What stands for objects of a user's own while the stored options around them are checked.
+STANDING_IN = {"likelihood": "regression", "fisher": "exact", "prior_structure": "layerwise"}
+
+
+def options_from_state(stored: Stored, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a posterior as keywords, from plain data.
+
+    Args:
+        stored: all options, as a state holds them.
+        overrides: keywords that count instead.
+
+    Raises:
+        InvalidValue: options that no posterior of this version has, or an object of the user's own,
+            which only `overrides` can give.
+    """
+    plain = {name: option.value for name, option in _options(stored).items()}
+    for name, value in plain.items():
+        if name not in overrides and _is_own(name, value):
+            raise InvalidValue(
+                "an object of your own is not stored in the file",
+                where=name,
+                remedy=f"Pass it: Laplace.load(path, model, {name}=...)",
+            )
+    _check_alone(stored.where, plain)
+    given = {name: value for name, value in plain.items() if name in OWN} | dict(overrides)
+    return CurvatureOptions.from_plain(plain, given)
+
+
+def _options(stored: Stored) -> dict[str, Stored]:
+    """All options that there are, by name."""
+    return stored.fields((*(option.name for option in fields(CurvatureOptions)), *OWN))
+
+
+def _is_own(name: str, value: object) -> bool:
+    """Whether plain data say that there was an object or a function of the user's own."""
+    if name in STANDING_IN:
+        return value is None
+    return name in ("forward_fn", "batch_fn") and value is not None
+
+
+def _check_alone(where: str, plain: Mapping[str, Any]) -> None:
+    """Raise `InvalidValue` unless the stored options are some, whatever overrides say."""
+    own = {name: STANDING_IN.get(name) for name, value in plain.items() if _is_own(name, value)}
+    structure: Any = own.pop("prior_structure", plain["prior_structure"])
+    try:
+        CurvatureOptions.of(**CurvatureOptions.from_plain(plain, own))
+        resolve_sharing(structure)
+        checked_mean(plain["prior_mean"])
+        Stored(plain["dict_key_y"], "dict_key_y").text()
+        subset = Stored(plain["subset_of_weights"], "subset_of_weights")
+        if isinstance(subset.value, str):
+            subset.text(SUBSETS)
+        else:
+            subset.texts()
+    except Exception as error:  # whatever a damaged value does to a check
+        raise InvalidValue(
+            "the state holds an option that there is not here",
+            where=where,
+            got=error if isinstance(error, KfacLaplaceError) else shown(error),
+            remedy=REMEDY,
+        ) from error
+
+
+def check_names(overrides: Iterable[str], known: Collection[str]) -> None:
+    """Raise `InvalidType` for what is no option, `InvalidValue` for the file's hyperparameters."""
+    for name in overrides:
+        if name in Hyperparameters.rows():
+            raise InvalidValue(
+                "the file holds this already",
+                where=name,
+                got="an override",
+                remedy=f"Set it after loading: la = Laplace.load(path, model); la.{name} = value",
+            )
+        if name not in known:
+            alike = difflib.get_close_matches(name, known, 1)
+            raise InvalidType(
+                "no such keyword",
+                where="Laplace.load",
+                got=repr(name),
+                remedy=f"Perhaps {alike[0]} was meant" if alike else f"Choose from {sorted(known)}",
+            )
 
 
 def check_same_sharing(prior: Prior, digest: str) -> None:
@@ -86,26 +139,6 @@ def check_same_sharing(prior: Prior, digest: str) -> None:
         )
 
 
-def check_overrides(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Raise `InvalidValue` for an override of what a file holds: it would contradict its numbers.
-
-    Args:
-        stored: options as plain data.
-        overrides: keywords beside the file.
-    """
-    held = {name for name, value in stored.items() if value is not None} - set(CHOSEN)
-    held |= Hyperparameters.rows().keys()
-    for name in overrides:
-        if name in held:
-            raise InvalidValue(
-                "the file holds this already",
-                where=name,
-                got=f"an override, {overrides[name]!r}",
-                remedy="Leave it out; hyperparameters can be set afterwards, as in "
-                "la.prior_precision = 2.0",
-            )
-
-
 def _in_order(value: Any) -> Any:
     """Plain data in which the order of mappings counts, as that of patterns does."""
     if isinstance(value, Tensor):
@@ -115,30 +148,57 @@ def _in_order(value: Any) -> Any:
     return value
 
 
-def check_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise `InvalidValue` where stored options contradict those of the posterior that loads."""
+def check_options(stored: Stored, own: Mapping[str, Any], remedy: str) -> None:
+    """Raise `InvalidValue` where stored options contradict those of the reader.
+
+    Args:
+        stored: options as a state holds them.
+        own: the reader's, as plain data.
+        remedy: what to do about another one.
+    """
+    found = _options(stored)
     for name in BINDING:
-        mine, theirs = own.get(name), stored.get(name)
-        if _in_order(mine) != _in_order(theirs):
+        mine, theirs = own.get(name), found[name].value
+        if not same(_in_order(mine), _in_order(theirs)):
             raise InvalidValue(
                 "the state was made with another option",
                 where=name,
-                got=f"{stored.get(name)!r} stored, {own.get(name)!r} here",
-                remedy="Make it with the stored options, as Laplace.load does",
+                got=f"{shown(theirs)} stored, {shown(mine)} here",
+                remedy=remedy,
             )
 
 
-@contextmanager
-def refusing_damage() -> Iterator[None]:
-    """Turn what a damaged state does to its reader into `InvalidValue`."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        if isinstance(error, KfacLaplaceError):
-            raise
-        raise InvalidValue(
-            "a damaged state", where="state", got=repr(error), remedy="Save it again"
-        ) from error
+def hyperparameters_from_state(
+    stored: Stored, likelihood: Likelihood, device: torch.device
+) -> Hyperparameters:
+    """δ, σ and T of a state.
+
+    Raises:
+        InvalidValue: not such values, or a noise that the likelihood does not have.
+    """
+    rows = Hyperparameters.rows()
+    values = stored.fields(rows)
+    for name, value in values.items():
+        value.tensor(None if name == "prior_precision" else ())
+        if not rows[name].belongs(likelihood) and float(value.value) != 1:
+            raise value.fault("this likelihood has no such hyperparameter")
+    return Hyperparameters.from_state({name: v.tensor() for name, v in values.items()}, device)
+
+
+def scale_from_state(stored: Stored, device: torch.device) -> Tensor:
+    """κ of a state, float64, shape ()."""
+    scale = stored.tensor(())
+    if float(scale) < 0:
+        raise stored.fault("must be ≥ 0", float(scale))
+    return scale.to(device, torch.float64)
+
+
+def mode_from_state(
+    stored: Stored, shapes: Mapping[str, torch.Size], device: torch.device
+) -> dict[str, Tensor]:
+    """θ* of a state by name, float64, for parameters of these shapes."""
+    found = stored.fields(shapes)
+    return {name: found[name].tensor(shape).to(device) for name, shape in shapes.items()}
 
 
 def check_weights(network: Network, mode: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from kfac_laplace import Curvature, Laplace
 from kfac_laplace.curvature.linalg.gram import Gram
 from kfac_laplace.curvature.linalg.spectrum import eigenvalues
 from kfac_laplace.errors import InvalidValue
+from kfac_laplace.states.plain import sealed
 
 D = 6
 REFUSAL = "not positive semi-definite"
@@ -202,7 +203,8 @@ def test_a_loaded_state_with_an_indefinite_factor(side, share, tmp_path):
     moved = matrix - shift * torch.eye(matrix.shape[-1], dtype=torch.float64)
     state = la.state_dict()
     state["curvature"]["ggn"]["blocks"]["0.weight"] |= sums_of(side, moved)
-    torch.save(state, tmp_path / "posterior.pt")
+    state["curvature"] = sealed(state["curvature"])
+    torch.save(sealed(state), tmp_path / "posterior.pt")
     assert_refused(Laplace.load(tmp_path / "posterior.pt", case.model), case, moved)
 
 

@@ -1,0 +1,157 @@
+"""What a tuner's state holds, checked as it is read: records, Adam's moments, groups."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from kfac_laplace.curvature.gradients.groups import Group
+from kfac_laplace.curvature.plain_groups import groups_from_plain
+from kfac_laplace.curvature.state import axis_of
+from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.marglik.record import Record
+from kfac_laplace.options import check_choice
+from kfac_laplace.posterior.hyperparameters import Hyperparameters
+from kfac_laplace.posterior.objectives import Objective
+from kfac_laplace.posterior.objectives.registry import NAMED
+from kfac_laplace.posterior.prior import starting_precision
+from kfac_laplace.posterior.state import hyperparameters_from_state
+from kfac_laplace.states.stored import Stored
+
+#: What the state of a tuner holds beside its format and its checksum.
+KEYS = (
+    "options",
+    "sharing",
+    "hyperparameters",
+    "tuned",
+    "objective",
+    "adam",
+    "epoch",
+    "history",
+    "groups",
+    "patterns",
+    "class_axis",
+)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The state of a tuner, read.
+
+    Args:
+        hyper: today's hyperparameters.
+        adam: Adam's state, or None.
+        epoch: number of the last epoch.
+        history: records of the rounds so far.
+        groups: groups of parameters, or None before a batch was seen.
+        patterns: δ by patterns, before that.
+        class_axis: that of the outputs, or None while no batch has settled it.
+    """
+
+    hyper: Hyperparameters
+    adam: dict[str, Any] | None
+    epoch: int
+    history: list[Record]
+    groups: tuple[Group, ...] | None
+    patterns: dict[str, float] | None
+    class_axis: int | None
+
+
+def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.device) -> Resumed:
+    """The entries of a tuner's state.
+
+    Raises:
+        InvalidValue: entries of another kind, or that contradict one another.
+    """
+    hyper = hyperparameters_from_state(found["hyperparameters"], likelihood, device)
+    groups = None if found["groups"].value is None else groups_from_plain(found["groups"])
+    if groups == ():
+        raise found["groups"].fault("no group")
+    patterns = None
+    if found["patterns"].value is not None:
+        patterns = {name: one.number() for name, one in found["patterns"].items().items()}
+        patterns = starting_precision(patterns, device)[1]
+        if groups is not None:
+            raise found["patterns"].fault("patterns beside the groups that they were for")
+    history = [_record(entry, likelihood) for entry in found["history"].entries()]
+    tuned = [entry.text(Hyperparameters.rows()) for entry in found["tuned"].entries()]
+    return Resumed(
+        hyper,
+        _adam(found["adam"], hyper, tuned),
+        found["epoch"].whole(),
+        history,
+        groups,
+        patterns,
+        axis_of(found["class_axis"]),
+    )
+
+
+def _record(stored: Stored, likelihood: Likelihood) -> Record:
+    """One record; hyperparameters are positive tensors, all else are numbers."""
+    found = stored.fields([field.name for field in fields(Record)])
+    values: dict[str, Any] = {name: one for name, one in found.items()}
+    for field in fields(Record):
+        one = found[field.name]
+        if field.name == "hyperparameters":
+            tuned = one.fields(Hyperparameters.tuned(likelihood))
+            values[field.name] = {name: inner.tensor().clone() for name, inner in tuned.items()}
+        elif field.name == "groups":
+            values[field.name] = one.texts()
+        else:
+            values[field.name] = one.whole() if field.type in (int, "int") else one.number()
+    return Record(**values)
+
+
+def _adam(stored: Stored, hyper: Hyperparameters, tuned: Sequence[str]) -> dict[str, Any] | None:
+    """Adam's state, of moments shaped as the hyperparameters that it moved."""
+    if stored.value is None:
+        return None
+    found = stored.fields(("state", "param_groups"))
+    (group,) = found["param_groups"].entries(1)
+    if [*group.items()["params"].wholes()] != [*range(len(tuned))]:
+        raise group.fault("not the hyperparameters that were tuned")
+    moments = found["state"].value
+    if not isinstance(moments, Mapping) or [*moments] not in ([], [*range(len(tuned))]):
+        raise found["state"].fault("moments of other hyperparameters")
+    for k in moments:
+        own = Stored(moments[k], f"{stored.where}.state.{k}").fields(
+            ("step", "exp_avg", "exp_avg_sq")
+        )
+        shape = tuple(getattr(hyper, tuned[k]).shape)
+        own["step"].tensor(())
+        own["exp_avg"].tensor(shape)
+        if bool((own["exp_avg_sq"].tensor(shape) < 0).any()) or float(own["step"].value) < 0:
+            raise own["exp_avg_sq"].fault("steps and means of squares are ≥ 0")
+    return copy.deepcopy(stored.value)
+
+
+def name_of(objective: Objective) -> str | None:
+    """What an objective is called, or None for a function of the user's own."""
+    return next((name for name, known in NAMED.items() if known is objective), None)
+
+
+def check_goal(found: Mapping[str, Stored], tuned: Sequence[str], objective: Objective) -> None:
+    """Raise `InvalidValue` where a state tuned other things, or by another objective.
+
+    Records of different objectives have no best, and Adam's moments belong to what they moved.
+    """
+    remedy = "Make the tuner with the options of the state's"
+    if [*found["tuned"].texts()] != [*tuned]:
+        got = f"{[*found['tuned'].texts()]} tuned in the state, {[*tuned]} here"
+        raise InvalidValue(
+            "the state was made with another option",
+            where="fix_sigma_noise",
+            got=got,
+            remedy=remedy,
+        )
+    theirs, mine = found["objective"].value, name_of(objective)
+    if theirs is not None:
+        check_choice("state.objective", theirs, NAMED)
+    if theirs != mine:
+        got = f"{theirs or 'a function'} in the state, {mine or 'a function'} here"
+        raise InvalidValue(
+            "the state was made with another option", where="objective", got=got, remedy=remedy
+        )

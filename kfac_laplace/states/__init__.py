@@ -1,0 +1,1 @@
+"""What was computed, as tensors and plain data: compared, sealed, checked, written and read."""

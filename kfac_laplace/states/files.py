@@ -1,0 +1,177 @@
+"""Files of states: written as a whole or not at all, read without running what they hold."""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+
+from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.states.plain import check_plain
+
+#: Where states are written to and read from: a path, or a file that is open for bytes.
+File = str | Path | BinaryIO
+
+
+def write(state: Any, file: File) -> None:
+    """Write tensors and plain data so that a path holds them all or what it held before.
+
+    They go to a new file in the same folder, which takes the path's place when all of it is on the
+    disk. A link stays one and what it leads to is replaced; permissions stay as they were.
+
+    Args:
+        state: tensors and plain data.
+        file: a path, or a file open for bytes, to which they are written as they come.
+
+    Raises:
+        InvalidType: other data, or neither a path nor a file. Nothing is written.
+        OSError: the folder does not exist or is full, the path is a folder or not writable.
+    """
+    check_plain(state)
+    if not isinstance(file, str | os.PathLike):
+        if not hasattr(file, "write"):
+            raise _no_file(file)
+        _save(state, file)
+        return
+    path = os.path.realpath(file)
+    mode = _mode_of(path)
+    if mode is not None and not stat.S_ISREG(mode):  # a pipe or a device has nothing to lose
+        with open(path, "wb") as device:
+            _save(state, device)
+        return
+    with _replacing(path, mode) as fresh:
+        _save(state, fresh)
+
+
+def _mode_of(path: str) -> int | None:
+    """The mode of what may be written over, or None where nothing is; `OSError` where it may not.
+
+    Replacing asks for the folder's permission alone; a file that is read-only is not meant to go.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        folder = os.path.dirname(path)
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(errno.ENOENT, "No such folder to save in", folder) from None
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Cannot save to a folder", path)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "Cannot save over a read-only file", path)
+    return mode
+
+
+@contextmanager
+def _replacing(path: str, mode: int | None) -> Iterator[BinaryIO]:
+    """A new file that takes a path's place at the end, or vanishes at an error."""
+    folder = os.path.dirname(path)
+    passing = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
+    # Created as `open` creates files, with what the umask leaves.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(passing, flags, 0o666)
+    try:
+        with open(descriptor, "wb") as fresh:
+            if mode is not None:
+                os.chmod(passing, stat.S_IMODE(mode))
+            yield fresh
+            fresh.flush()
+            os.fsync(fresh.fileno())
+        os.replace(passing, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(passing)
+        raise
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: str) -> None:
+    """Have the new name on the disk as well, where systems open folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class _Patient:
+    """A file for torch's writer, which an exception of `write` would leave in disorder.
+
+    It is kept until the writer has ended.
+    """
+
+    def __init__(self, file: Any):
+        self._file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except BaseException as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def _save(state: Any, file: Any) -> None:
+    """Write to an open file; the file's own errors are raised as they came."""
+    patient = _Patient(file)
+    try:
+        torch.save(state, cast(BinaryIO, patient))
+    finally:
+        if patient.error is not None:
+            raise patient.error
+
+
+def read(file: File) -> Any:
+    """Tensors and plain data, on the CPU. Nothing that a file holds is run.
+
+    Args:
+        file: a path, or a file open for bytes.
+
+    Raises:
+        FileNotFoundError: and other errors of opening a file, as they come.
+        InvalidValue: what is in it is no such data: cut short, damaged, or of another kind.
+        InvalidType: neither a path nor a file.
+    """
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return _loaded(opened, os.fspath(file))
+    if not hasattr(file, "read"):
+        raise _no_file(file)
+    return _loaded(file, "file")
+
+
+def _loaded(file: Any, where: str) -> Any:
+    try:
+        with warnings.catch_warnings():  # of scripted models, which are refused below
+            warnings.simplefilter("ignore")
+            return torch.load(file, weights_only=True, map_location="cpu")
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # of the disk; EINVAL comes of places in the file that do not exist
+    # Not as the error's successor: torch's own tells how to have the file run what it holds.
+    raise InvalidValue(
+        "no file of tensors and plain data: cut short, damaged, or made by another program",
+        where=str(where),
+        remedy="Pass a file that save() made, or an undamaged copy of it",
+    )
+
+
+def _no_file(file: object) -> InvalidType:
+    return InvalidType(
+        "neither a path nor a file open for bytes", where="path", got=type(file).__name__
+    )
