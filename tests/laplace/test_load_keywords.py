@@ -31,6 +31,7 @@ REFUSED: dict[str, Any] = {
     "prior_mean": 1.0,
     "joint_bias": False,
     "uncovered": "freeze",
+    "class_axis": 1,
 }
 #: The file's own values in other words.
 ALIKE: dict[str, Any] = {
@@ -43,6 +44,7 @@ ALIKE: dict[str, Any] = {
     "prior_mean": 0.0,
     "joint_bias": True,
     "uncovered": "diag",
+    "class_axis": None,
 }
 #: In effect: a value, and where it shows.
 APPLIED: dict[str, tuple[Any, Callable[[Laplace], Any]]] = {

@@ -143,7 +143,7 @@ TABLE = [
     ((*GGN, "n_data"), float("inf"), "n_data: a count is a finite number"),
     ((*GGN, "n_outputs"), float("nan"), "n_outputs: a count is a finite number"),
     ((*GGN, "n_rows"), "7", "n_rows: not a number"),
-    ((*GGN, "class_axis"), 4, "class_axis: none of the axes"),
+    ((*GGN, "class_axis"), 0, "class_axis: axis 0 runs over"),
     ((*GGN, "settings", "0.weight"), "half", "none of 'expand', 'reduce'"),
     ((*GGN, "tracked"), ["0.weight"], "not the trainable parameters"),
     ((*GGN, "statistic"), torch.tensor(float("nan")), "statistic: not finite"),

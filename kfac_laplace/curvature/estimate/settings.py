@@ -10,7 +10,7 @@ from torch import Tensor
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.options import check_choice
 
-PartSetting = Literal["reduce", "expand"]
+PartSetting = Literal["expand", "reduce"]
 #: of a group, or of each of its parts where they differ, as those of a packed projection do
 Setting = PartSetting | tuple[PartSetting, ...]
 SETTINGS = ("auto", "expand", "reduce")
