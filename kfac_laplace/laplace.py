@@ -176,7 +176,9 @@ class Laplace:
             progress_bar: show one.
 
         Raises:
-            InvalidValue: an empty loader, non-finite numbers, targets out of range or shape.
+            InvalidValue: an empty loader, non-finite numbers, targets out of range or shape, no
+                parameter with an effect on the outputs, or a prior that does not fit them (said
+                after the first batch).
             InvalidType: targets of a wrong dtype, or batches of a wrong kind.
             UnsupportedUse: a use of a parameter that cannot be treated correctly.
             After an exception the posterior is as it was before.
@@ -186,7 +188,12 @@ class Laplace:
         else:
             afresh = Curvature.of(self.model, self.options)
             curvature = afresh.remember(self.curvature.ggn.knowledge)
-        curvature.fit(train_loader, key_y=self.dict_key_y, progress=progress_bar)
+        curvature.read(
+            train_loader,
+            key_y=self.dict_key_y,
+            progress=progress_bar,
+            check=lambda: self._prior_of(curvature).resolve(self._given),
+        ).finish()
         live = curvature.network.parameters(curvature.params)
         with torch.inference_mode(False):
             mode = {name: value.detach().double().clone() for name, value in live.items()}
@@ -210,17 +217,25 @@ class Laplace:
 
         Patterns, where given, set δ in place of the hyperparameters; a sharing is that of a state.
         """
-        device = curvature.network.device
-        layouts = layouts_of(curvature.groups, curvature.params)
-        prior = Prior.of(self._sharing, layouts, self.prior_mean, device)
+        prior = self._prior_of(curvature)
         if sharing is not None:
             state.check_same_sharing(prior, sharing)
-        hyper = hyper.to(device)
+        hyper = hyper.to(curvature.network.device)
         given = hyper.prior_precision if patterns is None else patterns
         hyper = dataclass_replace(hyper, prior_precision=prior.resolve(given))
         self._posterior = Posterior(Expansion(curvature.network, curvature.ggn, mode, prior), hyper)
         self._patterns = None
         self.curvature, self._mode, self._hyper = curvature, mode, hyper
+
+    def _prior_of(self, curvature: Curvature) -> Prior:
+        """The prior over the groups of a curvature."""
+        layouts = layouts_of(curvature.groups, curvature.params)
+        return Prior.of(self._sharing, layouts, self.prior_mean, curvature.network.device)
+
+    @property
+    def _given(self) -> Tensor | Mapping[str, float]:
+        """δ as the next fit takes it."""
+        return self._hyper.prior_precision if self._patterns is None else self._patterns
 
     @property
     def posterior(self) -> Posterior:
@@ -288,7 +303,10 @@ class Laplace:
 
     @property
     def coverage(self) -> dict[str, str]:
-        """How each parameter of the model is treated: "kron", "diag", "dense" or "frozen"."""
+        """How each parameter is treated: "kron", "diag", "dense", "frozen", or that it is "unused".
+
+        Unused parameters are in the posterior, which is their prior: no output depends on them.
+        """
         return self.curvature.coverage
 
     def log_marginal_likelihood(

@@ -65,7 +65,8 @@ class GGN:
 
     def without_data(self) -> "GGN":
         """The GGN of no data, with the groups and settings that are known."""
-        return GGN(self.options, self.knowledge, self.settings)
+        knowledge = replace(self.knowledge, effective=frozenset())
+        return GGN(self.options, knowledge, self.settings)
 
     def scaled(self, weight: float) -> "GGN":
         """The GGN with every example counted `weight` times.

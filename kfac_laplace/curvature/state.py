@@ -24,6 +24,7 @@ def ggn_to_state(ggn: GGN) -> dict[str, Any]:
         "structure": ggn.options.hessian_structure,
         "likelihood": _likelihood(ggn.options),
         "tracked": list(known.tracked),
+        "unused": list(known.unused),
         "groups": groups_to_plain(known.groups),
         "row_layouts": [
             [list(params), nth, _plain_row_layout(layout)]
@@ -61,9 +62,12 @@ def ggn_from_state(state: Mapping[str, Any], network: Network, options: Curvatur
             remedy="Use the options that the state was made with",
         )
     known = knowledge_of_groups(groups_from_plain(state["groups"]), network, options)
+    tracked, unused = tuple(state["tracked"]), frozenset(state.get("unused", ()))
     known = replace(
         known,
-        tracked=tuple(state["tracked"]),
+        tracked=tracked,
+        effective=frozenset(tracked) - unused,
+        told=unused,
         class_axis=state["class_axis"],
         row_entries=state["row_entries"],
         row_layouts={

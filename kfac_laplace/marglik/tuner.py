@@ -208,11 +208,12 @@ class MarglikTuner:
         uncovered="freeze".
         """
         curvature = self._blank().curvature
-        curvature.fit([*islice(loader, 1)], key_y=self._key_y)
+        curvature.read([*islice(loader, 1)], key_y=self._key_y)
         known = curvature.ggn.knowledge
         prior, hyper = self._prior_of(known), self._hyper
+        given = prior.resolve(self._patterns or hyper.prior_precision)
         if self._patterns is not None:
-            hyper = replace(hyper, prior_precision=prior.resolve(self._patterns))
+            hyper = replace(hyper, prior_precision=given)
         self._known, self._prior, self._patterns = known, prior, None
         self._take(hyper)
 

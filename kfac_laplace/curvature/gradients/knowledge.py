@@ -27,6 +27,8 @@ class Knowledge:
         reorders: whether images may be handed to convolutions with channels last.
         watched: whether gradients that cancel under reduce were looked for.
         listed: whether the log says what has no Kronecker factors.
+        effective: names of the tracked parameters that some batch's outputs depend on.
+        told: names of those that the log says to be without effect.
     """
 
     tracked: tuple[str, ...]
@@ -38,6 +40,13 @@ class Knowledge:
     reorders: bool = True
     watched: bool = False
     listed: bool = False
+    effective: frozenset[str] = frozenset()
+    told: frozenset[str] = frozenset()
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the tracked parameters without effect on any output so far, in model order."""
+        return tuple(name for name in self.tracked if name not in self.effective)
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -62,7 +71,14 @@ class Knowledge:
 
     def rows_alone(self, tracked: tuple[str, ...]) -> "Knowledge":
         """How rows lie in the model's layers, for a fit that groups its parameters anew."""
-        return replace(self, tracked=tracked, groups=(), class_axis=-1, row_entries=1)
+        return replace(
+            self,
+            tracked=tracked,
+            groups=(),
+            class_axis=-1,
+            row_entries=1,
+            effective=frozenset(),
+        )
 
     def with_rows_of(self, other: "Knowledge") -> "Knowledge":
         """The same groups, with how rows lie by what both have seen."""
@@ -73,4 +89,6 @@ class Knowledge:
             reorders=self.reorders and other.reorders,
             watched=self.watched or other.watched,
             listed=self.listed or other.listed,
+            effective=self.effective | other.effective,
+            told=self.told | other.told,
         )
