@@ -27,6 +27,7 @@ from kfac_laplace.options import check_whole
 from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate import scale as calibration
 from kfac_laplace.posterior.calibrate.prior_grid import grid_search
+from kfac_laplace.posterior.claims import claims, tell
 from kfac_laplace.posterior.expansion import Expansion
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters, one_number, positive, real
@@ -394,13 +395,16 @@ class Laplace:
                     remedy="Leave it out, or use method='marglik'",
                 )
             delta = grid_search(posterior, val_loader, self.dict_key_y, float(self._scale), grid)
-            self._move(prior_precision=posterior.prior.full(delta).clone())
+            kept = posterior.hyperparameters.prior_precision.detach()
+            self._move(prior_precision=delta.where(~posterior.unused_precisions, kept))
             return self
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         free = Hyperparameters.tuned(self.likelihood, fixed)
         search = Search(chosen, free, n_steps, tolerance)
-        found = optimise(posterior, method, search).hyperparameters
-        self._move(**{name: value for name, value in found.values().items() if name in free})
+        found = optimise(posterior, method, search)
+        values = found.hyperparameters.values().items()
+        self._move(**{name: value for name, value in values if name in free})
+        tell(claims(self.posterior, found.bounds), set())
         return self
 
     optimize_prior_precision = optimize_prior

@@ -72,7 +72,7 @@ def _of_batch(
     """The GGN of one batch, by what is known and what this batch teaches."""
     passed = network.record(batch, ggn.knowledge, parameters)
     passed, f, y = _aligned(passed, y.to(network.device), first=not ggn.n_data)
-    statistic = ggn.likelihood.statistic(f, y)
+    statistic, sums = ggn.likelihood.statistic(f, y), ggn.likelihood.target_sums(y, f)
     targets = passed.by_example(y)
     passed = passed.weighted(ggn.likelihood.importance(targets))
     passed = passed.knowing(learn_row_layouts(passed))
@@ -105,7 +105,7 @@ def _of_batch(
                 remedy="Check inputs and weights; half precision may overflow",
             )
     known = replace(passed.knowledge, watched=True)
-    return GGN(ggn.options, known, settings, blocks, statistic, batch.n, len(f), f.numel())
+    return GGN(ggn.options, known, settings, blocks, statistic, batch.n, len(f), f.numel(), sums)
 
 
 def _aligned(passed: ForwardPass, y: Tensor, first: bool) -> tuple[ForwardPass, Tensor, Tensor]:

@@ -209,7 +209,7 @@ class Curvature:
         *,
         key_y: str = "labels",
         progress: bool = False,
-        check: Callable[[], None] | None = None,
+        check: Callable[[], object] | None = None,
     ) -> Self:
         """Add every batch of a loader, which may be a part of the data; arguments as for `fit`.
 

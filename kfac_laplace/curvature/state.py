@@ -39,6 +39,7 @@ def ggn_to_state(ggn: GGN) -> dict[str, Any]:
         "n_data": ggn.n_data,
         "n_rows": ggn.n_rows,
         "n_outputs": ggn.n_outputs,
+        "targets": ggn.targets,
     }
 
 
@@ -93,6 +94,7 @@ def ggn_from_state(state: Mapping[str, Any], network: Network, options: Curvatur
         state["n_data"],
         state["n_rows"],
         state["n_outputs"],
+        state.get("targets", torch.zeros(0, dtype=torch.float64)).to(device),
     )
 
 

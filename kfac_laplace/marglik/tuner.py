@@ -33,14 +33,18 @@ from kfac_laplace.marglik.live import LiveParameters
 from kfac_laplace.marglik.loss import mean_log_likelihood, undivided_prior
 from kfac_laplace.marglik.record import Record
 from kfac_laplace.options import check_choice, check_positive, check_whole
+from kfac_laplace.posterior.bounds import Bounds
+from kfac_laplace.posterior.claims import round_claims, tell
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.hyperparameters import Hyperparameters
+from kfac_laplace.posterior.hyperparameters import Hyperparameters, positive
 from kfac_laplace.posterior.mackay import check_objective, mackay_steps
 from kfac_laplace.posterior.objectives import Objective, resolve_objective
+from kfac_laplace.posterior.optimum import Search
 from kfac_laplace.posterior.prior import (
     Given,
     Prior,
     checked_mean,
+    given_precision,
     layouts_of,
     starting_precision,
 )
@@ -144,6 +148,8 @@ class MarglikTuner:
         self._live: LiveParameters
         delta, self._patterns = starting_precision(prior_precision, self._network.device)
         self._take(Hyperparameters(delta, blank.sigma_noise, blank.temperature))
+        self._start = self._patterns or self._hyper.prior_precision, self._hyper.sigma_noise
+        self._said: set[tuple[str, str]] = set()
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         self._free = Hyperparameters.tuned(self.likelihood, fixed)
         self._adam: dict[str, Any] | None = None
@@ -260,7 +266,7 @@ class MarglikTuner:
             )
         self._synchronise()
         curvature_seconds = time.perf_counter() - start
-        hyper, moments = self._improved(la.posterior)
+        hyper, moments, bounds = self._improved(la.posterior)
         with torch.no_grad():
             record = Record.of(
                 la.posterior.at(hyper),
@@ -273,6 +279,7 @@ class MarglikTuner:
         self._take(hyper)
         self._adam, self._epoch = moments, epoch
         self.history.append(record)
+        tell(round_claims(la.posterior.at(hyper), bounds, len(self.history)), self._said)
         return record
 
     def _take(self, hyper: Hyperparameters) -> None:
@@ -305,18 +312,20 @@ class MarglikTuner:
         layouts = layouts_of(known.groups, known.params)
         return Prior.of(sharing, layouts, self._fixed["prior_mean"], self._network.device)
 
-    def _improved(self, posterior: Posterior) -> tuple[Hyperparameters, dict[str, Any] | None]:
-        """The hyperparameters after this round's steps, and Adam's state after them."""
-        if self.method == "mackay":
-            return mackay_steps(posterior, self._free, self.n_hypersteps), None
-        return adam(
-            posterior,
-            self.objective,
-            self._free,
-            n_steps=self.n_hypersteps,
-            lr=self.lr_hyp,
-            state=self._adam,
+    def _improved(
+        self, posterior: Posterior
+    ) -> tuple[Hyperparameters, dict[str, Any] | None, Bounds]:
+        """The hyperparameters after this round's steps, Adam's state, and how far they could go."""
+        posterior = posterior.apart_from_unused
+        delta = posterior.prior.full(posterior.prior.resolve(self._start[0]))
+        start = replace(
+            posterior.hyperparameters, prior_precision=delta, sigma_noise=self._start[1]
         )
+        bounds = Bounds.of(posterior, self.objective, self._free, start)
+        search = Search(self.objective, self._free, self.n_hypersteps, bounds=bounds)
+        if self.method == "mackay":
+            return mackay_steps(posterior, search), None, bounds
+        return *adam(posterior, search, lr=self.lr_hyp, state=self._adam), bounds
 
     # --- results -----------------------------------------------------------------------------
 
@@ -359,6 +368,7 @@ class MarglikTuner:
             "history": [asdict(record) for record in self.history],
             "groups": None if self._prior is None else groups_to_plain(self._known.groups),
             "patterns": self._patterns,
+            "start": self._start,
         }
 
     def _plain_options(self) -> dict[str, Any]:
@@ -371,7 +381,7 @@ class MarglikTuner:
         Raises:
             InvalidValue: not a tuner's state, or another model's; nothing is changed then.
         """
-        missing = {*self.state_dict()} - set(state)
+        missing = {*self.state_dict()} - set(state) - {"start"}  # of before there were bounds
         if missing:
             raise InvalidValue(
                 "not the state of a tuner",
@@ -385,6 +395,8 @@ class MarglikTuner:
             hyper = Hyperparameters.from_state(state["hyperparameters"], device)
             history = [Record(**record) for record in state["history"]]
             epoch, patterns = int(state["epoch"]), state["patterns"]
+            given, sigma = state.get("start", self._start)
+            start = given_precision(given, device), positive(sigma, "start", device)
             if patterns is not None:
                 patterns = starting_precision(dict(patterns), device)[1]
             if state["groups"] is not None:
@@ -396,4 +408,5 @@ class MarglikTuner:
         self._known, self._prior = known.with_rows_of(self._known), prior
         self._take(hyper)
         self._epoch, self.history, self._patterns = epoch, history, patterns
+        self._start = start
         self._adam = copy.deepcopy(state["adam"])
