@@ -412,6 +412,9 @@ class Laplace:
     def calibrate(self, loader: Iterable[Any] | None = None, method: str = "loo") -> Self:
         """Set `posterior_scale` κ to the value of least predictive NLL.
 
+        By leave-one-out κ stays, with a warning, where the left-out NLL is worse than that of a
+        constant prediction or the best κ is an end of the range. Held-out data are the surer guide.
+
         Args:
             loader: for "loo" the training data (by default what `fit` read), for "validation"
                 held-out data.
@@ -422,9 +425,14 @@ class Laplace:
         points = calibration.held_out_points(
             self.posterior, method, loaders, self.dict_key_y, self.options.seed
         )
-        self._scale = self._scale.new_tensor(
-            calibration.best_scale(self.likelihood, points, self.sigma_noise.detach())
+        found = calibration.adopted_scale(
+            self.likelihood,
+            points,
+            self.sigma_noise.detach(),
+            method=method,
+            before=float(self._scale),
         )
+        self._scale = self._scale.new_tensor(found)
         return self
 
     # --- predictions -----------------------------------------------------------------------

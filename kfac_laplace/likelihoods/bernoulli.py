@@ -90,6 +90,10 @@ class Bernoulli(Likelihood):
         y = y.double().flatten(0, -2)
         return torch.stack([self.positive(y), 1 - y]).sum(1)
 
+    def uninformed(self, y: Tensor, f: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Zeros and ones alike."""
+        return torch.zeros_like(f[0, 0]), f.new_ones(())
+
     def constant_log_likelihood(self, sums: Tensor) -> float:
         """That of the base rate of each output, as the loss weighs it."""
         if not sums.numel():

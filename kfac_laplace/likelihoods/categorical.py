@@ -144,6 +144,10 @@ class Categorical(Likelihood):
         counts = torch.bincount(labels[kept], minlength=f.shape[-1]).double()
         return torch.stack([counts, counts @ self._losses(torch.eye(len(counts)).to(counts))])
 
+    def uninformed(self, y: Tensor, f: Tensor) -> tuple[Tensor, Tensor] | None:
+        """All classes alike."""
+        return torch.zeros_like(f[0, 0]), f.new_ones(())
+
     def constant_log_likelihood(self, sums: Tensor) -> float:
         """That of the frequencies of the classes, as the loss weighs them."""
         if not sums.numel():

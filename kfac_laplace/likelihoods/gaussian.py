@@ -13,6 +13,10 @@ from kfac_laplace.likelihoods.likelihood import Likelihood
 from kfac_laplace.likelihoods.predictive import NormalPredictive
 from kfac_laplace.likelihoods.roots import diagonal_roots
 
+#: What knows nothing is so many times as wide as the targets' spread. The spread itself is no
+#: measure: where noise alone is to be learned, exact predictions of points left out are worse.
+VAGUE = 10.0
+
 
 class Gaussian(Likelihood):
     """N(y | f, σ² I): Λ = I at σ = 1."""
@@ -59,6 +63,11 @@ class Gaussian(Likelihood):
         count, total, squares = sums
         inside = (squares - total.square() / count).sum() / count.sum()
         return math.sqrt(max(0.0, float(inside)))
+
+    def uninformed(self, y: Tensor, f: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The targets' mean by output, `VAGUE` times as wide as their spread; None at spread 0."""
+        spread = self.target_spread(self.target_sums(y, f))
+        return (y.to(f).mean((0, 1)), f.new_tensor(VAGUE * spread)) if spread else None
 
     def constant_log_likelihood(self, sums: Tensor) -> float:
         """That of N(ȳ, s²) at the mean of each output and the spread s of all."""

@@ -111,6 +111,15 @@ class Likelihood(ABC):
         """
         return math.nan
 
+    def uninformed(self, y: Tensor, f: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Outputs (broadcastable to f) and σ of a prediction that knows no input; None: not known.
+
+        Args:
+            y: aligned targets.
+            f: outputs (n, t, c).
+        """
+        return None
+
     def determined(self, sums: Tensor, count: float) -> float:
         """How many directions data of `count` scalar outputs can determine, at the most.
 

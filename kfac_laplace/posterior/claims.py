@@ -69,13 +69,8 @@ def round_claims(posterior: Posterior, bounds: Bounds, rounds: int) -> Iterator[
     """
     yield from _without_maximum(posterior.apart_from_unused, bounds)
     yield from _beyond_the_data(posterior)
-    if "sigma_noise" in bounds.high:
-        # Large residuals are no news while a network begins, nor is a noise on its way down from
-        # its start: what the fit explains and γ takes back is.
-        ggn, sigma = posterior.ggn, float(posterior.hyperparameters.sigma_noise)
-        risen = sigma > float(bounds.high["sigma_noise"]) / REACH
-        if rounds >= LATE or (risen and sigma**2 * ggn.n_outputs > 2 * float(ggn.statistic)):
-            yield from _beyond_the_spread(posterior)
+    if "sigma_noise" in bounds.high and (rounds >= LATE or _taken_back(posterior, bounds)):
+        yield from _beyond_the_spread(posterior)
     yield from dead(posterior)
 
 
@@ -141,17 +136,29 @@ def _beyond_the_data(posterior: Posterior) -> Iterator[Claim]:
     possible = ggn.likelihood.determined(ggn.targets, ggn.n_outputs)
     if not gamma > NEARLY_ALL * possible:
         return
-    other = [s for s in ("full", "diag") if s != ggn.options.hessian_structure]
+    structure = ggn.options.hessian_structure
+    full = "" if structure == "full" else "hessian_structure='full', "
     noise = "fix_sigma_noise=True, " if ggn.likelihood.has_noise else ""
     yield Claim(
         "gamma",
         (),
-        f"{ggn.options.hessian_structure} curvature claims that the data determine "
+        f"'{structure}' curvature claims that the data determine "
         f"{gamma:.6g} directions, where {possible:.6g} are possible: evidence, precisions"
         f"{' and noise' if noise else ''} rest on no count of degrees of freedom. Take fewer "
-        f"weights (subset_of_weights), hessian_structure={' or '.join(map(repr, other))}, "
-        f"{noise}or calibrate(val_loader, method='validation')",
+        f"weights (subset_of_weights), {full}{noise}or calibrate(val_loader, method='validation')",
     )
+
+
+def _taken_back(posterior: Posterior, bounds: Bounds) -> bool:
+    """Whether a Gaussian noise has risen by what γ takes back of a good fit.
+
+    Large residuals are no news while a network begins, nor is a noise on its way down.
+    """
+    ggn, sigma = posterior.ggn, float(posterior.hyperparameters.sigma_noise)
+    if not ggn.likelihood.has_gaussian_noise:
+        return False
+    risen = sigma > float(bounds.high["sigma_noise"]) / REACH
+    return risen and sigma**2 * ggn.n_outputs > 2 * float(ggn.statistic)
 
 
 def _beyond_the_spread(posterior: Posterior) -> Iterator[Claim]:
@@ -166,8 +173,8 @@ def _beyond_the_spread(posterior: Posterior) -> Iterator[Claim]:
         (),
         f"sigma_noise={sigma:.3g} is beyond the spread of the targets, {spread:.3g}; that of the "
         f"residuals is {left:.3g}. Train the model further where that is large; otherwise the "
-        "curvature claims more directions than the data have: use fix_sigma_noise=True, fewer weights "
-        "(subset_of_weights) or hessian_structure='full'",
+        "curvature claims more directions than the data have: use fix_sigma_noise=True, fewer "
+        "weights (subset_of_weights) or hessian_structure='full'",
     )
 
 
