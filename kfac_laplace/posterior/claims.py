@@ -71,22 +71,19 @@ def round_claims(posterior: Posterior, bounds: Bounds, rounds: int) -> Iterator[
     yield from _beyond_the_data(posterior)
     if "sigma_noise" in bounds.high and (rounds >= LATE or _taken_back(posterior, bounds)):
         yield from _beyond_the_spread(posterior)
-    yield from dead(posterior)
+    yield from _no_better_than_a_constant(posterior, rounds)
 
 
-def dead(posterior: Posterior) -> Iterator[Claim]:
-    """Say it where a network predicts no better than a constant, and the data hardly touch it.
-
-    Args:
-        posterior: at the present weights and hyperparameters.
-    """
+def _no_better_than_a_constant(posterior: Posterior, rounds: int) -> Iterator[Claim]:
+    """A network that its prior holds down; one that begins is not, as data determine much of it."""
     ggn, temperature = posterior.ggn, float(posterior.hyperparameters.temperature)
     constant = ggn.likelihood.constant_log_likelihood(ggn.targets)
     if not math.isfinite(constant):
         return
     fit, gamma, outputs = float(posterior.log_likelihood), _gamma(posterior), len(ggn.targets[0])
-    # A constant has a direction for each output. A network before its training has many more.
-    if fit > constant + NO_GAIN * ggn.n_outputs / outputs or gamma > outputs:
+    if fit > constant + NO_GAIN * ggn.n_outputs / outputs:
+        return
+    if gamma > outputs and rounds < LATE:  # more directions than a constant has
         return
     evidence, nothing = float(posterior.log_marginal_likelihood), constant / temperature
     yield Claim(
@@ -122,7 +119,7 @@ def _without_maximum(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
             noise = (
                 f"{name} ({why}: stopped at {float(getattr(posterior.hyperparameters, name)):.3g})"
             )
-    told = [(posterior.prior.groups_of(mask), why) for mask, why in reasons if bool(mask.any())]
+    told = [(_groups_of(posterior, mask), why) for mask, why in reasons if bool(mask.any())]
     parts = [f"the prior precision of {_listed(names)} ({why})" for names, why in told]
     parts += [noise] if noise else []
     if parts:
@@ -189,6 +186,13 @@ def _largest(posterior: Posterior, count: int = 3) -> str:
     largest = {name: float(delta.max()) for name, delta in deltas.items()}
     order = sorted(largest, key=largest.__getitem__, reverse=True)
     return ", ".join(f"{name} ({largest[name]:.3g})" for name in order[:count])
+
+
+def _groups_of(posterior: Posterior, mask: Tensor) -> dict[str, tuple[int, int]]:
+    """Groups with a precision in a mask: how many of how many are in it."""
+    index = posterior.prior.index.items()
+    own = {name: mask[places.flatten().unique()] for name, places in index}
+    return {name: (int(part.sum()), len(part)) for name, part in own.items() if part.any()}
 
 
 def _listed(groups: dict[str, tuple[int, int]], most: int = 20) -> str:

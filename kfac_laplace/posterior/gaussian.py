@@ -86,9 +86,12 @@ class Posterior:
     @property
     def unused_precisions(self) -> Tensor:
         """Mask (length of the prior,) of precisions that only parameters without effect have."""
-        effective = self.ggn.knowledge.effective
-        groups = self.prior.layouts.groups.items()
-        return ~self.prior.precisions_of(n for n, la in groups if effective.intersection(la.params))
+        effective, prior = self.ggn.knowledge.effective, self.prior
+        mask = torch.ones(prior.length, dtype=torch.bool, device=prior.device)
+        for name, layout in prior.layouts.groups.items():
+            if effective.intersection(layout.params):
+                mask[prior.index[name].flatten()] = False
+        return mask
 
     @property
     def scale(self) -> Tensor:

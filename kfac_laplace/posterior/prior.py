@@ -177,18 +177,6 @@ class Prior:
     def _add(self, places: Tensor, values: Tensor) -> Tensor:
         return values.new_zeros(self.length).index_add(0, places, values)
 
-    def precisions_of(self, groups: Iterable[str]) -> Tensor:
-        """Mask (length,) of the precisions that entries of some groups have."""
-        mask = torch.zeros(self.length, dtype=torch.bool, device=self.device)
-        for name in groups:
-            mask[self.index[name].flatten()] = True
-        return mask
-
-    def groups_of(self, mask: Tensor) -> dict[str, tuple[int, int]]:
-        """Groups with a precision in a mask (length,): how many of how many are in it."""
-        own = {name: mask[places.flatten().unique()] for name, places in self.index.items()}
-        return {name: (int(part.sum()), len(part)) for name, part in own.items() if part.any()}
-
     # --- the density -------------------------------------------------------------------------
 
     def log_det(self, precision: Tensor) -> Tensor:

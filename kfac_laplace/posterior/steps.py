@@ -87,7 +87,7 @@ def maximise(posterior: Posterior, search: Search) -> Optimum:
 
 @dataclass(frozen=True)
 class _Climb:
-    """Where L-BFGS ended, or the last place at which all was finite, with an infinite slope then.
+    """Where L-BFGS ended; the slope is infinite where it left the domain, and the place one near.
 
     The slopes are those of the objective in the free coordinates, by name.
     """
@@ -110,16 +110,25 @@ def _climb(posterior: Posterior, search: Search, held: Masks) -> _Climb:
         tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
     )
-    last, slopes = posterior.hyperparameters.detached(), {}
+    bounds, last, slopes = search.within(posterior), posterior.hyperparameters.detached(), {}
 
     def closure() -> Tensor:
         nonlocal last
         optimiser.zero_grad()
-        loss = -slope_of(search.objective, posterior.at(free.value()))
+        tried = free.value().detached()
+        outside = bool(_beyond(bounds, tried, held))
+        try:
+            loss = -slope_of(search.objective, posterior.at(free.value()))
+        except InvalidValue as error:  # no decomposition goes as far as numbers do
+            last = tried
+            if outside:
+                raise _LeftTheDomain from error
+            raise
         loss.backward()
-        if not _finite(loss, free):
+        finite = _finite(loss, free)
+        last = tried if finite or outside else last
+        if not finite:
             raise _LeftTheDomain
-        last = free.value().detached()
         for name, leaf in free.named.items():
             if leaf.grad is not None:
                 slopes[name] = -leaf.grad.clone()
