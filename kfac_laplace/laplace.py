@@ -28,6 +28,7 @@ from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate import scale as calibration
 from kfac_laplace.posterior.calibrate.prior_grid import grid_search
 from kfac_laplace.posterior.calibrate.training_data import TrainingData
+from kfac_laplace.posterior.claims import claims, tell
 from kfac_laplace.posterior.expansion import Expansion
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters, one_number, positive, real
@@ -186,7 +187,9 @@ class Laplace:
             progress_bar: show one.
 
         Raises:
-            InvalidValue: an empty loader, non-finite numbers, targets out of range or shape.
+            InvalidValue: an empty loader, non-finite numbers, targets out of range or shape, no
+                parameter with an effect on the outputs, or a prior that does not fit them (said
+                after the first batch).
             InvalidType: targets of a wrong dtype, or batches of a wrong kind.
             UnsupportedUse: a use of a parameter that cannot be treated correctly.
             After an exception the posterior is as it was before.
@@ -196,7 +199,12 @@ class Laplace:
         else:
             afresh = Curvature.of(self.model, self.options)
             curvature = afresh.remember(self.curvature.ggn.knowledge)
-        curvature.fit(train_loader, key_y=self.dict_key_y, progress=progress_bar)
+        curvature.read(
+            train_loader,
+            key_y=self.dict_key_y,
+            progress=progress_bar,
+            check=lambda: self._prior_of(curvature).resolve(self._given),
+        ).finish()
         live = curvature.network.parameters(curvature.params)
         with torch.inference_mode(False):
             mode = {name: value.detach().double().clone() for name, value in live.items()}
@@ -220,17 +228,25 @@ class Laplace:
 
         Patterns, where given, set δ in place of the hyperparameters; a sharing is that of a state.
         """
-        device = curvature.network.device
-        layouts = layouts_of(curvature.groups, curvature.params)
-        prior = Prior.of(self._sharing, layouts, self.prior_mean, device)
+        prior = self._prior_of(curvature)
         if sharing is not None:
             state.check_same_sharing(prior, sharing)
-        hyper = hyper.to(device)
+        hyper = hyper.to(curvature.network.device)
         given = hyper.prior_precision if patterns is None else patterns
         hyper = dataclass_replace(hyper, prior_precision=prior.resolve(given))
         self._posterior = Posterior(Expansion(curvature.network, curvature.ggn, mode, prior), hyper)
         self._patterns = None
         self.curvature, self._mode, self._hyper = curvature, mode, hyper
+
+    def _prior_of(self, curvature: Curvature) -> Prior:
+        """The prior over the groups of a curvature."""
+        layouts = layouts_of(curvature.groups, curvature.params)
+        return Prior.of(self._sharing, layouts, self.prior_mean, curvature.network.device)
+
+    @property
+    def _given(self) -> Tensor | Mapping[str, float]:
+        """δ as the next fit takes it."""
+        return self._hyper.prior_precision if self._patterns is None else self._patterns
 
     @property
     def posterior(self) -> Posterior:
@@ -298,7 +314,10 @@ class Laplace:
 
     @property
     def coverage(self) -> dict[str, str]:
-        """How each parameter of the model is treated: "kron", "diag", "dense" or "frozen"."""
+        """How each parameter is treated: "kron", "diag", "dense", "frozen", or that it is "unused".
+
+        Unused parameters are in the posterior, which is their prior: no output depends on them.
+        """
         return self.curvature.coverage
 
     def log_marginal_likelihood(
@@ -386,19 +405,25 @@ class Laplace:
                     remedy="Leave it out, or use method='marglik'",
                 )
             delta = grid_search(posterior, val_loader, self.dict_key_y, float(self._scale), grid)
-            self._move(prior_precision=posterior.prior.full(delta).clone())
+            kept = posterior.hyperparameters.prior_precision.detach()
+            self._move(prior_precision=delta.where(~posterior.unused_precisions, kept))
             return self
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         free = Hyperparameters.tuned(self.likelihood, fixed)
         search = Search(chosen, free, n_steps, tolerance)
-        found = optimise(posterior, method, search).hyperparameters
-        self._move(**{name: value for name, value in found.values().items() if name in free})
+        found = optimise(posterior, method, search)
+        values = found.hyperparameters.values().items()
+        self._move(**{name: value for name, value in values if name in free})
+        tell(claims(self.posterior, found.bounds), set())
         return self
 
     optimize_prior_precision = optimize_prior
 
     def calibrate(self, loader: Iterable[Any] | None = None, method: str = "loo") -> Self:
         """Set `posterior_scale` κ to the value of least predictive NLL.
+
+        By leave-one-out κ stays, with a warning, where the left-out NLL is worse than that of a
+        constant prediction or the best κ is an end of the range. Held-out data are the surer guide.
 
         Args:
             loader: for "loo" the training data (by default what `fit` read), for "validation"
@@ -410,9 +435,14 @@ class Laplace:
         points = calibration.held_out_points(
             self.posterior, method, loaders, self.dict_key_y, self.options.seed
         )
-        self._scale = self._scale.new_tensor(
-            calibration.best_scale(self.likelihood, points, self.sigma_noise.detach())
+        found = calibration.adopted_scale(
+            self.likelihood,
+            points,
+            self.sigma_noise.detach(),
+            method=method,
+            before=float(self._scale),
         )
+        self._scale = self._scale.new_tensor(found)
         return self
 
     # --- predictions -----------------------------------------------------------------------

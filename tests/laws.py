@@ -59,7 +59,7 @@ def assert_complete(curvature: Curvature, model: nn.Module) -> None:
     """Each parameter is in `coverage`; the covered ones lie in exactly one block, sized to fit."""
     coverage = curvature.coverage
     assert set(coverage) == {name for name, _ in model.named_parameters()}
-    assert set(coverage.values()) <= {"kron", "diag", "dense", "frozen"}
+    assert set(coverage.values()) <= {"kron", "diag", "dense", "frozen", "unused"}
     placed = [name for block in curvature.blocks.values() for name in block.params]
     assert len(placed) == len(set(placed)), "a parameter lies in two blocks"
     assert set(placed) == {name for name, kind in coverage.items() if kind != "frozen"}

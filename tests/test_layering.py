@@ -46,9 +46,11 @@ posterior/log_table
 posterior/expansion
 posterior/gaussian
 posterior/objectives
+posterior/bounds
 posterior/optimum
 posterior/mackay
 posterior/steps
+posterior/claims
 posterior/predict
 posterior/calibrate
 posterior/state

@@ -22,6 +22,7 @@ from kfac_laplace.curvature.estimate.settings import (
     keeping_curvature,
 )
 from kfac_laplace.curvature.ggn import GGN
+from kfac_laplace.curvature.gradients.effect import effective
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network, check_examples, learn_groups
@@ -82,7 +83,7 @@ def _of_batch(
     """The GGN of one batch, by what is known and what this batch teaches."""
     passed = network.record(batch, ggn.knowledge, parameters)
     passed, f, y = _aligned(passed, y.to(network.device), ggn.options.class_axis)
-    statistic = ggn.likelihood.statistic(f, y)
+    statistic, sums = ggn.likelihood.statistic(f, y), ggn.likelihood.target_sums(y, f)
     targets = passed.by_example(y)
     passed = passed.weighted(ggn.likelihood.importance(targets))
     passed = passed.knowing(learn_row_layouts(passed))
@@ -92,6 +93,7 @@ def _of_batch(
         passed = passed.knowing(_with_groups(passed, ggn.options))
         few = partial(_few, network, passed, parameters)
         settings = _settings(passed, ggn.options, few)
+    passed = passed.knowing(_with_effects(passed, ggn.options))
     idle = _idle_examples(passed.weights)
     # Examples whose labels are all ignored would enter the input factors alone.
     if bool(idle.any()) and not bool(idle.all()) and isinstance(batch, Batch):
@@ -113,7 +115,7 @@ def _of_batch(
                 remedy="Check inputs and weights; half precision may overflow",
             )
     known = passed.learned
-    return GGN(ggn.options, known, settings, blocks, statistic, batch.n, len(f), f.numel())
+    return GGN(ggn.options, known, settings, blocks, statistic, batch.n, len(f), f.numel(), sums)
 
 
 def _aligned(
@@ -138,23 +140,40 @@ def _aligned(
 
 
 def _with_groups(passed: ForwardPass, options: CurvatureOptions) -> Knowledge:
-    """The groups of a first pass, the uncovered ones treated as asked for."""
+    """The groups of a first pass, without the uncovered ones where these are to be frozen."""
     known = learn_groups(passed, options.subset_of_weights, options.joint_bias)
-    uncovered = [group.name for group in known.groups if not group.covered]
-    if not uncovered or options.hessian_structure != "kron":
+    if options.hessian_structure == "kron" and options.uncovered == "freeze":
+        return replace(known, groups=tuple(group for group in known.groups if group.covered))
+    return known
+
+
+def _with_effects(passed: ForwardPass, options: CurvatureOptions) -> Knowledge:
+    """What this pass shows to have an effect; uncovered parameters treated as asked for.
+
+    A parameter that an earlier batch did not use has no rule, whatever its use is now.
+    """
+    known = passed.knowledge
+    found = effective(passed.recording).intersection(known.tracked) - known.effective
+    without_rule = [name for name in known.tracked if name in found - _covered(known)]
+    known = replace(known, effective=known.effective | found)
+    if not without_rule or options.hessian_structure != "kron":
         return known
     if options.uncovered == "error":
         raise UnsupportedUse(
             "no layer rule gives these parameters Kronecker factors",
-            where=", ".join(uncovered),
+            where=", ".join(without_rule),
             remedy="Choose uncovered='diag' or 'freeze', or register a rule",
         )
     if not known.listed:
-        names = ", ".join(uncovered)
+        names = ", ".join(without_rule)
         log.info("without Kronecker factors, treated as '%s': %s", options.uncovered, names)
-    if options.uncovered == "freeze":
-        known = replace(known, groups=tuple(group for group in known.groups if group.covered))
     return replace(known, listed=True)
+
+
+def _covered(known: Knowledge) -> frozenset[str]:
+    """Names of the parameters whose uses layer rules cover."""
+    covered = (group.layout.params for group in known.groups if group.covered)
+    return frozenset[str]().union(*covered)
 
 
 def _few(

@@ -1,6 +1,6 @@
 """The curvature backend: the GGN of a model, batch by batch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from kfac_laplace.curvature.estimate.blocks import Block, Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher
 from kfac_laplace.curvature.estimate.settings import KfacApprox, Setting
 from kfac_laplace.curvature.ggn import GGN
+from kfac_laplace.curvature.gradients.effect import check_effect, tell_unused
 from kfac_laplace.curvature.gradients.groups import Group, Subset
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
@@ -178,8 +179,16 @@ class Curvature:
 
     @property
     def coverage(self) -> dict[str, str]:
-        """How each parameter of the model is treated: "kron", "diag", "dense" or "frozen"."""
-        kinds = {name: block.kind for block in self.blocks.values() for name in block.params}
+        """How each parameter of the model is treated: "kron", "diag", "dense" or "frozen".
+
+        "unused" are those of the posterior that no output depends on: their curvature is zero.
+        """
+        unused = self.ggn.knowledge.unused
+        kinds = {
+            name: "unused" if name in unused else block.kind
+            for block in self.blocks.values()
+            for name in block.params
+        }
         return {
             name: kinds.get(name, "frozen") for name, _ in self.network.model.named_parameters()
         }
@@ -187,7 +196,7 @@ class Curvature:
     # --- data --------------------------------------------------------------------------------
 
     def fit(self, loader: Iterable[Any], *, key_y: str = "labels", progress: bool = False) -> Self:
-        """Add every batch of a loader.
+        """Add every batch of a loader, and name the parameters without effect on any output.
 
         Args:
             loader: yields pairs (x, y) or mappings that hold the targets under `key_y`.
@@ -195,7 +204,27 @@ class Curvature:
             progress: show a progress bar.
 
         Raises:
-            InvalidValue: the loader is empty, or a batch is bad. Batches before it stay counted.
+            InvalidValue: the loader is empty, a batch is bad, or no parameter has an effect on the
+                outputs. Batches before it stay counted.
+        """
+        return self.read(loader, key_y=key_y, progress=progress).finish()
+
+    def read(
+        self,
+        loader: Iterable[Any],
+        *,
+        key_y: str = "labels",
+        progress: bool = False,
+        check: Callable[[], object] | None = None,
+    ) -> Self:
+        """Add every batch of a loader, which may be a part of the data; arguments as for `fit`.
+
+        Args:
+            loader: as for `fit`.
+            key_y: as for `fit`.
+            progress: as for `fit`.
+            check: called after the first batch, when the groups are known; what it raises ends
+                the pass.
         """
         if not isinstance(loader, Iterable):
             raise InvalidType(
@@ -208,8 +237,10 @@ class Curvature:
         batches = 0
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
             for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):
-                self.accumulate(*split_batch(batch, key_y, self.options.batch_fn))
+                self._add(*split_batch(batch, key_y, self.options.batch_fn))
                 batches += 1
+                if batches == 1 and check is not None:
+                    check()
         if not batches:
             raise InvalidValue(
                 "the loader yielded no batch",
@@ -217,6 +248,16 @@ class Curvature:
                 got="0 batches",
                 remedy="Check its length; a generator can be read only once",
             )
+        return self
+
+    def finish(self) -> Self:
+        """Name the parameters that had no effect on any output, in a log record.
+
+        Raises:
+            InvalidValue: no parameter had any.
+        """
+        check_effect(self.ggn.knowledge)
+        self._tell("the outputs of any batch")
         return self
 
     def accumulate(
@@ -230,17 +271,36 @@ class Curvature:
             parameters: weights by name at which to take the curvature; the model's own by default.
 
         Raises:
-            InvalidValue: non-finite outputs or curvature, targets of a wrong shape or range.
+            InvalidValue: non-finite outputs or curvature, targets of a wrong shape or range, or no
+                parameter has an effect on the outputs.
             InvalidType: targets of a wrong dtype.
             UnsupportedUse: a use of a parameter that cannot be treated correctly.
         """
+        first, before = not self.blocks, self.ggn
+        draws = self.generator.get_state()
+        self._add(x, y, parameters)
+        try:
+            check_effect(self.ggn.knowledge)
+        except InvalidValue:
+            self.ggn = before
+            self.generator.set_state(draws)
+            raise
+        if first:
+            self._tell("the outputs of the first batch")
+        return self
+
+    def _add(self, x: Any, y: Tensor, parameters: Mapping[str, Tensor] | None = None) -> None:
+        """Add one batch, or nothing."""
         draws = self.generator.get_state()
         try:
             self.ggn = with_batch(self.ggn, self.network, (x, y), self.generator, parameters)
         except BaseException:
             self.generator.set_state(draws)
             raise
-        return self
+
+    def _tell(self, span: str) -> None:
+        """Name the parameters without effect on `span`."""
+        self.ggn = replace(self.ggn, knowledge=tell_unused(self.ggn.knowledge, span))
 
     def merge(self, other: "Curvature") -> Self:
         """Add the curvature of other data, computed on the same model with the same options.

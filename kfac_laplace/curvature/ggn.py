@@ -25,6 +25,10 @@ def _nothing() -> Tensor:
     return torch.zeros((), dtype=torch.float64)
 
 
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class GGN:
     """Σ_n J_nᵀ Λ_n J_n over some data [KFAC23], and the sums that the evidence wants beside it.
@@ -38,6 +42,7 @@ class GGN:
         n_data: number of examples.
         n_rows: number of output rows, nodes where these have outputs of their own.
         n_outputs: number of scalar outputs.
+        targets: what is known of the targets without any network, `Likelihood.target_sums`.
     """
 
     options: CurvatureOptions
@@ -48,6 +53,7 @@ class GGN:
     n_data: float = 0
     n_rows: float = 0
     n_outputs: float = 0
+    targets: Tensor = field(default_factory=_none)
 
     @property
     def likelihood(self) -> Likelihood:
@@ -66,7 +72,8 @@ class GGN:
 
     def without_data(self) -> "GGN":
         """The GGN of no data, with the groups and settings that are known."""
-        return GGN(self.options, self.knowledge, self.settings)
+        knowledge = replace(self.knowledge, effective=frozenset())
+        return GGN(self.options, knowledge, self.settings)
 
     def scaled(self, weight: float) -> "GGN":
         """The GGN with every example counted `weight` times.
@@ -83,6 +90,7 @@ class GGN:
             n_data=weight * self.n_data,
             n_rows=weight * self.n_rows,
             n_outputs=weight * self.n_outputs,
+            targets=weight * self.targets,
         )
 
     def __add__(self, other: "GGN") -> "GGN":
@@ -139,9 +147,19 @@ class GGN:
             n_data=self.n_data + other.n_data,
             n_rows=self.n_rows + other.n_rows,
             n_outputs=self.n_outputs + other.n_outputs,
+            targets=_summed(self.targets, other.targets.to(self.targets.device)),
         )
 
     def _signature(self) -> tuple[object, ...]:
         """What two must share to be added."""
         layouts = {name: (type(block), block.layout) for name, block in self.blocks.items()}
         return layouts, dict(self.settings), self.options.fisher
+
+
+def _summed(one: Tensor, other: Tensor) -> Tensor:
+    """Sums over the targets of both, by output where these are the same ones."""
+    if not one.numel() or not other.numel():
+        return one if one.numel() else other
+    if one.shape != other.shape:
+        one, other = one.sum(1, keepdim=True), other.sum(1, keepdim=True)
+    return one + other

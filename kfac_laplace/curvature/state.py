@@ -36,6 +36,7 @@ def ggn_to_state(ggn: GGN) -> dict[str, Any]:
         "likelihood": _likelihood(ggn.options),
         "estimator": _estimator(ggn.options),
         "tracked": list(known.tracked),
+        "unused": list(known.unused),
         "groups": groups_to_plain(known.groups),
         "row_layouts": rows_to_plain(known.row_layouts),
         "class_axis": known.axis,
@@ -47,6 +48,7 @@ def ggn_to_state(ggn: GGN) -> dict[str, Any]:
         "n_data": ggn.n_data,
         "n_rows": ggn.n_rows,
         "n_outputs": ggn.n_outputs,
+        "targets": ggn.targets,
     }
 
 
@@ -56,6 +58,7 @@ FIELDS = (
     "likelihood",
     "estimator",
     "tracked",
+    "unused",
     "groups",
     "row_layouts",
     "class_axis",
@@ -67,6 +70,7 @@ FIELDS = (
     "n_data",
     "n_rows",
     "n_outputs",
+    "targets",
 )
 
 
@@ -84,18 +88,25 @@ def ggn_from_state(stored: Stored, network: Network, options: CurvatureOptions) 
     if found["tracked"].texts() != known.tracked:
         raise found["tracked"].fault("not the trainable parameters of the model, in its order")
     axis = axis_of(found["class_axis"])
+    unused = frozenset(found["unused"].texts())
+    if not unused <= {*known.tracked}:
+        raise found["unused"].fault("not some of the trainable parameters")
     known = replace(
         with_rows(known, found["row_layouts"]),
+        effective=frozenset(known.tracked) - unused,
+        told=unused,
         class_axis=-1 if axis is None else axis,
         axis_known=axis is not None,
         row_entries=found["row_entries"].whole(1),
     )
     blocks = _blocks(found, known, options, network.device)
-    counts = [found[name].count() for name in ("n_data", "n_rows", "n_outputs")]
-    if not blocks and any(counts):
-        raise found["blocks"].fault("data without blocks", f"{counts[0]} examples")
+    counts = {name: found[name].count() for name in ("n_data", "n_rows", "n_outputs")}
+    if not blocks and any(counts.values()):
+        raise found["blocks"].fault("data without blocks", f"{counts['n_data']} examples")
     statistic = found["statistic"].tensor().to(network.device)
-    return GGN(options, known, _settings(found, groups), blocks, statistic, *counts)
+    targets = found["targets"].tensor().to(network.device)
+    settings = _settings(found, groups)
+    return GGN(options, known, settings, blocks, statistic, targets=targets, **counts)
 
 
 def axis_of(stored: Stored) -> int | None:

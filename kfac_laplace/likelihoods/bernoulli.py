@@ -1,5 +1,6 @@
 """Binary classification: logits on their own, with or without a weight of the positive class."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -82,6 +83,21 @@ class Bernoulli(Likelihood):
     def log_likelihood(self, statistic: Tensor, count: float, sigma: Tensor) -> Tensor:
         """The summed statistic."""
         return statistic
+
+    def target_sums(self, y: Tensor, f: Tensor) -> Tensor:
+        """Σ w y and Σ 1 − y by output, (2, c)."""
+        y = y.double().flatten(0, -2)
+        return torch.stack([self.positive(y), 1 - y]).sum(1)
+
+    def uninformed(self, y: Tensor, f: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Zeros and ones alike."""
+        return torch.zeros_like(f[0, 0]), f.new_ones(())
+
+    def constant_log_likelihood(self, sums: Tensor) -> float:
+        """That of the base rate of each output, as the loss weighs it."""
+        if not sums.numel():
+            return math.nan
+        return float(torch.special.xlogy(sums, sums / sums.sum(0)).nansum())
 
     def score(self, f: Tensor, y: Tensor) -> Tensor:
         """m(y) sigmoid(f) − w y."""

@@ -1,5 +1,6 @@
 """Classification: a softmax over integer labels, with the options of torch's cross-entropy."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -156,14 +157,37 @@ class Categorical(Likelihood):
         """The summed statistic."""
         return statistic
 
+    def target_sums(self, y: Tensor, f: Tensor) -> Tensor:
+        """Labels that count, and Σ q, by class, (2, c)."""
+        kept, labels = self.kept(y)
+        counts = torch.bincount(labels[kept], minlength=f.shape[-1]).double()
+        return torch.stack([counts, counts @ self._losses(torch.eye(len(counts)).to(counts))])
+
+    def uninformed(self, y: Tensor, f: Tensor) -> tuple[Tensor, Tensor] | None:
+        """All classes alike."""
+        return torch.zeros_like(f[0, 0]), f.new_ones(())
+
+    def constant_log_likelihood(self, sums: Tensor) -> float:
+        """That of the frequencies of the classes, as the loss weighs them."""
+        if not sums.numel():
+            return math.nan
+        return float(torch.special.xlogy(sums[1], sums[1] / sums[1].sum()).nansum())
+
+    def determined(self, sums: Tensor, count: float) -> float:
+        """C − 1 for each label that counts: a common shift of all logits changes nothing."""
+        return float(sums[0].sum()) * (sums.shape[-1] - 1) if sums.numel() else count
+
+    def _losses(self, onehot: Tensor) -> Tensor:
+        """q of labels (..., c), with its weights and smoothing."""
+        q = onehot
+        if self.label_smoothing:
+            q = (1 - self.label_smoothing) * q + self.label_smoothing / q.shape[-1]
+        return q if self.weight is None else q * self.weight.to(q)
+
     def score(self, f: Tensor, y: Tensor) -> Tensor:
         """m(y) softmax(f) − q."""
         kept, labels = self.kept(y)
-        q = F.one_hot(labels, f.shape[-1]).to(f.dtype)
-        if self.label_smoothing:
-            q = (1 - self.label_smoothing) * q + self.label_smoothing / f.shape[-1]
-        if self.weight is not None:
-            q = q * self.weight.to(f)
+        q = self._losses(F.one_hot(labels, f.shape[-1]).to(f.dtype))
         # Filled, not multiplied: what the model says at ignored rows may be anything.
         return (q.sum(-1, keepdim=True) * f.softmax(-1) - q).masked_fill(~kept[..., None], 0)
 

@@ -13,6 +13,10 @@ from kfac_laplace.likelihoods.likelihood import Likelihood
 from kfac_laplace.likelihoods.predictive import NormalPredictive
 from kfac_laplace.likelihoods.roots import diagonal_roots
 
+#: What knows nothing is so many times as wide as the targets' spread. The spread itself is no
+#: measure: where noise alone is to be learned, exact predictions of points left out are worse.
+VAGUE = 10.0
+
 
 class Gaussian(Likelihood):
     """N(y | f, σ² I): Λ = I at σ = 1."""
@@ -45,6 +49,31 @@ class Gaussian(Likelihood):
     def log_likelihood(self, statistic: Tensor, count: float, sigma: Tensor) -> Tensor:
         """−RSS/(2σ²) − ½ count log 2πσ²."""
         return -0.5 * statistic / sigma**2 - 0.5 * count * (2 * math.pi * sigma**2).log()
+
+    def target_sums(self, y: Tensor, f: Tensor) -> Tensor:
+        """Number, Σ y and Σ y² by output, (3, c)."""
+        y = y.double().flatten(0, -2)
+        return torch.stack([torch.ones_like(y), y, y.square()]).sum(1)
+
+    def target_spread(self, sums: Tensor) -> float:
+        """Root mean square of the targets' distances from the mean of their output."""
+        if not sums.numel():
+            return math.nan
+        count, total, squares = sums
+        inside = (squares - total.square() / count).sum() / count.sum()
+        return math.sqrt(max(0.0, float(inside)))
+
+    def uninformed(self, y: Tensor, f: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The targets' mean by output, `VAGUE` times as wide as their spread; None at spread 0."""
+        spread = self.target_spread(self.target_sums(y, f))
+        return (y.to(f).mean((0, 1)), f.new_tensor(VAGUE * spread)) if spread else None
+
+    def constant_log_likelihood(self, sums: Tensor) -> float:
+        """That of N(ȳ, s²) at the mean of each output and the spread s of all."""
+        if not sums.numel():
+            return math.nan
+        spread, count = self.target_spread(sums), float(sums[0].sum())
+        return -0.5 * count * (1 + math.log(2 * math.pi * spread**2)) if spread else math.inf
 
     def score(self, f: Tensor, y: Tensor) -> Tensor:
         """The residual f − y."""

@@ -1,5 +1,6 @@
 """What a likelihood has to say about itself, and what follows from its distribution."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -82,6 +83,53 @@ class Likelihood(ABC):
     def log_likelihood(self, statistic: Tensor, count: float, sigma: Tensor) -> Tensor:
         """log p(D | f, σ) from the summed statistic over `count` scalar outputs, shape ()."""
         return statistic
+
+    # --- what constant outputs would do ------------------------------------------------------
+
+    def target_sums(self, y: Tensor, f: Tensor) -> Tensor:
+        """Σ over the batch of what the best constant outputs depend on, float64 (k, c).
+
+        Empty unless overridden: no claim is made then.
+
+        Args:
+            y: aligned targets.
+            f: outputs (n, t, c), for their shape.
+        """
+        return torch.zeros(0, dtype=torch.float64)
+
+    def constant_log_likelihood(self, sums: Tensor) -> float:
+        """log p(D | f, σ) at the best outputs that do not depend on x, and the best σ.
+
+        Args:
+            sums: of `target_sums`; NaN without any.
+        """
+        return math.nan
+
+    def target_spread(self, sums: Tensor) -> float:
+        """The noise that constant outputs leave, of likelihoods with a Gaussian one; else NaN.
+
+        Args:
+            sums: of `target_sums`; NaN without any.
+        """
+        return math.nan
+
+    def uninformed(self, y: Tensor, f: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Outputs (broadcastable to f) and σ of a prediction that knows no input; None: not known.
+
+        Args:
+            y: aligned targets.
+            f: outputs (n, t, c).
+        """
+        return None
+
+    def determined(self, sums: Tensor, count: float) -> float:
+        """How many directions data of `count` scalar outputs can determine, at the most.
+
+        Args:
+            sums: of `target_sums`, empty for likelihoods without.
+            count: number of scalar outputs.
+        """
+        return count
 
     # --- targets and outputs -----------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.plain_groups import groups_from_plain
@@ -14,10 +15,10 @@ from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.record import Record
 from kfac_laplace.options import check_choice
-from kfac_laplace.posterior.hyperparameters import Hyperparameters
+from kfac_laplace.posterior.hyperparameters import Hyperparameters, positive
 from kfac_laplace.posterior.objectives import Objective
 from kfac_laplace.posterior.objectives.registry import NAMED
-from kfac_laplace.posterior.prior import starting_precision
+from kfac_laplace.posterior.prior import given_precision, starting_precision
 from kfac_laplace.posterior.state import hyperparameters_from_state
 from kfac_laplace.states.stored import Stored
 
@@ -34,6 +35,7 @@ KEYS = (
     "groups",
     "patterns",
     "class_axis",
+    "start",
 )
 
 
@@ -49,6 +51,7 @@ class Resumed:
         groups: groups of parameters, or None before a batch was seen.
         patterns: δ by patterns, before that.
         class_axis: that of the outputs, or None while no batch has settled it.
+        start: δ, or patterns of it, and σ with which the tuner began.
     """
 
     hyper: Hyperparameters
@@ -58,6 +61,7 @@ class Resumed:
     groups: tuple[Group, ...] | None
     patterns: dict[str, float] | None
     class_axis: int | None
+    start: tuple[Tensor | dict[str, float], Tensor]
 
 
 def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.device) -> Resumed:
@@ -86,7 +90,19 @@ def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.d
         groups,
         patterns,
         axis_of(found["class_axis"]),
+        _start(found["start"], device),
     )
+
+
+def _start(stored: Stored, device: torch.device) -> tuple[Tensor | dict[str, float], Tensor]:
+    """δ and σ with which a tuner began."""
+    delta, sigma = stored.entries(2)
+    if isinstance(delta.value, Mapping):
+        numbers = {name: one.number() for name, one in delta.items().items()}
+        given = given_precision(numbers, device)
+    else:
+        given = given_precision(delta.tensor(), device)
+    return given, positive(sigma.tensor(()), "sigma_noise", device)
 
 
 def _record(stored: Stored, likelihood: Likelihood) -> Record:

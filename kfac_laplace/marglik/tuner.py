@@ -32,10 +32,13 @@ from kfac_laplace.marglik.record import Record, best_of
 from kfac_laplace.marglik.sample import Examples, KeepsFirst
 from kfac_laplace.marglik.state import KEYS, check_goal, name_of, resumed
 from kfac_laplace.options import check_choice, check_positive, check_whole
+from kfac_laplace.posterior.bounds import Bounds
+from kfac_laplace.posterior.claims import round_claims, tell
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.mackay import check_objective, mackay_steps
 from kfac_laplace.posterior.objectives import Objective, resolve_objective
+from kfac_laplace.posterior.optimum import Search
 from kfac_laplace.posterior.prior import (
     Given,
     checked_mean,
@@ -145,8 +148,9 @@ class MarglikTuner:
         self._penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
         self._live = LiveParameters(self._network.model, ())
         delta, self._patterns = starting_precision(prior_precision, self._network.device)
-        self._initial = delta if self._patterns is None else self._patterns
         self._take(Hyperparameters(delta, blank.sigma_noise, blank.temperature))
+        self._start = self._patterns or self._hyper.prior_precision, self._hyper.sigma_noise
+        self._said: set[tuple[str, str]] = set()
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         self._free = Hyperparameters.tuned(self.likelihood, fixed)
         self._adam: dict[str, Any] | None = None
@@ -207,7 +211,7 @@ class MarglikTuner:
         trained than before.
         """
         seen, now = KeepsFirst(loader), self._groups.today()
-        curvature = now.curvature().fit(islice(seen, 1), key_y=self._key_y)
+        curvature = now.curvature().read(islice(seen, 1), key_y=self._key_y)
         now = replace(now, examples=self._few(seen))
         self._regroup(now.grouped(curvature.ggn.knowledge))
 
@@ -240,7 +244,7 @@ class MarglikTuner:
             "other parameters are trained than before (%s): prior precisions go on by name",
             difference(self._groups.shapes, groups.shapes),
         )
-        hyper, carry = carried(hyper, before, prior, self._initial)
+        hyper, carry = carried(hyper, before, prior, self._start[0])
         return hyper, carry.moments(self._adam, self._free.index("prior_precision"))
 
     def _few(self, seen: KeepsFirst) -> Examples:
@@ -285,7 +289,7 @@ class MarglikTuner:
         self._check_count(la.curvature.n_rows)
         self._synchronise()
         curvature_seconds = time.perf_counter() - start
-        hyper, moments = self._improved(la.posterior, moments)
+        hyper, moments, bounds = self._improved(la.posterior, moments)
         with torch.no_grad():
             record = Record.of(
                 la.posterior.at(hyper),
@@ -297,6 +301,7 @@ class MarglikTuner:
         self._take(hyper)
         self._adam, self._epoch = moments, epoch
         self.history.append(record)
+        tell(round_claims(la.posterior.at(hyper), bounds, len(self.history)), self._said)
         return record
 
     def _check_count(self, count: int) -> None:
@@ -347,18 +352,25 @@ class MarglikTuner:
 
     def _improved(
         self, posterior: Posterior, moments: dict[str, Any] | None
-    ) -> tuple[Hyperparameters, dict[str, Any] | None]:
-        """The hyperparameters after this round's steps, and Adam's state after them."""
+    ) -> tuple[Hyperparameters, dict[str, Any] | None, Bounds]:
+        """The hyperparameters after this round's steps, Adam's state, and how far they could go."""
+        posterior = posterior.apart_from_unused
+        bounds = Bounds.of(posterior, self.objective, self._free, self._start_of(posterior))
+        search = Search(self.objective, self._free, self.n_hypersteps, bounds=bounds)
         if self.method == "mackay":
-            return mackay_steps(posterior, self._free, self.n_hypersteps), None
-        return adam(
-            posterior,
-            self.objective,
-            self._free,
-            n_steps=self.n_hypersteps,
-            lr=self.lr_hyp,
-            state=moments,
-        )
+            return mackay_steps(posterior, search), None, bounds
+        return *adam(posterior, search, lr=self.lr_hyp, state=moments), bounds
+
+    def _start_of(self, posterior: Posterior) -> Hyperparameters:
+        """The hyperparameters that the tuner started from, as those of a posterior."""
+        delta, sigma = self._start
+        hyper = posterior.hyperparameters
+        try:
+            delta = posterior.prior.resolve(delta)
+        except InvalidValue:  # of other parameters than are trained now
+            delta = hyper.prior_precision
+        full = posterior.prior.full(delta)
+        return replace(hyper, prior_precision=full, sigma_noise=sigma.to(full.device))
 
     # --- results -----------------------------------------------------------------------------
 
@@ -411,6 +423,7 @@ class MarglikTuner:
             "groups": None if prior is None else groups_to_plain(known.groups),
             "patterns": self._patterns,
             "class_axis": known.axis,
+            "start": list(self._start),
         }
         return sealed(content)
 
@@ -451,4 +464,4 @@ class MarglikTuner:
         self._groups = replace(now, known=known.with_rows_of(rows))
         self._take(read.hyper)
         self._epoch, self.history, self._patterns = read.epoch, read.history, read.patterns
-        self._adam = read.adam
+        self._adam, self._start = read.adam, read.start

@@ -69,6 +69,31 @@ class Posterior:
         return Posterior(expansion, self.hyperparameters.detached())
 
     @property
+    def apart_from_unused(self) -> "Posterior":
+        """The same with the parameters without effect at their prior mean; it itself without any.
+
+        Their integral over the prior is 1 wherever they stand, so that no precision is to be
+        judged by where they do: what chooses hyperparameters leaves their scatter out.
+        """
+        unused = set(self.ggn.knowledge.unused).intersection(self.mode)
+        if not unused:
+            return self
+        mean = {name: self.prior.means[name] for name in unused}
+        moved = {name: torch.zeros_like(self.mode[name]) + mean[name] for name in unused}
+        expansion = Expansion(self.network, self.ggn, {**self.mode, **moved}, self.prior)
+        return replace(self, expansion=expansion)
+
+    @property
+    def unused_precisions(self) -> Tensor:
+        """Mask (length of the prior,) of precisions that only parameters without effect have."""
+        effective, prior = self.ggn.knowledge.effective, self.prior
+        mask = torch.ones(prior.length, dtype=torch.bool, device=prior.device)
+        for name, layout in prior.layouts.groups.items():
+            if effective.intersection(layout.params):
+                mask[prior.index[name].flatten()] = False
+        return mask
+
+    @property
     def scale(self) -> Tensor:
         """Likelihood precision 1/(σ²T), shape (); 0 without data."""
         hyper = self.hyperparameters

@@ -153,6 +153,19 @@ class FreeCoordinates:
         """The free tensors."""
         return list(self._leaves.values())
 
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """The free tensors by name of their hyperparameter."""
+        return dict(self._leaves)
+
+    def move_to(self, values: Hyperparameters) -> None:
+        """Put the leaves where the values are; those there already stay to the last bit."""
+        there = self.value().detached()
+        with torch.no_grad():
+            for name, leaf in self._leaves.items():
+                new, old = getattr(values, name), getattr(there, name)
+                leaf.copy_(torch.where(new == old, leaf, self._transforms[name].free(new)))
+
     def value(self) -> Hyperparameters:
         """All hyperparameters, with gradients towards the leaves."""
         moved = {name: self._transforms[name].value(leaf) for name, leaf in self._leaves.items()}

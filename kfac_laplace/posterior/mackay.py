@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.posterior.bounds import Bounds
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.objectives import Objective
@@ -26,27 +27,26 @@ def mackay(posterior: Posterior, search: Search) -> Optimum:
         UnsupportedUse: a free noise that is not Gaussian.
     """
     with torch.no_grad():
-        step, here = 0, FixedPoint(posterior, search.free)
+        step, here = 0, FixedPoint(posterior, search.free, search.within(posterior))
         while step < search.n_steps and here.slope > search.tolerance:
             step += 1
             before, here = here, here.next()
             if here is before:  # no step climbs: as far as the arithmetic goes
                 break
     hyper, converged = here.posterior.hyperparameters, here.slope <= search.tolerance
-    return report(Optimum(hyper, here.evidence, converged, step), here.slope)
+    return report(Optimum(hyper, here.evidence, converged, step, here.bounds), here.slope)
 
 
-def mackay_steps(posterior: Posterior, free: tuple[str, ...], n_steps: int) -> Hyperparameters:
+def mackay_steps(posterior: Posterior, search: Search) -> Hyperparameters:
     """The hyperparameters after some steps of the fixed point.
 
     Args:
         posterior: start, with cached eigenvalues; no data pass is made.
-        free: names of the hyperparameters that move.
-        n_steps: number of steps.
+        search: how many steps, in what, and how far.
     """
     with torch.no_grad():
-        place = FixedPoint(posterior, free)
-        for _ in range(n_steps):
+        place = FixedPoint(posterior, search.free, search.within(posterior))
+        for _ in range(search.n_steps):
             place = place.next()
     return place.posterior.hyperparameters
 
@@ -68,12 +68,13 @@ class FixedPoint:
     Args:
         posterior: at the present hyperparameters.
         free: names of the hyperparameters that move.
+        bounds: how far they go; around the posterior's own by default.
 
     Raises:
         UnsupportedUse: a free noise that is not Gaussian, or other free hyperparameters.
     """
 
-    def __init__(self, posterior: Posterior, free: tuple[str, ...]):
+    def __init__(self, posterior: Posterior, free: tuple[str, ...], bounds: Bounds | None = None):
         likelihood = posterior.ggn.likelihood
         noise = "sigma_noise" in free
         if noise and not likelihood.has_gaussian_noise:
@@ -94,6 +95,7 @@ class FixedPoint:
         delta = posterior.prior.full(hyper.prior_precision)
         self.posterior = posterior.at(replace(hyper, prior_precision=delta))
         self.free, self.noise = free, noise
+        self.bounds = bounds or Bounds.of(self.posterior, log_marginal_likelihood, free)
         self.evidence = float(self.posterior.log_marginal_likelihood)
         self._gamma = self.posterior.effective_dimensions()
         self._squares = posterior.squares
@@ -106,14 +108,15 @@ class FixedPoint:
 
     @property
     def slope(self) -> float:
-        """Largest component of the evidence's gradient in log δ and log σ."""
+        """Largest component of the evidence's gradient in log δ and log σ that leads inside."""
         hyper = self.posterior.hyperparameters
-        slopes = 0.5 * (self._gamma - hyper.prior_precision * self._squares).abs()
+        slopes = 0.5 * (self._gamma - hyper.prior_precision * self._squares)
+        largest = float(self.bounds.inward(hyper, "prior_precision", slopes).abs().max())
         if not self.noise:
-            return float(slopes.max())
+            return largest
         statistic = self.posterior.ggn.statistic
         by_sigma = (statistic / hyper.sigma_noise**2 - self._free_outputs) / hyper.temperature
-        return max(float(slopes.max()), abs(float(by_sigma)))
+        return max(largest, abs(float(self.bounds.inward(hyper, "sigma_noise", by_sigma))))
 
     def next(self) -> "FixedPoint":
         """The next place: the fixed-point step, shortened until the evidence does not fall.
@@ -136,7 +139,8 @@ class FixedPoint:
                 prior_precision=hyper.prior_precision * (length * log_delta).exp(),
                 sigma_noise=hyper.sigma_noise * (length * log_sigma).exp(),
             )
-            there = FixedPoint(self.posterior.at(moved), self.free)
+            moved = self.bounds.inside(moved, hyper)
+            there = FixedPoint(self.posterior.at(moved), self.free, self.bounds)
             if there.evidence >= self.evidence or length < 1e-6:
                 return there if there.evidence >= self.evidence else self
             length /= 2

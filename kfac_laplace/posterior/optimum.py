@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kfac_laplace.errors import InvalidType, InvalidValue, UnsupportedUse
+from kfac_laplace.posterior.bounds import Bounds
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.objectives import Objective
@@ -23,13 +24,19 @@ class Search:
         free: names of the hyperparameters that move.
         n_steps: most iterations.
         tolerance: converged once every component of the gradient is below it, in nats per unit of
-            log δ or log σ.
+            log δ or log σ; ends of the range count as such.
+        bounds: how far it goes.
     """
 
     objective: Objective
     free: tuple[str, ...]
     n_steps: int
-    tolerance: float
+    tolerance: float = 1e-5
+    bounds: Bounds | None = None
+
+    def within(self, posterior: Posterior) -> Bounds:
+        """The bounds, those around the posterior's own hyperparameters where none are given."""
+        return self.bounds or Bounds.of(posterior, self.objective, self.free)
 
     def value(self, posterior: Posterior) -> Tensor:
         """The objective, checked to be one number."""
@@ -45,12 +52,14 @@ class Optimum:
         value: the objective there.
         converged: whether the stopping rule was met.
         n_steps: steps taken.
+        bounds: how far it could go.
     """
 
     hyperparameters: Hyperparameters
     value: float
     converged: bool
     n_steps: int
+    bounds: Bounds
 
 
 def value_of(objective: Objective, posterior: Posterior) -> Tensor:

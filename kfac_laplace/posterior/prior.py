@@ -181,11 +181,11 @@ class Prior:
 
     def log_det(self, precision: Tensor) -> Tensor:
         """log det P₀, differentiable in the precisions."""
-        return (self._counts * self.full(precision).log()).sum()
+        return (self.counts * self.full(precision).log()).sum()
 
     @cached_property
-    def _counts(self) -> Tensor:
-        """How many entries share each precision."""
+    def counts(self) -> Tensor:
+        """How many entries share each precision, (length of the prior,)."""
         with torch.inference_mode(False):
             one = torch.ones((), dtype=torch.float64, device=self.device)
             groups = self.layouts.groups.items()

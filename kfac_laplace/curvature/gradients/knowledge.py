@@ -29,6 +29,8 @@ class Knowledge:
             the rows are moved.
         reorders: whether images may be handed to convolutions with channels last.
         listed: whether the log says what has no Kronecker factors.
+        effective: names of the tracked parameters that some batch's outputs depend on.
+        told: names of those that the log says to be without effect.
     """
 
     tracked: tuple[str, ...]
@@ -41,6 +43,13 @@ class Knowledge:
     unread: frozenset[bytes] = frozenset()
     reorders: bool = True
     listed: bool = False
+    effective: frozenset[str] = frozenset()
+    told: frozenset[str] = frozenset()
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the tracked parameters without effect on any output so far, in model order."""
+        return tuple(name for name in self.tracked if name not in self.effective)
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -65,7 +74,7 @@ class Knowledge:
 
     def rows_alone(self, tracked: tuple[str, ...]) -> "Knowledge":
         """How rows lie in the model's layers, for a fit that groups its parameters anew."""
-        return replace(self, tracked=tracked, groups=(), row_entries=1)
+        return replace(self, tracked=tracked, groups=(), row_entries=1, effective=frozenset())
 
     def axis_alone(self, tracked: tuple[str, ...]) -> "Knowledge":
         """Where the outputs have their classes, for a model whose parameters are others now."""
@@ -100,4 +109,6 @@ class Knowledge:
             unread=self.unread | other.unread,
             reorders=self.reorders and other.reorders,
             listed=self.listed or other.listed,
+            effective=self.effective | other.effective,
+            told=self.told | other.told,
         )

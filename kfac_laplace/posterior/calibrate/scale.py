@@ -61,6 +61,46 @@ def held_out_points(
     return validation_points(posterior, batches, key_y)
 
 
+def adopted_scale(
+    likelihood: Likelihood, points: HeldOut, sigma: Tensor, *, method: str, before: float
+) -> float:
+    """The best scale, or the one before where leave-one-out gives no ground for it.
+
+    Leave-one-out predicts each point from a linearisation about a mode that has seen it. Where what
+    it says is worse than to say nothing, or the best scale sits at an end of the range, it is
+    the linearisation that fails: the scale stays, and the log says so. Of held-out data, an end is
+    an answer: 0 is the mode.
+
+    Args:
+        likelihood: p(y | f).
+        points: held-out outputs at κ = 1, with their targets.
+        sigma: observation noise σ.
+        method: "loo" or "validation".
+        before: κ as it is.
+    """
+    best, at_end = _search(likelihood, points, sigma)
+    if method == "validation":
+        if at_end and best > 0:
+            log.warning("κ stopped at the end of its range, %.0f: the points fit no scale", best)
+        return best
+    left_out = negative_log_likelihood(likelihood, points, sigma, best)
+    nothing = _uninformed_loss(likelihood, points)
+    reason = ""
+    if left_out > nothing:
+        reason = f"its best NLL, {left_out:.4g}, is worse than {nothing:.4g} of a constant"
+    elif at_end:
+        reason = f"its best κ, {best:.3g}, is an end of the range"
+    if not reason:
+        return best
+    log.warning(
+        "leave-one-out gives no ground for a scale: %s. κ stays %.3g; use calibrate(val_loader, "
+        "method='validation')",
+        reason,
+        before,
+    )
+    return before
+
+
 def best_scale(likelihood: Likelihood, points: HeldOut, sigma: Tensor) -> float:
     """κ ≥ 0 of least negative log predictive likelihood, by a grid refined between neighbours.
 
@@ -69,6 +109,11 @@ def best_scale(likelihood: Likelihood, points: HeldOut, sigma: Tensor) -> float:
         points: held-out outputs at κ = 1, with their targets.
         sigma: observation noise σ.
     """
+    return _search(likelihood, points, sigma)[0]
+
+
+def _search(likelihood: Likelihood, points: HeldOut, sigma: Tensor) -> tuple[float, bool]:
+    """κ of least loss, and whether it sits at an end of the range."""
 
     def loss(log_kappa: float) -> float:
         return negative_log_likelihood(likelihood, points, sigma, math.exp(log_kappa))
@@ -77,11 +122,20 @@ def best_scale(likelihood: Likelihood, points: HeldOut, sigma: Tensor) -> float:
     losses[0.0] = negative_log_likelihood(likelihood, points, sigma, 0.0)
     best = min(losses, key=losses.__getitem__)
     if best == 0.0:
-        return best
-    if best == GRID[-1]:
-        log.warning("κ stopped at the end of its range, %.0f: the points fit no scale", best)
+        return best, True
+    at_end = best in (GRID[0], GRID[-1])
     centre, step = math.log(best), math.log(GRID[1] / GRID[0])
     found = minimize_scalar(
         loss, bounds=(centre - step, centre + step), method="bounded", options={"xatol": 1e-4}
     )
-    return math.exp(found.x) if float(found.fun) < losses[best] else best
+    return (math.exp(found.x) if float(found.fun) < losses[best] else best), at_end
+
+
+def _uninformed_loss(likelihood: Likelihood, points: HeldOut) -> float:
+    """The loss of a prediction that knows no input, infinite where none is known."""
+    known = likelihood.uninformed(points.target, points.mean)
+    if known is None:
+        return math.inf
+    mean, sigma = known
+    nothing = HeldOut(mean.expand_as(points.mean), 0 * points.covariance, points.target)
+    return negative_log_likelihood(likelihood, nothing, sigma, 0.0)

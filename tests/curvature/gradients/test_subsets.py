@@ -21,6 +21,7 @@ from laws import (
 from torch import Tensor, nn
 
 from kfac_laplace import Curvature, Laplace
+from kfac_laplace.errors import InvalidValue
 
 
 class First(nn.Module):
@@ -185,11 +186,9 @@ def test_nothing_trainable_in_a_branch(frozen):
     assert not curvature.blocks["unused.weight"].dense().any()
 
 
-def test_no_block_where_the_output_ignores_all_that_is_trainable():
+def test_a_posterior_of_nothing_is_refused():
+    """The output ignores all that is trainable: what is fitted then is a mistake."""
     example = seeded_case(Branches)
     example.model.requires_grad_(False).unused.requires_grad_(True)
-    la = Laplace(example.model, example.likelihood).fit(example.batches)
-    assert la.coverage["unused.weight"] != "frozen"
-    assert float(la.log_det_ratio) == 0.0
-    probs = la(example.x)
-    torch.testing.assert_close(probs, example.model(example.x).softmax(-1))
+    with pytest.raises(InvalidValue, match=r"unused\.weight.*no parameter has an effect"):
+        Laplace(example.model, example.likelihood).fit(example.batches)

@@ -1,0 +1,205 @@
+"""What a search for hyperparameters found that should not be believed unread, each said once."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.posterior.bounds import REACH, Bounds
+from kfac_laplace.posterior.gaussian import Posterior
+
+log = logging.getLogger("kfac_laplace")
+
+#: Share of the directions that the data can determine from which γ is no count of them.
+NEARLY_ALL = 0.9
+#: A squared noise may exceed the targets' variance by this over their number: what chance does.
+LEEWAY = 5.0
+#: A network that gains no more than this over a constant, in nats a row, predicts as a constant.
+NO_GAIN = 0.01
+#: Rounds after which a tuner's network should have learned something.
+LATE = 10
+
+
+class Claim(NamedTuple):
+    """One thing to say.
+
+    Args:
+        kind: what it is about.
+        names: of the groups it is about; empty where it is about all.
+        text: the message.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    text: str
+
+
+def tell(found: Iterable[Claim], said: set[tuple[str, str]]) -> None:
+    """Log the claims that were not said before, and note in `said` those that are now."""
+    for claim in found:
+        keys = {(claim.kind, name) for name in claim.names or ("",)}
+        if keys - said:
+            log.warning(claim.text)
+            said |= keys
+
+
+def claims(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
+    """What to say of the hyperparameters that a search found.
+
+    Args:
+        posterior: at these hyperparameters.
+        bounds: how far the search could go.
+    """
+    yield from _without_maximum(posterior.apart_from_unused, bounds)
+    yield from _beyond_the_data(posterior)
+    if "sigma_noise" in bounds.high:
+        yield from _beyond_the_spread(posterior)
+
+
+def round_claims(posterior: Posterior, bounds: Bounds, rounds: int) -> Iterator[Claim]:
+    """What to say after a round of a tuner, whose network may still be far from trained.
+
+    Args:
+        posterior: at the hyperparameters of the round.
+        bounds: how far its steps could go.
+        rounds: how many rounds there were.
+    """
+    yield from _without_maximum(posterior.apart_from_unused, bounds)
+    yield from _beyond_the_data(posterior)
+    if "sigma_noise" in bounds.high and (rounds >= LATE or _taken_back(posterior, bounds)):
+        yield from _beyond_the_spread(posterior)
+    yield from _no_better_than_a_constant(posterior, rounds)
+
+
+def _no_better_than_a_constant(posterior: Posterior, rounds: int) -> Iterator[Claim]:
+    """A network that its prior holds down; one that begins is not, as data determine much of it."""
+    ggn, temperature = posterior.ggn, float(posterior.hyperparameters.temperature)
+    constant = ggn.likelihood.constant_log_likelihood(ggn.targets)
+    if not math.isfinite(constant):
+        return
+    fit, gamma, outputs = float(posterior.log_likelihood), _gamma(posterior), len(ggn.targets[0])
+    if fit > constant + NO_GAIN * ggn.n_outputs / outputs:
+        return
+    if gamma > outputs and rounds < LATE:  # more directions than a constant has
+        return
+    evidence, nothing = float(posterior.log_marginal_likelihood), constant / temperature
+    yield Claim(
+        "dead",
+        (),
+        f"the network predicts no better than a constant: log-likelihood {fit:.6g}, the best "
+        f"constant's {constant:.6g}; evidence {evidence:.6g}, "
+        f"{'below' if evidence < nothing else 'near'} the constant predictor's {nothing:.6g}. "
+        f"The data determine {gamma:.2g} of its directions, the prior the rest. The largest "
+        f"precisions are those of {_largest(posterior)}. Begin anew with a smaller "
+        "prior_precision or a longer n_epochs_burnin, unless there is nothing to learn",
+    )
+
+
+def _without_maximum(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
+    """What sits at the end of its range, and why."""
+    reasons: list[tuple[Tensor, str]] = [
+        (bounds.blind, "no data determine it (no curvature), left as it was")
+    ]
+    noise = ""
+    for name, below, above in bounds.ends(posterior.hyperparameters):
+        if name == "prior_precision":
+            moves = ~(bounds.unused | bounds.blind)
+            equal = posterior.squares == 0
+            up, end = moves & above, f"stopped at {REACH:g} times the start"
+            reasons += [
+                (up & equal, f"its mode equals the prior mean, {end}"),
+                (up & ~equal, f"its mode nearly equals the prior mean, {end}"),
+                (moves & below, f"hardly any data determine it, stopped at 1/{REACH:g} of it"),
+            ]
+        elif bool(below | above):
+            why = "the residuals are nearly zero" if bool(below) else "no noise is too large"
+            noise = (
+                f"{name} ({why}: stopped at {float(getattr(posterior.hyperparameters, name)):.3g})"
+            )
+    told = [(_groups_of(posterior, mask), why) for mask, why in reasons if bool(mask.any())]
+    parts = [f"the prior precision of {_listed(names)} ({why})" for names, why in told]
+    parts += [noise] if noise else []
+    if parts:
+        names = tuple(name for group, _ in told for name in group) + ("noise",) * bool(noise)
+        yield Claim("bounds", names, "the objective has no maximum in " + "; in ".join(parts))
+
+
+def _beyond_the_data(posterior: Posterior) -> Iterator[Claim]:
+    """γ near the number of directions that the data can determine."""
+    ggn, gamma = posterior.ggn, _gamma(posterior)
+    possible = ggn.likelihood.determined(ggn.targets, ggn.n_outputs)
+    if not gamma > NEARLY_ALL * possible:
+        return
+    structure = ggn.options.hessian_structure
+    full = "" if structure == "full" else "hessian_structure='full', "
+    noise = "fix_sigma_noise=True, " if ggn.likelihood.has_noise else ""
+    yield Claim(
+        "gamma",
+        (),
+        f"'{structure}' curvature claims that the data determine "
+        f"{gamma:.6g} directions, where {possible:.6g} are possible: evidence, precisions"
+        f"{' and noise' if noise else ''} rest on no count of degrees of freedom. Take fewer "
+        f"weights (subset_of_weights), {full}{noise}or calibrate(val_loader, method='validation')",
+    )
+
+
+def _taken_back(posterior: Posterior, bounds: Bounds) -> bool:
+    """Whether a Gaussian noise has risen by what γ takes back of a good fit.
+
+    Large residuals are no news while a network begins, nor is a noise on its way down.
+    """
+    ggn, sigma = posterior.ggn, float(posterior.hyperparameters.sigma_noise)
+    if not ggn.likelihood.has_gaussian_noise:
+        return False
+    risen = sigma > float(bounds.high["sigma_noise"]) / REACH
+    return risen and sigma**2 * ggn.n_outputs > 2 * float(ggn.statistic)
+
+
+def _beyond_the_spread(posterior: Posterior) -> Iterator[Claim]:
+    """A noise beyond the spread of the targets."""
+    ggn, sigma = posterior.ggn, float(posterior.hyperparameters.sigma_noise)
+    spread = ggn.likelihood.target_spread(ggn.targets)
+    if not spread > 0 or sigma**2 <= spread**2 * (1 + LEEWAY / ggn.n_outputs):
+        return
+    left = math.sqrt(float(ggn.statistic) / ggn.n_outputs)
+    yield Claim(
+        "noise",
+        (),
+        f"sigma_noise={sigma:.3g} is beyond the spread of the targets, {spread:.3g}; that of the "
+        f"residuals is {left:.3g}. Train the model further where that is large; otherwise the "
+        "curvature claims more directions than the data have: use fix_sigma_noise=True, fewer "
+        "weights (subset_of_weights) or hessian_structure='full'",
+    )
+
+
+def _gamma(posterior: Posterior) -> float:
+    with torch.no_grad():
+        return float(posterior.effective_dimensions().sum())
+
+
+def _largest(posterior: Posterior, count: int = 3) -> str:
+    """The groups of largest precisions, with these."""
+    deltas = posterior.prior.by_group(posterior.hyperparameters.prior_precision.detach())
+    largest = {name: float(delta.max()) for name, delta in deltas.items()}
+    order = sorted(largest, key=largest.__getitem__, reverse=True)
+    return ", ".join(f"{name} ({largest[name]:.3g})" for name in order[:count])
+
+
+def _groups_of(posterior: Posterior, mask: Tensor) -> dict[str, tuple[int, int]]:
+    """Groups with a precision in a mask: how many of how many are in it."""
+    index = posterior.prior.index.items()
+    own = {name: mask[places.flatten().unique()] for name, places in index}
+    return {name: (int(part.sum()), len(part)) for name, part in own.items() if part.any()}
+
+
+def _listed(groups: dict[str, tuple[int, int]], most: int = 20) -> str:
+    """Names of groups, with how many of their precisions where it is some of several."""
+    names = [
+        name + (f" ({some} of {count})" if some < count else "")
+        for name, (some, count) in groups.items()
+    ]
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
