@@ -11,15 +11,13 @@ from torch import Generator, Tensor
 
 from kfac_laplace.curvature.estimate.cancellation import (
     EXAMPLES,
-    relative_traces,
+    shares,
     sharing_groups,
 )
 from kfac_laplace.curvature.estimate.estimator import Plan, estimate
 from kfac_laplace.curvature.estimate.settings import (
     Setting,
-    cancelled,
     chosen_settings,
-    keeping_curvature,
 )
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.effect import effective
@@ -206,11 +204,11 @@ def _settings(
     reduced = [group for group in sharing_groups(passed) if settings[group.name] == "reduce"]
     if not reduced or options.hessian_structure != "kron":
         return settings
-    traces, blind = relative_traces(few(), reduced), []
+    kept, blind = shares(few(), reduced), []
     for group in reduced:
         if chosen[group.name] == "auto":
-            settings[group.name] = keeping_curvature(traces[group.name], group.layout.parts)
-        elif cancelled(traces[group.name]):
+            settings[group.name] = kept[group.name].setting(group.layout.parts)
+        elif bool(kept[group.name].cancel.any()):
             blind.append(group.name)
     if blind:
         _warn_of_cancellation(blind)
@@ -227,7 +225,7 @@ def _idle_examples(weights: Tensor | None) -> Tensor:
 def _warn_of_cancellation(blind: list[str]) -> None:
     """Say where reduce sees next to no curvature although there is some."""
     log.warning(
-        "K-FAC-reduce sees less than a tenth of the curvature in %s: an example's gradients "
+        "K-FAC-reduce sees less than a quarter of the curvature in %s: an example's gradients "
         "cancel over the shared axis, as those of attention keys do. Give each of them the setting "
         "'expand', as in kfac_approx={'%s': 'expand', '*': 'reduce'}, or leave it to 'auto'",
         ", ".join(blind),

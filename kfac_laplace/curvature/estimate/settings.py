@@ -1,11 +1,8 @@
 """Weight sharing: expand or reduce, by layer."""
 
-import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Literal
-
-from torch import Tensor
 
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.options import check_choice
@@ -15,9 +12,6 @@ PartSetting = Literal["expand", "reduce"]
 Setting = PartSetting | tuple[PartSetting, ...]
 SETTINGS = ("auto", "expand", "reduce")
 KfacApprox = str | Mapping[str, str]
-#: Where reduce keeps less of the exact trace, gradients cancel that should not.
-LEAST_TRACE = 0.1
-TINY = 1e-300
 
 
 def check_kfac_approx(kfac_approx: KfacApprox) -> None:
@@ -49,32 +43,9 @@ def chosen_settings(kfac_approx: KfacApprox, groups: list[str]) -> dict[str, str
     }
 
 
-def keeping_curvature(traces: Mapping[PartSetting, Tensor], parts: int) -> Setting:
-    """Reduce, but expand for the parts whose gradients cancel under it.
-
-    Args:
-        traces: of the blocks by setting, in units of the exact ones, each of shape (b,).
-        parts: number of parts of the weight, b/parts blocks each.
-    """
-    reduce, expand = (
-        traces[name].unflatten(0, (parts, -1)).mean(1).clamp_min(TINY).log()
-        for name in ("reduce", "expand")
-    )
-    blind = (reduce < math.log(LEAST_TRACE)) & (expand.abs() < reduce.abs())
-    found: tuple[PartSetting, ...] = tuple(
-        "expand" if part else "reduce" for part in blind.tolist()
-    )
-    return found[0] if len(set(found)) == 1 else found
-
-
 def of_part(setting: Setting, part: int) -> PartSetting:
     """The setting of one part of a weight."""
     return setting if isinstance(setting, str) else setting[part]
-
-
-def cancelled(traces: Mapping[PartSetting, Tensor]) -> bool:
-    """Whether gradients of some block cancel under reduce; `traces` as for `keeping_curvature`."""
-    return bool((traces["reduce"] < LEAST_TRACE).any())
 
 
 def _matches(name: str, pattern: str) -> bool:
