@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from kfac_laplace import Laplace
 
-I, O = 3, 4
+INPUTS, OUTPUTS = 3, 4
 
 
 class Textbook(Function):
@@ -161,28 +161,34 @@ def nested(m: Functional, x: Tensor) -> Tensor:
 
 
 MODELS = {
-    "textbook": (lambda m, x: Textbook.apply(x, m.w), {"w": (O, I)}),
-    "affine": (lambda m, x: Affine.apply(x, m.w, m.b), {"w": (O, I), "b": (O,)}),
-    "set up": (lambda m, x: SetUp.apply(x, m.w), {"w": (O, I)}),
+    "textbook": (lambda m, x: Textbook.apply(x, m.w), {"w": (OUTPUTS, INPUTS)}),
+    "affine": (lambda m, x: Affine.apply(x, m.w, m.b), {"w": (OUTPUTS, INPUTS), "b": (OUTPUTS,)}),
+    "set up": (lambda m, x: SetUp.apply(x, m.w), {"w": (OUTPUTS, INPUTS)}),
     "in place": (
         lambda m, x: InPlace.apply(F.linear(x, m.w), m.b),
-        {"w": (O, I), "b": (O,)},
+        {"w": (OUTPUTS, INPUTS), "b": (OUTPUTS,)},
     ),
-    "layered": (lambda m, x: Layered.apply(x, m.w, m.b), {"w": (O, I), "b": (O,)}),
+    "layered": (lambda m, x: Layered.apply(x, m.w, m.b), {"w": (OUTPUTS, INPUTS), "b": (OUTPUTS,)}),
     "twice": (
         lambda m, x: Textbook.apply(Textbook.apply(x, m.w).tanh(), m.w.t()),
-        {"w": (O, I)},
+        {"w": (OUTPUTS, INPUTS)},
     ),
-    "beside a rule": (lambda m, x: Textbook.apply(x, m.w) + F.linear(x, m.w), {"w": (O, I)}),
-    "of a source": (lambda m, x: Textbook.apply(x, m.w.tanh()), {"w": (O, I)}),
-    "of a part": (lambda m, x: Textbook.apply(x, m.w[:O]), {"w": (2 * O, I)}),
-    "weight alone": (lambda m, x: F.linear(x, OfWeightAlone.apply(m.w)), {"w": (O, I)}),
-    "source in place": (lambda m, x: F.linear(x, Doubled.apply(m.w * 1.5)), {"w": (O, I)}),
-    "spectral norm by hand": (by_hand, {"w": (O, I)}),
-    "scaled by a constant": (scaled_by_a_constant, {"w": (O, I)}),
-    "detached": (detached, {"w": (O, I)}),
-    "in inference mode": (in_inference_mode, {"w": (O, I)}),
-    "nested": (nested, {"w": (O, I)}),
+    "beside a rule": (
+        lambda m, x: Textbook.apply(x, m.w) + F.linear(x, m.w),
+        {"w": (OUTPUTS, INPUTS)},
+    ),
+    "of a source": (lambda m, x: Textbook.apply(x, m.w.tanh()), {"w": (OUTPUTS, INPUTS)}),
+    "of a part": (lambda m, x: Textbook.apply(x, m.w[:OUTPUTS]), {"w": (2 * OUTPUTS, INPUTS)}),
+    "weight alone": (lambda m, x: F.linear(x, OfWeightAlone.apply(m.w)), {"w": (OUTPUTS, INPUTS)}),
+    "source in place": (
+        lambda m, x: F.linear(x, Doubled.apply(m.w * 1.5)),
+        {"w": (OUTPUTS, INPUTS)},
+    ),
+    "spectral norm by hand": (by_hand, {"w": (OUTPUTS, INPUTS)}),
+    "scaled by a constant": (scaled_by_a_constant, {"w": (OUTPUTS, INPUTS)}),
+    "detached": (detached, {"w": (OUTPUTS, INPUTS)}),
+    "in inference mode": (in_inference_mode, {"w": (OUTPUTS, INPUTS)}),
+    "nested": (nested, {"w": (OUTPUTS, INPUTS)}),
 }
 #: The function is the only use: there is no layer to see.
 GENERIC = {"textbook", "affine", "set up", "of a source", "of a part", "weight alone"}
@@ -192,7 +198,7 @@ GENERIC = {"textbook", "affine", "set up", "of a source", "of a part", "weight a
 @pytest.mark.parametrize("name", MODELS)
 def test_custom_functions_have_the_exact_blocks_of_their_derivatives(name):
     function, members = MODELS[name]
-    width = I if name == "twice" else O
+    width = INPUTS if name == "twice" else OUTPUTS
 
     def make() -> Functional:
         shapes = {key: parameter(*shape) for key, shape in members.items()}
@@ -210,7 +216,9 @@ def test_custom_functions_have_the_exact_blocks_of_their_derivatives(name):
 @pytest.mark.parametrize("size", [1, 5])
 def test_the_textbook_layer_goes_through_everything(structure, size):
     """Batches of any size, evidence, predictions by closed form and by weight samples."""
-    example = seeded_case(lambda: Functional(MODELS["textbook"][0], O, w=parameter(O, I)))
+    example = seeded_case(
+        lambda: Functional(MODELS["textbook"][0], OUTPUTS, w=parameter(OUTPUTS, INPUTS))
+    )
     x, y = example.data[:2]
     batches = list(zip(x.split(size), y.split(size), strict=True))
     la = Laplace(example.model, hessian_structure=structure).fit(batches)
