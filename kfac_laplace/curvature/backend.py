@@ -55,7 +55,8 @@ class Curvature:
 
     Raises:
         InvalidValue: an unknown option or a pattern that matches nothing.
-        UnsupportedUse: a scripted or compiled module, or parameters on several devices.
+        UnsupportedUse: a scripted or compiled module, or parameters that are complex, without
+            shapes yet, made in inference mode, or on several devices.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class Curvature:
     def _start(self, model: nn.Module, options: CurvatureOptions) -> None:
         self.options = options
         self.network = Network.of(model, options.likelihood, options.forward_fn, options.budget)
-        self.ggn = GGN(options, Knowledge(self.network.select(options.subset_of_weights)))
+        chosen = self.network.select(options.subset_of_weights, options.uncovered_stay_out)
+        self.ggn = GGN(options, Knowledge(chosen))
         self.generator = Generator().manual_seed(options.seed)
 
     @classmethod

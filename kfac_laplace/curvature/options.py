@@ -123,6 +123,11 @@ class CurvatureOptions:
         """All but the likelihood, as keywords of `Curvature` and whatever hands them on."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "likelihood"}
 
+    @property
+    def uncovered_stay_out(self) -> bool:
+        """Whether parameters that no layer rule covers stay out of the posterior."""
+        return self.hessian_structure == "kron" and self.uncovered == "freeze"
+
     def seeded(self, seed: int) -> "CurvatureOptions":
         """The same with another seed."""
         return replace(self, seed=seed)

@@ -168,7 +168,7 @@ def knowledge_of_groups(
     Raises:
         InvalidValue: the model's trainable parameters are not those of the groups.
     """
-    tracked = network.select(options.subset_of_weights)
+    tracked = network.select(options.subset_of_weights, options.uncovered_stay_out)
     have = {name: p.shape for name, p in network.parameters(tracked).items()}
     want = {
         name: shape

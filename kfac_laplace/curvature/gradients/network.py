@@ -23,6 +23,7 @@ from kfac_laplace.curvature.model.batches import AnyBatch, as_batch
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn
+from kfac_laplace.curvature.model.parameters import check_real, check_usable
 from kfac_laplace.curvature.model.unchanged import device_of, unwrap
 from kfac_laplace.curvature.recording.tape import Recording, Tape
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
@@ -56,9 +57,12 @@ class Network:
         """The network of a model that may be wrapped.
 
         Raises:
-            UnsupportedUse: a scripted or compiled module, or parameters on several devices.
+            UnsupportedUse: a scripted or compiled module, parameters on several devices, without
+                shapes yet, or made in inference mode.
         """
-        return cls(unwrap(model), likelihood, forward_fn, budget or Budget())
+        model = unwrap(model)
+        check_usable(model)
+        return cls(model, likelihood, forward_fn, budget or Budget())
 
     @cached_property
     def forward(self) -> Forward:
@@ -70,16 +74,25 @@ class Network:
         """Device of the parameters."""
         return device_of(self.model)
 
-    def select(self, subset: Subset) -> tuple[str, ...]:
+    def select(self, subset: Subset, complex_stay_out: bool = False) -> tuple[str, ...]:
         """Names of the trainable parameters that `subset_of_weights` admits, in model order.
+
+        Args:
+            subset: `subset_of_weights`.
+            complex_stay_out: leave complex parameters out, which no layer rule covers. Under
+                "last_layer" they are never in.
 
         Raises:
             InvalidValue: there are none.
+            UnsupportedUse: complex parameters.
         """
         params = dict(self.model.named_parameters())
         trainable = [name for name, p in params.items() if p.requires_grad]
         shapes = {name: p.shape for name, p in params.items()}
         tracked = select_parameters(shapes, trainable, subset)
+        if complex_stay_out or subset == "last_layer":
+            tracked = [name for name in tracked if not params[name].is_complex()]
+        check_real({name: params[name] for name in tracked})
         if not tracked:
             raise InvalidValue(
                 "no trainable parameter",

@@ -83,6 +83,13 @@ def as_output(output: Any) -> Tensor:
             got=type(output).__name__,
             remedy="Wrap the model in a module that returns it, or pass forward_fn",
         )
+    if logits.is_complex():
+        raise InvalidType(
+            "outputs must be real",
+            where="model output",
+            got=logits.dtype,
+            remedy="Return real and imaginary parts (torch.view_as_real), or what the loss takes",
+        )
     return logits
 
 
