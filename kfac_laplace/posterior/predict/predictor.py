@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods.links import LINKS, sample_outputs
@@ -54,7 +55,8 @@ class Predictor:
         covariance = outputs.covariance * self.scale.to(outputs.mean)
         drawn = None
         if link == "mc":
-            drawn = sample_outputs(outputs.mean, covariance, n_samples, source)
+            with without_autocast(covariance.device):
+                drawn = sample_outputs(outputs.mean, covariance, n_samples, source)
         return Predictive(
             ggn.likelihood,
             outputs.mean,
