@@ -36,6 +36,7 @@ class ForwardPass:
         knowledge: groups, class axis and row layouts.
         weights: weights of the outputs in the loss, broadcastable to (n, t, c), where they differ.
         budget: how much memory gradients may take.
+        reordered: whether images had another order in memory than the model gave them.
     """
 
     forward: Forward
@@ -46,6 +47,7 @@ class ForwardPass:
     knowledge: Knowledge
     weights: Tensor | None = None
     budget: Budget = Budget()
+    reordered: bool = False
 
     def knowing(self, knowledge: Knowledge) -> "ForwardPass":
         """The same pass in the light of more."""

@@ -22,11 +22,12 @@ from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, as_batch
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
+from kfac_laplace.curvature.model.failures import ran_out_of_memory
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn
 from kfac_laplace.curvature.model.parameters import check_real, check_usable
 from kfac_laplace.curvature.model.unchanged import device_of, unwrap
 from kfac_laplace.curvature.recording.tape import Recording, Tape
-from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.errors import InvalidValue, KfacLaplaceError, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
 
 
@@ -120,10 +121,10 @@ class Network:
         else:
             used = {name: p.detach().requires_grad_() for name, p in params.items()}
         substitutes = None if params is None else used
-        known, recording = knowledge, None
+        known, recording, order = knowledge, None, ChannelsLast()
         if knowledge.reorders:
-            recording, reorders = self._reordered(batch, used, substitutes)
-            known = replace(knowledge, reorders=reorders)
+            recording = self._reordered(batch, used, substitutes, order)
+            known = replace(knowledge, reorders=order.harmless)
         return ForwardPass(
             self.forward,
             self.likelihood,
@@ -132,6 +133,7 @@ class Network:
             used,
             known,
             budget=self.budget,
+            reordered=order.used and recording is not None,
         )
 
     def _recorded(
@@ -148,21 +150,27 @@ class Network:
         return tape.recording(output)
 
     def _reordered(
-        self, batch: AnyBatch, used: Mapping[str, Tensor], substitutes: Mapping[str, Tensor] | None
-    ) -> tuple[Recording | None, bool]:
-        """A recording with channels last, and whether to try it again; None if it does not count.
+        self,
+        batch: AnyBatch,
+        used: Mapping[str, Tensor],
+        substitutes: Mapping[str, Tensor] | None,
+        order: ChannelsLast,
+    ) -> Recording | None:
+        """A recording with channels last, or None if it does not count: `order` says what came.
 
-        A model that fails so is asked again without: an error of its own comes then.
+        A model that fails with images in another order is asked again without: an error of its own
+        comes then. Where memory ran out, or we refuse, the order is not why.
         """
-        order = ChannelsLast()
         try:
             recording = self._recorded(batch, used, substitutes, order)
-        except Exception:  # models raise what they like at tensors in another order
-            if not order.used:
+        except Exception as error:  # models raise what they like at tensors in another order
+            if not order.used or isinstance(error, KfacLaplaceError) or ran_out_of_memory(error):
                 raise
-            return None, False
-        harmless = order.harmless and not (order.used and recording.has_python_functions)
-        return (recording if harmless or not order.used else None), harmless
+            order.harmless = False
+            return None
+        if order.used and recording.has_python_functions:
+            order.harmless = False
+        return recording if order.harmless or not order.used else None
 
 
 def check_examples(passed: ForwardPass) -> None:
