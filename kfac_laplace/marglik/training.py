@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
+from kfac_laplace.curvature.model.kept import Kept
 from kfac_laplace.curvature.options import CurvatureKeywords, spelled
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
@@ -128,7 +129,7 @@ def marglik_training(
     tuner.prepare(train_loader)
     optimiser = optimizer_cls([p for p in model.parameters() if p.requires_grad], **options)
     scheduler = scheduler_cls(optimiser, **(scheduler_kwargs or {})) if scheduler_cls else None
-    modes = {module: module.training for module in model.modules()}
+    modes, kept = {module: module.training for module in model.modules()}, Kept(model)
     losses: list[float] = []
     best: dict[str, Any] | None = None
     try:
@@ -144,6 +145,7 @@ def marglik_training(
     finally:
         for module, training in modes.items():
             module.training = training
+        kept.release()
     margliks = [-record.evidence for record in tuner.history]
     if best is not None:
         model.load_state_dict(best["model"])

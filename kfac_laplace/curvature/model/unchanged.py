@@ -1,4 +1,4 @@
-"""Leaving the caller's model as it was: modes, random states, inference tensors, wrappers."""
+"""Leaving the caller's model as it was: modes, random states, graphs, inference tensors."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kfac_laplace.curvature.model.kept import Kept
 from kfac_laplace.errors import InvalidType, UnsupportedUse
 
 
@@ -54,7 +55,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with gradients on; modes and global random states are put back after."""
+    """Evaluation mode with gradients on; modes and global random states are put back after.
+
+    So is what modules held, where they keep a graph of what ran inside.
+    """
+    kept = Kept(model)
     modes = {module: module.training for module in model.modules()}
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
@@ -75,6 +80,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         _restore_modes(model, modes)
+        kept.put_back()  # after `train`, in which many forget what they kept
 
 
 def evaluate_afresh(model: nn.Module) -> None:

@@ -73,8 +73,14 @@ def _linearised(
     return f + unit * change
 
 
-#: What torch says of derivatives that are not there.
-NO_FORWARD_MODE = ("autograd.Function", "forward AD", "forward mode AD", "forward-mode AD")
+#: What torch says of derivatives that are not there, or where a model writes into its buffers.
+NO_FORWARD_MODE = (
+    "autograd.Function",
+    "forward AD",
+    "forward mode AD",
+    "forward-mode AD",
+    "captured Tensor",
+)
 
 
 def _unit(mode: Mapping[str, Tensor], deviation: Mapping[str, Tensor]) -> float:
