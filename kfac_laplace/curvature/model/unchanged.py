@@ -20,9 +20,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise InvalidType("not a torch.nn.Module", where="model", got=type(model).__name__)
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    model = unwrapped(model)
     for name, module in model.named_modules():
         where = f"module '{name}'" if name else "model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -45,6 +43,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             got=sorted(devices),
             remedy="Move the model to one device",
         )
+    return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside data-parallel and compiled wrappers."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
     return model
 
 

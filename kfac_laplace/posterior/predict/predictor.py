@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.model.mappings import without
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods.links import LINKS, sample_outputs
 from kfac_laplace.options import check_choice, check_whole
@@ -86,7 +87,7 @@ class Predictor:
 
     def _batch(self, x: Any) -> AnyBatch:
         if isinstance(x, Mapping):
-            x = {key: value for key, value in x.items() if key != self.key_y}
+            x = without(x, self.key_y)
         return self.posterior.network.batch(x)
 
     def parameters(self, n: int, generator: Generator | None) -> Tensor:
