@@ -20,7 +20,7 @@ from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.curvature.state import ggn_from_state, ggn_to_state
 from kfac_laplace.errors import (
     InvalidType,
@@ -59,6 +59,7 @@ class Curvature:
             shapes yet, made in inference mode, or on several devices.
     """
 
+    @suggesting
     def __init__(
         self,
         model: nn.Module,

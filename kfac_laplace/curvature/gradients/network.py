@@ -78,6 +78,8 @@ class Network:
     def select(self, subset: Subset, complex_stay_out: bool = False) -> tuple[str, ...]:
         """Names of the trainable parameters that `subset_of_weights` admits, in model order.
 
+        Those without entries, of layers of width 0, are never in: there is nothing to be random.
+
         Args:
             subset: `subset_of_weights`.
             complex_stay_out: leave complex parameters out, which no layer rule covers. Under
@@ -88,7 +90,7 @@ class Network:
             UnsupportedUse: complex parameters.
         """
         params = dict(self.model.named_parameters())
-        trainable = [name for name, p in params.items() if p.requires_grad]
+        trainable = [name for name, p in params.items() if p.requires_grad and p.numel()]
         shapes = {name: p.shape for name, p in params.items()}
         tracked = select_parameters(shapes, trainable, subset)
         if complex_stay_out or subset == "last_layer":

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.mappings import without
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods.links import LINKS, sample_outputs
 from kfac_laplace.options import check_choice, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
@@ -38,7 +38,14 @@ class Predictor:
     key_y: str
 
     def source(self, generator: Generator | None) -> Generator:
-        """The caller's generator, or a fresh one."""
+        """The caller's generator, on whatever device, or a fresh one."""
+        if generator is not None and not isinstance(generator, Generator):
+            raise InvalidType(
+                "neither a torch.Generator nor None",
+                where="generator",
+                got=repr(generator),
+                remedy="Pass torch.Generator().manual_seed(...)",
+            )
         return torch.Generator().manual_seed(self.seed) if generator is None else generator
 
     def predict(
