@@ -20,7 +20,7 @@ from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Likelihood, check_finite
 from kfac_laplace.options import check_whole
@@ -95,6 +95,7 @@ class Laplace:
         UnsupportedUse: a model that cannot be recorded.
     """
 
+    @suggesting
     def __init__(
         self,
         model: nn.Module,
@@ -650,7 +651,12 @@ class Laplace:
 
 def _checked_scale(value: float | Tensor, device: torch.device) -> Tensor:
     """κ ≥ 0, float64, shape ()."""
-    scale = real(value, "posterior_scale", device).detach()
-    if scale.numel() != 1 or float(scale) < 0:
-        raise InvalidValue("must be one number ≥ 0", where="posterior_scale", got=value)
-    return scale.reshape(())
+    scale = one_number(real(value, "posterior_scale", device).detach(), "posterior_scale")
+    if float(scale) < 0:
+        raise InvalidValue(
+            "κ multiplies the covariance, and must not be below zero",
+            where="posterior_scale",
+            got=float(scale),
+            remedy="Pass a number ≥ 0: 1 for the posterior as it is, 0 for its mode",
+        )
+    return scale

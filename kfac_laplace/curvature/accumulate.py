@@ -26,7 +26,8 @@ from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network, check_examples, learn_groups
 from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
-from kfac_laplace.curvature.model.batches import AnyBatch, Batch
+from kfac_laplace.curvature.model.batches import Batch
+from kfac_laplace.curvature.model.failures import ran_out_of_memory
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import (
@@ -59,27 +60,31 @@ def with_batch(
     with undisturbed(network.model):
         batch = network.batch(x, len(y) if y.ndim else None)
         draws = generator.get_state()
+        # Popped, so that a pass which is made again lies in memory once.
+        passes = [network.record(batch, ggn.knowledge, parameters)]
+        reordered = passes[0].reordered
         try:
-            return _of_batch(ggn, network, batch, y, generator, parameters).after(ggn)
+            return _of_pass(ggn, network, passes.pop(), y, generator, parameters).after(ggn)
         except RuntimeError as error:
             # A backward pass of the model's own may mean the order in memory as well.
-            if isinstance(error, KfacLaplaceError) or not ggn.knowledge.reorders:
+            if not reordered or isinstance(error, KfacLaplaceError) or ran_out_of_memory(error):
                 raise
-            generator.set_state(draws)
-            ggn = replace(ggn, knowledge=replace(ggn.knowledge, reorders=False))
-            return _of_batch(ggn, network, batch, y, generator, parameters).after(ggn)
+        generator.set_state(draws)
+        ggn = replace(ggn, knowledge=replace(ggn.knowledge, reorders=False))
+        passes = [network.record(batch, ggn.knowledge, parameters)]
+        return _of_pass(ggn, network, passes.pop(), y, generator, parameters).after(ggn)
 
 
-def _of_batch(
+def _of_pass(
     ggn: GGN,
     network: Network,
-    batch: AnyBatch,
+    passed: ForwardPass,
     y: Tensor,
     generator: Generator,
     parameters: Mapping[str, Tensor] | None,
 ) -> GGN:
     """The GGN of one batch, by what is known and what this batch teaches."""
-    passed = network.record(batch, ggn.knowledge, parameters)
+    batch = passed.batch
     passed, f, y = _aligned(passed, y.to(network.device), ggn.options.class_axis)
     statistic, sums = ggn.likelihood.statistic(f, y), ggn.likelihood.target_sums(y, f)
     targets = passed.by_example(y)

@@ -21,7 +21,7 @@ from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.curvature.state import ggn_from_state, ggn_to_state
 from kfac_laplace.errors import (
     InvalidType,
@@ -60,9 +60,11 @@ class Curvature:
 
     Raises:
         InvalidValue: an unknown option or a pattern that matches nothing.
-        UnsupportedUse: a scripted or compiled module, or parameters on several devices.
+        UnsupportedUse: a scripted or compiled module, or parameters that are complex, without
+            shapes yet, made in inference mode, or on several devices.
     """
 
+    @suggesting
     def __init__(
         self,
         model: nn.Module,
@@ -101,7 +103,8 @@ class Curvature:
     def _start(self, model: nn.Module, options: CurvatureOptions) -> None:
         self.options = options
         self.network = Network.of(model, options.likelihood, options.forward_fn, options.budget)
-        self.ggn = GGN(options, Knowledge(self.network.select(options.subset_of_weights)))
+        chosen = self.network.select(options.subset_of_weights, options.uncovered_stay_out)
+        self.ggn = GGN(options, Knowledge(chosen))
         self.generator = Generator().manual_seed(options.seed)
 
     @classmethod
@@ -233,7 +236,10 @@ class Curvature:
                 got=type(loader).__name__,
                 remedy="Pass a DataLoader or a list of batches",
             )
-        self.network.check_none_new(self.ggn.knowledge, self.options.subset_of_weights)
+        options = self.options
+        self.network.check_none_new(
+            self.ggn.knowledge, options.subset_of_weights, options.uncovered_stay_out
+        )
         batches = 0
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
             for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):

@@ -132,6 +132,11 @@ class CurvatureOptions:
         """All but the likelihood, as keywords of `Curvature` and whatever hands them on."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "likelihood"}
 
+    @property
+    def uncovered_stay_out(self) -> bool:
+        """Whether parameters that no layer rule covers stay out of the posterior."""
+        return self.hessian_structure == "kron" and self.uncovered == "freeze"
+
     def seeded(self, seed: int) -> "CurvatureOptions":
         """The same with another seed."""
         return replace(self, seed=seed)
@@ -230,7 +235,18 @@ def spelled(function: Callee) -> Callee:
         annotation = CurvatureKeywords.__annotations__[option.name]
         kind = inspect.Parameter.KEYWORD_ONLY
         shown.append(inspect.Parameter(option.name, kind, default=default, annotation=annotation))
-    names = [parameter.name for parameter in shown]
+    checked = _checking(function, [parameter.name for parameter in shown])
+    checked.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return checked
+
+
+def suggesting(function: Callee) -> Callee:
+    """Let a keyword that a function does not have be answered with the one that was meant."""
+    return _checking(function, list(inspect.signature(function).parameters))
+
+
+def _checking(function: Callee, names: list[str]) -> Callee:
+    """The function with an error of ours for keywords that are none of some names."""
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
@@ -244,5 +260,4 @@ def spelled(function: Callee) -> Callee:
             )
         return function(*args, **keywords)
 
-    checked.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return checked  # type: ignore[return-value]

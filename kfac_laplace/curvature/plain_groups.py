@@ -140,7 +140,7 @@ def knowledge_of_groups(
     Raises:
         InvalidValue: the model's trainable parameters are not those of the groups.
     """
-    tracked = network.select(options.subset_of_weights)
+    tracked = network.select(options.subset_of_weights, options.uncovered_stay_out)
     if not groups:  # of a curvature that saw no data
         return Knowledge(tracked)
     have = {name: p.shape for name, p in network.parameters(tracked).items()}

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
+from torch.types import _size
+from typing_extensions import Self
 
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods.likelihood import Likelihood
@@ -27,14 +30,14 @@ class Heteroscedastic(Likelihood):
 
     def distribution(self, f: Tensor, sigma: Tensor) -> Distribution:
         """N(a e^−s, e^−s) for each target."""
-        a, s = f.chunk(2, -1)
-        return Independent(Normal(a * (-s).exp(), (-s / 2).exp()), 1)
+        return Independent(_Natural.of(*f.chunk(2, -1)), 1)
 
     def align_target(self, target: Tensor, f: Tensor) -> Tensor:
         """Values (n, t, C).
 
         Raises:
-            InvalidValue: an odd number of outputs, or other targets than one for two outputs.
+            InvalidValue: an odd number of outputs, moments beyond the precision's range, or other
+                targets than one for two outputs.
         """
         if f.shape[-1] % 2:
             raise InvalidValue(
@@ -43,6 +46,7 @@ class Heteroscedastic(Likelihood):
                 got=f"{f.shape[-1]} outputs",
                 remedy="Return natural parameters: a for each target, then s for each",
             )
+        _Natural.of(*f.detach().chunk(2, -1)).check_moments()
         return super().align_target(target, f)
 
     def log_prob(self, f: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
@@ -89,3 +93,47 @@ class Heteroscedastic(Likelihood):
         across = covariance[..., :width, width:].diagonal(dim1=-2, dim2=-1)
         own = covariance[..., width:, width:].diagonal(dim1=-2, dim2=-1)
         return (a - across) * (own / 2 - s).exp()
+
+
+class _Natural(Normal):
+    """N(a e^−s, e^−s) with a density that holds where its moments under- or overflow."""
+
+    natural: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, a: Tensor, s: Tensor) -> Self:
+        made = cls(a * (-s).exp(), (-s / 2).exp(), validate_args=False)
+        made.natural = (a, s)
+        return made
+
+    def check_moments(self) -> None:
+        """Raise `InvalidValue` where the mean or the deviation is no number above zero."""
+        fits = torch.isfinite(self.loc) & torch.isfinite(self.scale) & (self.scale > 0)
+        if not bool(fits.all()):
+            s = self.natural[1]
+            raise InvalidValue(
+                "a mean a e^−s or deviation e^(−s/2) is beyond the range of its precision",
+                where="model output",
+                got=f"s from {float(s.min()):.4g} to {float(s.max()):.4g} in {s.dtype}",
+                remedy="Standardise the targets: s is the logarithm of a precision. Where outputs "
+                "are samples, raise the prior precision",
+            )
+
+    def sample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008 # as torch has it
+        self.check_moments()
+        drawn: Tensor = super().sample(sample_shape)  # type: ignore[no-untyped-call]
+        return drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        a, s = self.natural
+        residual = (s / 2).exp() * value - (-s / 2).exp() * a
+        return 0.5 * (s - residual.square() - math.log(2 * math.pi))
+
+    def entropy(self) -> Tensor:
+        return 0.5 * (1 + math.log(2 * math.pi) - self.natural[1])
+
+    def expand(self, batch_shape: _size, _instance: Any = None) -> "_Natural":
+        made: _Natural = super().expand(batch_shape, _instance)  # type: ignore[no-untyped-call]
+        a, s = self.natural
+        made.natural = (a.expand(batch_shape), s.expand(batch_shape))
+        return made

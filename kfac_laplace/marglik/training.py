@@ -13,11 +13,13 @@ from typing_extensions import Unpack
 
 from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
+from kfac_laplace.curvature.model.kept import Kept
 from kfac_laplace.curvature.options import CurvatureKeywords, spelled
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.tuner import MarglikTuner
+from kfac_laplace.options import check_whole
 from kfac_laplace.posterior.objectives import Objective
 from kfac_laplace.posterior.prior import Given
 from kfac_laplace.posterior.sharing import PriorStructure
@@ -87,7 +89,8 @@ def marglik_training(
         weights, the negative log evidence of each round, and the mean loss of each epoch.
 
     Raises:
-        InvalidValue: an empty loader, weight decay in `optimizer_kwargs`, or bad data.
+        InvalidValue: an empty loader, weight decay in `optimizer_kwargs`, a negative number of
+            epochs, or bad data.
     """
     options = dict(optimizer_kwargs or {})
     if options.get("weight_decay"):
@@ -97,6 +100,9 @@ def marglik_training(
             got=f"weight_decay={options['weight_decay']}",
             remedy="Leave it out; set prior_prec_init instead",
         )
+    check_whole("n_epochs", n_epochs, 0)
+    # What is refused is refused before data are read.
+    Laplace(model, likelihood, hessian_structure=hessian_structure, **curvature)
     n_data = sum(_count(batch, dict_key_y, curvature.get("batch_fn")) for batch in train_loader)
     if not n_data:
         raise InvalidValue("the loader yielded no batch", where="train_loader", got="0 examples")
@@ -123,7 +129,7 @@ def marglik_training(
     tuner.prepare(train_loader)
     optimiser = optimizer_cls([p for p in model.parameters() if p.requires_grad], **options)
     scheduler = scheduler_cls(optimiser, **(scheduler_kwargs or {})) if scheduler_cls else None
-    modes = {module: module.training for module in model.modules()}
+    modes, kept = {module: module.training for module in model.modules()}, Kept(model)
     losses: list[float] = []
     best: dict[str, Any] | None = None
     try:
@@ -139,6 +145,7 @@ def marglik_training(
     finally:
         for module, training in modes.items():
             module.training = training
+        kept.release()
     margliks = [-record.evidence for record in tuner.history]
     if best is not None:
         model.load_state_dict(best["model"])

@@ -271,6 +271,7 @@ class MarglikTuner:
                 changed then, the epoch count included.
         """
         epoch = self._epoch + 1 if epoch is None else epoch
+        check_whole("epoch", epoch, 0)
         if epoch < self.n_epochs_burnin or epoch % self.marglik_frequency:
             self._epoch = epoch
             return None

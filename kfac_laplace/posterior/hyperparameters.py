@@ -186,13 +186,20 @@ def positive(value: object, where: str, device: torch.device | None = None) -> T
 def one_number(tensor: Tensor, where: str) -> Tensor:
     """The tensor as a scalar (), or `InvalidValue`."""
     if tensor.numel() != 1:
-        raise InvalidValue("one number is needed", where=where, got=f"shape {tuple(tensor.shape)}")
+        raise InvalidValue(
+            "one number is needed",
+            where=where,
+            got=f"shape {tuple(tensor.shape)}",
+            remedy="Pass one finite number",
+        )
     return tensor.reshape(())
 
 
 def real(value: object, where: str, device: torch.device | None = None) -> Tensor:
     """A finite float64 tensor that keeps its graph, usable inside and outside inference mode."""
     try:
+        if "complex" in str(getattr(value, "dtype", "")):
+            raise TypeError  # torch would drop the imaginary part
         with torch.inference_mode(False):
             tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
             tensor = outside_inference(tensor).clone()  # never the caller's own storage
@@ -201,5 +208,5 @@ def real(value: object, where: str, device: torch.device | None = None) -> Tenso
             "not a number or tensor", where=where, got=repr(value), remedy="Pass a real number"
         ) from error
     if not bool(torch.isfinite(tensor.detach()).all()):
-        raise InvalidValue("must be finite", where=where, got=value)
+        raise InvalidValue("must be finite", where=where, got=value, remedy="Pass a finite number")
     return tensor

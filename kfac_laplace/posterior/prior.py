@@ -14,7 +14,7 @@ from kfac_laplace.errors import InvalidValue
 from kfac_laplace.posterior.hyperparameters import one_number, positive, real
 from kfac_laplace.posterior.layouts import Layouts
 from kfac_laplace.posterior.patterns import by_name
-from kfac_laplace.posterior.sharing import Sharing
+from kfac_laplace.posterior.sharing import Sharing, check_index
 from kfac_laplace.posterior.squares import SMALL, Mean, WeightedSquares, squared_norms
 
 #: What `prior_precision` and `prior_mean` may be: a number, a tensor, or {pattern: number}.
@@ -53,7 +53,7 @@ class Prior:
         """For each group the places of its precisions, broadcastable to its matrices (b, o, i)."""
         with torch.inference_mode(False):
             index = self.sharing.index(self.layouts)
-            _check_index(index, self)
+            check_index(index, self.layouts, self.sharing)
             return {name: index[name].to(self.device) for name in self.layouts.groups}
 
     @cached_property
@@ -319,28 +319,3 @@ def _means(given: Given, layouts: Layouts, device: torch.device) -> dict[str, Me
             remedy="Follow the order of the parameters in the model",
         )
     return dict(layouts.by_parameter(mean.reshape(-1)))
-
-
-def _check_index(index: Mapping[str, Tensor], prior: Prior) -> None:
-    """Raise `InvalidValue` unless a sharing's index is one: of all groups, without gaps."""
-    fault = ""
-    for name, layout in prior.layouts.groups.items():
-        shape = tuple(index[name].shape) if name in index else None
-        whole = layout.matrix if shape else ()
-        if shape is None or len(shape) != len(whole):
-            fault = f"shape {shape} for '{name}' of matrices {layout.matrix}"
-        elif any(own not in (1, full) for own, full in zip(shape, whole, strict=True)):
-            fault = f"shape {shape} for '{name}' of matrices {layout.matrix}"
-        elif prior.constant_on_blocks and shape:
-            fault = f"shape {shape} for '{name}', where each group has one precision"
-    if not fault:
-        used = torch.cat([places.flatten() for places in index.values()]).unique()
-        if used.dtype != torch.int64 or not torch.equal(used, torch.arange(len(used))):
-            fault = f"places {used.tolist()[:10]}"
-    if fault:
-        raise InvalidValue(
-            "a sharing counts its precisions from 0, none left out, by group",
-            where=f"prior_structure '{prior.sharing.title}'",
-            got=fault,
-            remedy="See Sharing.index",
-        )

@@ -201,6 +201,36 @@ def check_sharing(sharing: Sharing, hessian_structure: str) -> None:
         )
 
 
+def check_index(index: object, layouts: Layouts, sharing: Sharing) -> None:
+    """Raise `InvalidValue` unless a sharing's index is one: of all groups, without gaps."""
+    found = index if isinstance(index, Mapping) else {}
+    fault = "" if isinstance(index, Mapping) else f"{index!r} in place of a mapping"
+    for name, layout in layouts.groups.items():
+        places = found.get(name)
+        shape = tuple(places.shape) if isinstance(places, Tensor) else None
+        whole = layout.matrix if shape else ()
+        if fault:
+            break
+        if shape is None or len(shape) != len(whole):
+            fault = f"shape {shape} for '{name}' of matrices {layout.matrix}"
+        elif any(own not in (1, full) for own, full in zip(shape, whole, strict=True)):
+            fault = f"shape {shape} for '{name}' of matrices {layout.matrix}"
+        elif sharing.constant_on_blocks and shape:
+            fault = f"shape {shape} for '{name}', where each group has one precision"
+    if not fault:
+        used = torch.cat([found[name].flatten() for name in layouts.groups]).unique()
+        if used.dtype != torch.int64 or not torch.equal(used, torch.arange(len(used)).to(used)):
+            fault = f"places {used.tolist()[:10]}"
+    if fault:
+        raise InvalidValue(
+            "a sharing counts its precisions from 0, none left out, by group",
+            where=f"prior_structure '{sharing.title}'",
+            got=fault,
+            remedy="Return {name of the group: int64 tensor} for all of layouts.groups; see "
+            "Sharing.index",
+        )
+
+
 def sharing_to_plain(structure: PriorStructure) -> Any:
     """A prior structure as plain data, or None where it holds a sharing of the user's own."""
     if isinstance(structure, ByPattern):

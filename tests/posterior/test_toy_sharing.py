@@ -85,11 +85,17 @@ class Wrong(Sharing):
         Wrong(lambda groups: {name: torch.tensor(2 * k) for k, name in enumerate(groups)}),
         Wrong(lambda groups: {name: torch.tensor(0.0) for name in groups}),
         Wrong(lambda groups: {}),
+        Wrong(lambda groups: None),
+        Wrong(lambda groups: [torch.tensor(0) for _ in groups]),
+        Wrong(lambda groups: torch.tensor(0)),
+        Wrong(lambda groups: {name: None for name in groups}),
+        Wrong(lambda groups: dict.fromkeys(groups, 0)),
         Wrong(lambda groups: {name: torch.zeros(1, 3, 1).long() for name in groups}, False),
         Wrong(lambda groups: {name: torch.zeros(1, 1, 1).long() for name in groups}),
         Wrong(lambda groups: {name: torch.zeros(2).long() for name in groups}, False),
     ],
-    ids=["from one", "gaps", "floats", "missing", "shape", "not constant", "axes"],
+    ids=["from one", "gaps", "floats", "missing", "none", "a list", "a tensor"]
+    + ["no tensors", "numbers", "shape", "not constant", "axes"],
 )
 def test_an_index_that_is_none_is_refused(sharing):
     case = build("mlp-tanh")

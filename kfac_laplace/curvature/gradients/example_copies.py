@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.model.batches import AnyBatch
-from kfac_laplace.errors import UnsupportedUse
+from kfac_laplace.curvature.model.failures import ran_out_of_memory
+from kfac_laplace.errors import KfacLaplaceError, UnsupportedUse
 
 #: takes parameters by name and inputs to aligned outputs (rows, t, c)
 ForwardOne = Callable[[Mapping[str, Tensor], Any], Tensor]
@@ -40,6 +41,8 @@ class ExampleGraph:
         try:
             rows = forward(copies, batch.select(torch.tensor([k])).x)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, KfacLaplaceError) or ran_out_of_memory(error):
+                raise
             raise UnsupportedUse(
                 "the model cannot run on one example alone",
                 where=", ".join(self._copies),

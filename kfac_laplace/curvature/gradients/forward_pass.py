@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -15,6 +16,7 @@ from kfac_laplace.curvature.gradients.knowledge import Knowledge, UseKey
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.budget import Budget
+from kfac_laplace.curvature.model.channels_last import ChannelsLast
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.recording.live_rows import irregular, reachable_rows
@@ -38,6 +40,7 @@ class ForwardPass:
         knowledge: groups, class axis and row layouts.
         weights: weights of the outputs in the loss, broadcastable to (n, t, c), where they differ.
         budget: how much memory gradients may take.
+        reordered: whether images had another order in memory than the model gave them.
     """
 
     forward: Forward
@@ -48,6 +51,7 @@ class ForwardPass:
     knowledge: Knowledge
     weights: Tensor | None = None
     budget: Budget = Budget()
+    reordered: bool = False
 
     def knowing(self, knowledge: Knowledge) -> "ForwardPass":
         """The same pass in the light of more."""
@@ -240,7 +244,8 @@ class ForwardPass:
     def _again(self, nudge: Nudge) -> tuple[Recording, Tensor]:
         """Run the model again with something done to its recorded calls; with its outputs."""
         own = self.batch.copied()
-        with Tape(self.params, own.data, own.n, nudge) as tape:
+        order = ChannelsLast() if self.reordered else nullcontext()
+        with Tape(self.params, own.data, own.n, nudge) as tape, order:
             output = self.forward(own.x, self.params)
         again = replace(self, recording=tape.recording(output))
         return again.recording, again.outputs

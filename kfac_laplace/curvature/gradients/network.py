@@ -22,10 +22,12 @@ from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, as_batch
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
+from kfac_laplace.curvature.model.failures import ran_out_of_memory
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn
+from kfac_laplace.curvature.model.parameters import check_real, check_usable
 from kfac_laplace.curvature.model.unchanged import device_of, unwrap
 from kfac_laplace.curvature.recording.tape import Recording, Tape
-from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.errors import InvalidValue, KfacLaplaceError, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
 
 
@@ -56,9 +58,12 @@ class Network:
         """The network of a model that may be wrapped.
 
         Raises:
-            UnsupportedUse: a scripted or compiled module, or parameters on several devices.
+            UnsupportedUse: a scripted or compiled module, parameters on several devices, without
+                shapes yet, or made in inference mode.
         """
-        return cls(unwrap(model), likelihood, forward_fn, budget or Budget())
+        model = unwrap(model)
+        check_usable(model)
+        return cls(model, likelihood, forward_fn, budget or Budget())
 
     @cached_property
     def forward(self) -> Forward:
@@ -70,16 +75,27 @@ class Network:
         """Device of the parameters."""
         return device_of(self.model)
 
-    def select(self, subset: Subset) -> tuple[str, ...]:
+    def select(self, subset: Subset, complex_stay_out: bool = False) -> tuple[str, ...]:
         """Names of the trainable parameters that `subset_of_weights` admits, in model order.
+
+        Those without entries, of layers of width 0, are never in: there is nothing to be random.
+
+        Args:
+            subset: `subset_of_weights`.
+            complex_stay_out: leave complex parameters out, which no layer rule covers. Under
+                "last_layer" they are never in.
 
         Raises:
             InvalidValue: there are none.
+            UnsupportedUse: complex parameters.
         """
         params = dict(self.model.named_parameters())
-        trainable = [name for name, p in params.items() if p.requires_grad]
+        trainable = [name for name, p in params.items() if p.requires_grad and p.numel()]
         shapes = {name: p.shape for name, p in params.items()}
         tracked = select_parameters(shapes, trainable, subset)
+        if complex_stay_out or subset == "last_layer":
+            tracked = [name for name in tracked if not params[name].is_complex()]
+        check_real({name: params[name] for name in tracked})
         if not tracked:
             raise InvalidValue(
                 "no trainable parameter",
@@ -111,16 +127,17 @@ class Network:
                 )
         return {name: params[name] for name in names}
 
-    def check_none_new(self, known: Knowledge, subset: Subset) -> None:
+    def check_none_new(self, known: Knowledge, subset: Subset, complex_stay_out: bool) -> None:
         """Raise `InvalidValue` for a parameter that is trained now and was not at the first batch.
 
         Args:
             known: what earlier batches taught.
             subset: `subset_of_weights`.
+            complex_stay_out: as for `select`.
         """
         if not known.groups or subset == "last_layer":
             return
-        new = [name for name in self.select(subset) if name not in known.tracked]
+        new = [name for name in self.select(subset, complex_stay_out) if name not in known.tracked]
         if new:
             raise InvalidValue(
                 "parameters are no longer those of the first batch",
@@ -142,10 +159,10 @@ class Network:
         else:
             used = {name: p.detach().requires_grad_() for name, p in params.items()}
         substitutes = None if params is None else used
-        known, recording = knowledge, None
+        known, recording, order = knowledge, None, ChannelsLast()
         if knowledge.reorders:
-            recording, reorders = self._reordered(batch, used, substitutes)
-            known = replace(knowledge, reorders=reorders)
+            recording = self._reordered(batch, used, substitutes, order)
+            known = replace(knowledge, reorders=order.harmless)
         return ForwardPass(
             self.forward,
             self.likelihood,
@@ -154,6 +171,7 @@ class Network:
             used,
             known,
             budget=self.budget,
+            reordered=order.used and recording is not None,
         )
 
     def _recorded(
@@ -170,21 +188,27 @@ class Network:
         return tape.recording(output)
 
     def _reordered(
-        self, batch: AnyBatch, used: Mapping[str, Tensor], substitutes: Mapping[str, Tensor] | None
-    ) -> tuple[Recording | None, bool]:
-        """A recording with channels last, and whether to try it again; None if it does not count.
+        self,
+        batch: AnyBatch,
+        used: Mapping[str, Tensor],
+        substitutes: Mapping[str, Tensor] | None,
+        order: ChannelsLast,
+    ) -> Recording | None:
+        """A recording with channels last, or None if it does not count: `order` says what came.
 
-        A model that fails so is asked again without: an error of its own comes then.
+        A model that fails with images in another order is asked again without: an error of its own
+        comes then. Where memory ran out, or we refuse, the order is not why.
         """
-        order = ChannelsLast()
         try:
             recording = self._recorded(batch, used, substitutes, order)
-        except Exception:  # models raise what they like at tensors in another order
-            if not order.used:
+        except Exception as error:  # models raise what they like at tensors in another order
+            if not order.used or isinstance(error, KfacLaplaceError) or ran_out_of_memory(error):
                 raise
-            return None, False
-        harmless = order.harmless and not (order.used and recording.has_python_functions)
-        return (recording if harmless or not order.used else None), harmless
+            order.harmless = False
+            return None
+        if order.used and recording.has_python_functions:
+            order.harmless = False
+        return recording if order.harmless or not order.used else None
 
 
 def check_examples(passed: ForwardPass) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kfac_laplace.curvature.model.graphs import GraphBatch, is_graph
+from kfac_laplace.curvature.model.mappings import like, without
 from kfac_laplace.curvature.model.unchanged import outside_inference
 from kfac_laplace.errors import InvalidType, InvalidValue
 
@@ -27,6 +28,7 @@ class Batch:
     segments: Mapping[str, Tensor] = {}
 
     def __init__(self, x: Any, device: torch.device, n: int | None = None):
+        self._mapping = x if isinstance(x, Mapping) else None
         leaves, self._tree = tree_flatten(dict(x) if isinstance(x, Mapping) else x)
         self._leaves = [
             outside_inference(v).to(device) if isinstance(v, Tensor) else v for v in leaves
@@ -59,7 +61,8 @@ class Batch:
         """The caller's nesting with the per-example tensors replaced."""
         replacements = iter(tensors)
         leaves = [next(replacements) if self._is_by_example(v) else v for v in self._leaves]
-        return tree_unflatten(leaves, self._tree)
+        nested = tree_unflatten(leaves, self._tree)
+        return nested if self._mapping is None else like(self._mapping, nested)
 
     def copied(self) -> "Batch":
         """The same inputs in tensors of their own: models may write into them."""
@@ -137,8 +140,7 @@ def split_batch(batch: Any, key_y: str, batch_fn: BatchFn | None = None) -> tupl
                 got=sorted(map(str, batch)),
                 remedy="Name the entry: dict_key_y, or key_y of Curvature.fit",
             )
-        x = {key: value for key, value in batch.items() if key != key_y}
-        return x, _target(batch[key_y])
+        return without(batch, key_y), _target(batch[key_y])
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
         return batch[0], _target(batch[1])
     raise InvalidType(

@@ -64,8 +64,9 @@ class ChannelsLast(TorchFunctionMode):
         if func in HOOKS or (func in NORMS and args and args[0].ndim > 3):
             self.harmless = False
         elif self.harmless and func in CONVOLUTIONS and args and _is_images(args[0]):
-            args = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
-            self.used = True
+            if not _has_channels_last(args[0]):
+                args = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
+                self.used = True
         elif func in BY_MEMORY and self.used:
             self.harmless &= all(_is_plain(x) for x in tensors_in((args, kwargs)))
         return func(*args, **kwargs)
@@ -74,6 +75,12 @@ class ChannelsLast(TorchFunctionMode):
 def _is_images(x: Tensor) -> bool:
     """Whether x is a batch of images that convolutions of the CPU take in either order."""
     return x.device.type == "cpu" and x.dtype in DTYPES and x.ndim == 4 and len(x) > 1
+
+
+def _has_channels_last(x: Tensor) -> bool:
+    """Whether x lies so already, as images of one channel do."""
+    with torch._C.DisableTorchFunction():
+        return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _is_plain(x: Tensor) -> bool:

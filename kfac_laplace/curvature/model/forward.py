@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kfac_laplace.curvature.model.mappings import of_mapping
 from kfac_laplace.curvature.model.unchanged import evaluate_afresh
 from kfac_laplace.errors import InvalidType
 
@@ -19,7 +20,7 @@ ForwardFn = Callable[[nn.Module, Any], Any]
 
 @dataclass(frozen=True)
 class Forward:
-    """How a model is run: mappings as keyword arguments, sequences as positional ones.
+    """How a model is run: sequences as positional arguments, mappings as it takes them.
 
     Args:
         model: the model.
@@ -40,8 +41,8 @@ class Forward:
         with _OrderedGradients():
             if self.function is not None:
                 return as_output(self.function(self.model, x))
-            if isinstance(x, dict):
-                return as_output(self.model(**x))
+            if isinstance(x, Mapping):
+                return as_output(of_mapping(self.model, x))
             return as_output(self.model(*(x if isinstance(x, tuple | list) else (x,))))
 
 
@@ -93,6 +94,13 @@ def as_output(output: Any) -> Tensor:
             where="model output",
             got=type(output).__name__,
             remedy="Wrap the model in a module that returns it, or pass forward_fn",
+        )
+    if logits.is_complex():
+        raise InvalidType(
+            "outputs must be real",
+            where="model output",
+            got=logits.dtype,
+            remedy="Return real and imaginary parts (torch.view_as_real), or what the loss takes",
         )
     return logits
 

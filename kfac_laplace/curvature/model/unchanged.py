@@ -1,4 +1,4 @@
-"""Leaving the caller's model as it was: modes, random states, inference tensors, wrappers."""
+"""Leaving the caller's model as it was: modes, random states, graphs, inference tensors."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kfac_laplace.curvature.model.kept import Kept
 from kfac_laplace.errors import InvalidType, UnsupportedUse
 
 
@@ -19,9 +20,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise InvalidType("not a torch.nn.Module", where="model", got=type(model).__name__)
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    model = unwrapped(model)
     for name, module in model.named_modules():
         where = f"module '{name}'" if name else "model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -47,6 +46,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside data-parallel and compiled wrappers."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    return model
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Device of the model's parameters."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -54,7 +61,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with gradients on; modes and global random states are put back after."""
+    """Evaluation mode with gradients on; modes and global random states are put back after.
+
+    So is what modules held, where they keep a graph of what ran inside.
+    """
+    kept = Kept(model)
     modes = {module: module.training for module in model.modules()}
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
@@ -75,6 +86,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         _restore_modes(model, modes)
+        kept.put_back()  # after `train`, in which many forget what they kept
 
 
 def evaluate_afresh(model: nn.Module) -> None:

@@ -100,11 +100,16 @@ class Sources:
         self._known.pop(id(tensor), None)
 
     def derive(self, func: Callable[..., Any], output: Any, made_of: list[Source]) -> None:
-        """Take the outputs of a call on sources alone for sources."""
+        """Take the outputs of a call on sources alone for sources.
+
+        Without gradients only a parameter that was written to is one. What autograd functions make
+        of theirs in `forward` has no edge yet: a view there asks for a gradient all the same.
+        """
         names = tuple(dict.fromkeys(name for source in made_of for name in source.params))
         only = made_of[0] if len(made_of) == 1 else None
         for tensor in tensors_in(output):
-            if tensor.requires_grad and self.get(tensor) is None:
+            made = torch.is_grad_enabled() or any(tensor is t for t in self._tracked.values())
+            if made and tensor.requires_grad and self.get(tensor) is None:
                 part = self._part(func, tensor, only)
                 self._known[id(tensor)] = Source(
                     tensor, names, part, tensor._version, get_gradient_edge(tensor)

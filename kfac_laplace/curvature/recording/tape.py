@@ -119,10 +119,12 @@ class Tape(TorchFunctionMode):
         if func in GUARDS:
             GUARDS[func](any(t in self._data for t in tensors), *args, **kwargs)
         made_of = [source for t in tensors if (source := self._sources.get(t)) is not None]
-        if made_of and func in FORMS and not _checkpointed():
+        # No graph comes of calls without gradients, as inside autograd functions: they are no uses.
+        used = made_of if torch.is_grad_enabled() else []
+        if used and func in FORMS and not _checkpointed():
             with self:
                 return FORMS[func](*args, **kwargs)
-        before = _edges(args) if made_of and func in IN_PLACE else {}
+        before = _edges(args) if used and func in IN_PLACE else {}
         with_data = any(self._depends_on_data(t) for t in tensors)
         if with_data and func in PICKS:
             self._picks_rows |= any(not t.is_floating_point() and t in self._data for t in tensors)
@@ -131,15 +133,15 @@ class Tape(TorchFunctionMode):
             self._follow(func, args[0], made_of, with_data, args[0])
         if not isinstance(output, Tensor | tuple | list):
             return output
-        if made_of and not with_data and isinstance(output, Tensor):
-            layer = self._repeated(func, output, made_of, (args, kwargs))
+        if used and not with_data and isinstance(output, Tensor):
+            layer = self._repeated(func, output, used, (args, kwargs))
             if layer is not None:
                 output = _no_view(output)
                 self._record(layer, output, {})
                 self._data[output] = True
                 return output
-        if made_of and with_data and isinstance(output, Tensor):
-            layer, output = _layer(func, output, made_of, (args, kwargs))
+        if used and with_data and isinstance(output, Tensor):
+            layer, output = _layer(func, output, used, (args, kwargs))
             if layer is not None:
                 self._record(layer, output, before)
         self._follow(func, output, made_of, with_data, args[0] if args else None)
@@ -163,7 +165,7 @@ class Tape(TorchFunctionMode):
             if isinstance(first, Tensor) and output is first and first._base is not None:
                 self._sources.forget(first._base)  # a view that data were written into
                 self._data[first._base] = True
-        else:
+        elif torch.is_grad_enabled():
             for tensor in tensors_in(output):
                 if tensor.requires_grad:
                     self._constants[tensor] = True

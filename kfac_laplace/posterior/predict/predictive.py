@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.likelihoods import Latent, Likelihood
 from kfac_laplace.likelihoods.predictive import RowPredictive
 
@@ -119,10 +120,11 @@ def restore(aligned: Tensor, shape: torch.Size, class_axis: int) -> Tensor:
 def from_samples(
     likelihood: Likelihood, samples: Tensor, class_axis: int, sigma: Tensor
 ) -> Predictive:
-    """A predictive by averages over output samples (s, *output shape)."""
+    """A predictive by averages over output samples (s, *output shape), in at least float32."""
     f = torch.stack([likelihood.align(sample, class_axis) for sample in samples])
     centred = f - f.mean(0)
-    covariance = torch.einsum("sntc,sntd->ntcd", centred, centred) / max(1, len(f) - 1)
+    with without_autocast(f.device):
+        covariance = torch.einsum("sntc,sntd->ntcd", centred, centred) / max(1, len(f) - 1)
     return Predictive(
         likelihood, f.mean(0), covariance, samples.shape[1:], class_axis, sigma, samples=f
     )

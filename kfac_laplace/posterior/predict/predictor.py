@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.curvature.model.mappings import without
+from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods.links import LINKS, sample_outputs
 from kfac_laplace.options import check_choice, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
@@ -36,7 +38,14 @@ class Predictor:
     key_y: str
 
     def source(self, generator: Generator | None) -> Generator:
-        """The caller's generator, or a fresh one."""
+        """The caller's generator, on whatever device, or a fresh one."""
+        if generator is not None and not isinstance(generator, Generator):
+            raise InvalidType(
+                "neither a torch.Generator nor None",
+                where="generator",
+                got=repr(generator),
+                remedy="Pass torch.Generator().manual_seed(...)",
+            )
         return torch.Generator().manual_seed(self.seed) if generator is None else generator
 
     def predict(
@@ -54,7 +63,8 @@ class Predictor:
         covariance = outputs.covariance * self.scale.to(outputs.mean)
         drawn = None
         if link == "mc":
-            drawn = sample_outputs(outputs.mean, covariance, n_samples, source)
+            with without_autocast(covariance.device):
+                drawn = sample_outputs(outputs.mean, covariance, n_samples, source)
         return Predictive(
             ggn.likelihood,
             outputs.mean,
@@ -84,7 +94,7 @@ class Predictor:
 
     def _batch(self, x: Any) -> AnyBatch:
         if isinstance(x, Mapping):
-            x = {key: value for key, value in x.items() if key != self.key_y}
+            x = without(x, self.key_y)
         return self.posterior.network.batch(x)
 
     def parameters(self, n: int, generator: Generator | None) -> Tensor:

@@ -1,13 +1,21 @@
-"""Outputs at sampled weights: linearised by forward-mode products, or through the network."""
+"""Outputs at sampled weights: linearised by forward-mode products, or through the network.
 
+Both come in at least float32: in half precision their squares overflow, and their mean is lost.
+"""
+
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.func import jvp
 
+from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.unchanged import undisturbed
+from kfac_laplace.errors import UnsupportedUse
 from kfac_laplace.posterior.gaussian import Posterior
 
 #: Weight samples are drawn so many together, block by block. No budget: it says which random
@@ -28,17 +36,67 @@ def linearised_samples(
         generator: source of the weight samples.
     """
     network, mode = posterior.network, posterior.mode_for_model
-
-    def outputs(params: dict[str, Tensor]) -> Tensor:
-        return network.forward(batch.x, params)
-
     with undisturbed(network.model), torch.no_grad():
-        samples = []
-        for deviation in _deviations(posterior, mode, n, generator):
-            tangents = {name: scale * value for name, value in deviation.items()}
-            f, change = jvp(outputs, (mode,), (tangents,))  # type: ignore[misc]  # two without aux
-            samples.append(f + change)
+        samples = [
+            _linearised(network, batch.x, mode, deviation, scale)
+            for deviation in _deviations(posterior, n, generator)
+        ]
     return torch.stack(samples)
+
+
+def _linearised(
+    network: Network,
+    x: Any,
+    mode: Mapping[str, Tensor],
+    deviation: Mapping[str, Tensor],
+    scale: float,
+) -> Tensor:
+    """f_θ*(x) + scale · J deviation."""
+    unit = _unit(mode, deviation)
+    tangents = {
+        name: (scale / unit * _in_dtype(value, mode[name].dtype)).to(mode[name].dtype)
+        for name, value in deviation.items()
+    }
+    try:
+        f, change = jvp(lambda params: network.forward(x, params), (dict(mode),), (tangents,))  # type: ignore[misc]  # two without aux
+    except RuntimeError as error:
+        if not any(words in str(error) for words in NO_FORWARD_MODE):
+            raise
+        raise UnsupportedUse(
+            "a part of the model has no forward-mode derivative, which linearised samples take",
+            where="pred_type",
+            got=str(error).partition("\n")[0],
+            remedy="Give its autograd function setup_context and jvp; or use pred_type='nn', or "
+            "'glm' with link_approx='mc', which need none",
+        ) from error
+    f, change = accumulable(f), accumulable(change)
+    return f + unit * change
+
+
+#: What torch says of derivatives that are not there, or where a model writes into its buffers.
+NO_FORWARD_MODE = (
+    "autograd.Function",
+    "forward AD",
+    "forward mode AD",
+    "forward-mode AD",
+    "captured Tensor",
+)
+
+
+def _unit(mode: Mapping[str, Tensor], deviation: Mapping[str, Tensor]) -> float:
+    """A power of two by which deviations are divided in float16, where changes may overflow.
+
+    The largest is then between a half and one; 1 in any other precision.
+    """
+    if not any(value.dtype == torch.float16 for value in mode.values()):
+        return 1.0
+    sizes = (float(value.abs().max()) for value in deviation.values() if value.numel())
+    return 2.0 ** math.frexp(max(sizes, default=1.0))[1]
+
+
+def _in_dtype(deviation: Tensor, dtype: torch.dtype) -> Tensor:
+    """A deviation in the model's precision, unless that ends too early."""
+    return deviation if dtype == torch.float16 else deviation.to(dtype)
 
 
 def network_samples(
@@ -58,21 +116,22 @@ def network_samples(
     network, mode = posterior.network, posterior.mode_for_model
     with undisturbed(network.model), torch.no_grad():
         samples = []
-        for deviation in _deviations(posterior, mode, n, generator):
-            weights = {name: mode[name] + scale * value for name, value in deviation.items()}
-            samples.append(network.forward(batch.x, weights))
+        for deviation in _deviations(posterior, n, generator):
+            weights = {
+                name: mode[name] + scale * value.to(mode[name].dtype)
+                for name, value in deviation.items()
+            }
+            samples.append(accumulable(network.forward(batch.x, weights)))
     return torch.stack(samples)
 
 
-def _deviations(
-    posterior: Posterior, mode: Mapping[str, Tensor], n: int, generator: Generator
-) -> Iterator[dict[str, Tensor]]:
-    """θ_s − θ* in the model's precision, one sample after another.
+def _deviations(posterior: Posterior, n: int, generator: Generator) -> Iterator[dict[str, Tensor]]:
+    """θ_s − θ*, float64, one sample after another.
 
     Where the budget has no room for all that are drawn together, they are drawn again for each
     part of them.
     """
-    size = sum(value.numel() for value in mode.values())
+    size = sum(value.numel() for value in posterior.mode.values())
     room = posterior.network.budget.samples(size, DRAWN_TOGETHER)
     for start in range(0, n, DRAWN_TOGETHER):
         count, state = min(DRAWN_TOGETHER, n - start), generator.get_state()
@@ -80,4 +139,4 @@ def _deviations(
             generator.set_state(state)
             drawn = posterior.deviations(count, generator, slice(first, first + room))
             for s in range(min(room, count - first)):
-                yield {name: value[s].to(mode[name].dtype) for name, value in drawn.items()}
+                yield {name: value[s] for name, value in drawn.items()}
