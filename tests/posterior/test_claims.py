@@ -108,6 +108,24 @@ def test_a_noise_that_is_fixed_is_the_users_own(caplog):
     assert not warned(caplog)
 
 
+@pytest.mark.parametrize("method", ["marglik", "mackay"])
+def test_residuals_of_zero_where_gamma_is_too_large(method, caplog):
+    """12 points, 40 weights, diagonal curvature: σ has to rise although nothing is left over."""
+    torch.manual_seed(0)
+    x, model = torch.randn(12, 40).double(), nn.Linear(40, 1).double()
+    y = model(x).detach()
+    la = Laplace(model, "regression", hessian_structure="diag").fit([(x, y)])
+    la.optimize_prior(method)
+    hessian = x.square().sum(0)
+    theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    values = torch.cat([hessian, torch.tensor([12.0]).double()]) / la.sigma_noise**2
+    gamma = (values / (values + la.prior_precision)).sum()
+    assert float(gamma) == pytest.approx(12, abs=1e-3)  # the fixed point of σ
+    assert float(la.prior_precision) == pytest.approx(float(gamma / theta.square().sum()), rel=1e-4)
+    said = " ".join(warned(caplog))
+    assert "12 are possible" in said and "converge" not in said
+
+
 def test_a_noise_beyond_the_spread(caplog):
     """A network that is worse than the mean: residuals of 4 around targets of spread 0.7."""
     x, y = sine(40)
