@@ -99,32 +99,37 @@ def _no_better_than_a_constant(posterior: Posterior, rounds: int) -> Iterator[Cl
 
 
 def _without_maximum(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
-    """What sits at the end of its range, and why."""
-    reasons: list[tuple[Tensor, str]] = [
-        (bounds.blind, "no data determine it (no curvature), left as it was")
-    ]
+    """What stayed or sits at the end of its range, and why."""
+    none, far = "the evidence has no maximum in", "the search met the end of its range in"
+    up, down = f"stopped at {REACH:g} times the start", f"stopped at 1/{REACH:g} of the start"
+    reasons = [(none, bounds.blind, "no data determine it (no curvature), left as it was")]
     noise = ""
     for name, below, above in bounds.ends(posterior.hyperparameters):
         if name == "prior_precision":
             moves = ~(bounds.unused | bounds.blind)
             equal = posterior.squares == 0
-            up, end = moves & above, f"stopped at {REACH:g} times the start"
             reasons += [
-                (up & equal, f"its mode equals the prior mean, {end}"),
-                (up & ~equal, f"its mode nearly equals the prior mean, {end}"),
-                (moves & below, f"hardly any data determine it, stopped at 1/{REACH:g} of it"),
+                (none, moves & above & equal, f"its mode equals the prior mean, {up}"),
+                (far, moves & above & ~equal, f"its mode nearly equals the prior mean, {up}"),
+                (far, moves & below, f"hardly any data determine it, {down}"),
             ]
         elif bool(below | above):
-            why = "the residuals are nearly zero" if bool(below) else "no noise is too large"
-            noise = (
-                f"{name} ({why}: stopped at {float(getattr(posterior.hyperparameters, name)):.3g})"
-            )
-    told = [(_groups_of(posterior, mask), why) for mask, why in reasons if bool(mask.any())]
-    parts = [f"the prior precision of {_listed(names)} ({why})" for names, why in told]
+            noise = _noise_at_an_end(posterior, name, down if bool(below) else up)
+    told = [(kind, _groups_of(posterior, m), why) for kind, m, why in reasons if bool(m.any())]
+    parts = [f"{kind} the prior precision of {_listed(of)}: {why}" for kind, of, why in told]
     parts += [noise] if noise else []
     if parts:
-        names = tuple(name for group, _ in told for name in group) + ("noise",) * bool(noise)
-        yield Claim("bounds", names, "the objective has no maximum in " + "; in ".join(parts))
+        names = tuple(name for _, of, _ in told for name in of) + ("noise",) * bool(noise)
+        yield Claim("bounds", names, "; ".join(parts))
+
+
+def _noise_at_an_end(posterior: Posterior, name: str, where: str) -> str:
+    """What to say of a noise at an end of its range."""
+    ggn, sigma = posterior.ggn, float(getattr(posterior.hyperparameters, name))
+    gaussian = ggn.likelihood.has_gaussian_noise
+    if gaussian and float(ggn.statistic) <= ggn.n_outputs * sigma**2:
+        return f"the evidence has no maximum in {name}: the residuals are nearly zero, {where}"
+    return f"the search met the end of its range in {name}, {where}"
 
 
 def _beyond_the_data(posterior: Posterior) -> Iterator[Claim]:

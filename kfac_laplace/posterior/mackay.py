@@ -130,7 +130,9 @@ class FixedPoint:
         log_delta = (target / hyper.prior_precision).clamp(1e-3, 1e3).log()
         log_sigma = torch.zeros_like(hyper.sigma_noise)
         if self.noise:
-            variance = self.posterior.ggn.statistic / self._free_outputs.clamp_min(tiny)
+            free, rss = self._free_outputs, self.posterior.ggn.statistic
+            # No output left over to explain: up, whatever the residuals are.
+            variance = torch.where(free > 0, rss / free.clamp_min(tiny), torch.inf)
             log_sigma = 0.5 * (variance / hyper.sigma_noise**2).clamp(1e-6, 1e6).log()
         length = 1.0
         while True:
@@ -140,7 +142,16 @@ class FixedPoint:
                 sigma_noise=hyper.sigma_noise * (length * log_sigma).exp(),
             )
             moved = self.bounds.inside(moved, hyper)
-            there = FixedPoint(self.posterior.at(moved), self.free, self.bounds)
-            if there.evidence >= self.evidence or length < 1e-6:
-                return there if there.evidence >= self.evidence else self
+            there = self._at(moved)
+            if there is not None and there.evidence >= self.evidence:
+                return there
+            if length < 1e-6:
+                return self
             length /= 2
+
+    def _at(self, hyper: Hyperparameters) -> "FixedPoint | None":
+        """Another place, or None where the posterior precision has no factor in float64."""
+        try:
+            return FixedPoint(self.posterior.at(hyper), self.free, self.bounds)
+        except InvalidValue:
+            return None

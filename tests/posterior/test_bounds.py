@@ -86,7 +86,7 @@ def test_parameters_at_their_prior_mean(start, method, structure, caplog):
     assert 0.1 < found["0.weight"] < 100
     assert 0.1 < found["2.weight"] < 100
     (said,) = warned(caplog)
-    assert "0.bias, 2.bias (its mode equals the prior mean" in said
+    assert "no maximum in the prior precision of 0.bias, 2.bias: its mode equals" in said
     assert float(la.sample(5).abs().max()) < 20
     before = la.log_marginal_likelihood()
     la.optimize_prior(method)  # there is nothing left to gain
@@ -148,7 +148,7 @@ def test_parameters_without_curvature(method, structure, caplog):
     found = precisions(la)
     assert found["off.weight"] == found["head.weight"] == 2.0
     (said,) = warned(caplog)
-    assert "off.weight, head.weight (no data determine it" in said
+    assert "of off.weight, head.weight: no data determine it" in said
     assert all(0.01 < delta < 100 for name, delta in found.items() if name.startswith("net"))
 
 
@@ -163,7 +163,7 @@ def test_a_perfect_fit(sigma, structure, method, caplog):
     la.fit([(x, model(x).detach())]).optimize_prior(method)
     assert float(la.sigma_noise) == pytest.approx(sigma / REACH)
     (said,) = warned(caplog)
-    assert "sigma_noise (the residuals are nearly zero" in said
+    assert "no maximum in sigma_noise: the residuals are nearly zero" in said
     theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     # γ = 4 of 4 directions: δ = γ/‖θ‖², as MacKay's fixed point has it
     assert float(la.prior_precision) == pytest.approx(4 / float(theta.square().sum()), rel=1e-4)
@@ -184,6 +184,32 @@ def test_ordinary_searches_say_nothing(method, caplog):
         la.log_marginal_likelihood(), near.log_marginal_likelihood(), rtol=0, atol=1e-2
     )
     assert not warned(caplog)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_start_that_is_too_far_off_is_no_lack_of_a_maximum(method, caplog):
+    la = Laplace(network(), prior_precision=1e12).fit([(rows(), labels())])
+    la.optimize_prior(method)
+    assert la.prior_precision.tolist() == pytest.approx([1e4, 1e4])
+    (said,) = warned(caplog)
+    assert "met the end of its range" in said and "no maximum" not in said
+    la.optimize_prior(method)  # from there it is not
+    assert float(la.prior_precision.max()) < 1e3
+    assert len(warned(caplog)) == 1
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_at_its_prior_mean(method, structure, caplog):
+    """All precisions at the end, so that the evidence is the likelihood."""
+    model = network()
+    theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    la = Laplace(model, prior_mean=theta, hessian_structure=structure).fit([(rows(), labels())])
+    la.optimize_prior(method)
+    assert la.prior_precision.tolist() == pytest.approx([REACH, REACH])
+    losses = oracles.negative_log_likelihoods(model(rows()), labels(), "classification")
+    assert float(la.log_marginal_likelihood()) == pytest.approx(-float(losses.sum().detach()))
+    assert len(warned(caplog)) == 1
 
 
 def test_users_objectives_see_all_precisions_but_those_without_effect(caplog):

@@ -108,6 +108,31 @@ def test_a_noise_that_is_fixed_is_the_users_own(caplog):
     assert not warned(caplog)
 
 
+def test_residuals_of_zero_where_gamma_is_too_large(caplog):
+    """12 points, 41 weights, diagonal curvature: σ has to rise although nothing is left over."""
+    torch.manual_seed(0)
+    x, model = torch.randn(12, 40).double(), nn.Linear(40, 1).double()
+    data = [(x, model(x).detach())]
+    la = Laplace(model, "regression", hessian_structure="diag", sigma_noise=0.01).fit(data)
+    start = la.log_marginal_likelihood()
+    la.optimize_prior()
+    hessian = torch.cat([x.square().sum(0), torch.full((1,), 12.0).double()])
+    values = hessian / la.sigma_noise**2
+    gamma = (values / (values + la.prior_precision)).sum()
+    theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    assert float(gamma) == pytest.approx(12, abs=1e-3)  # the fixed point of σ
+    assert float(la.prior_precision) == pytest.approx(float(gamma / theta.square().sum()), rel=1e-4)
+    (said, about_noise) = warned(caplog)
+    assert "12 are possible" in said and "beyond the spread" in about_noise
+    # MacKay's σ swings about this one, where RSS/(N − γ) is 0/0, and gets there slowly.
+    other = Laplace(model, "regression", hessian_structure="diag", sigma_noise=0.01).fit(data)
+    other.optimize_prior("mackay")
+    assert float(start) + 10 < float(other.log_marginal_likelihood())
+    torch.testing.assert_close(
+        other.log_marginal_likelihood(), la.log_marginal_likelihood(), rtol=0, atol=0.5
+    )
+
+
 def test_a_noise_beyond_the_spread(caplog):
     """A network that is worse than the mean: residuals of 4 around targets of spread 0.7."""
     x, y = sine(40)
