@@ -11,9 +11,10 @@ from torch import Generator, Tensor
 from kfac_laplace.curvature.estimate.estimator import Plan, estimate
 from kfac_laplace.curvature.estimate.settings import Setting, resolve_settings
 from kfac_laplace.curvature.ggn import GGN
+from kfac_laplace.curvature.gradients.first_pass import examined
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
-from kfac_laplace.curvature.gradients.network import Network, check_examples, learn_groups
+from kfac_laplace.curvature.gradients.network import Network, learn_groups
 from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch
@@ -47,7 +48,7 @@ def with_batch(
     """
     x, y = data
     with undisturbed(network.model):
-        batch = network.batch(x, len(y) if y.ndim else None)
+        batch = network.batch(x, len(y) if y.ndim else None, ggn.knowledge.interface)
         draws = generator.get_state()
         try:
             return _of_batch(ggn, network, batch, y, generator, parameters).after(ggn)
@@ -71,13 +72,13 @@ def _of_batch(
     """The GGN of one batch, by what is known and what this batch teaches."""
     passed = network.record(batch, ggn.knowledge, parameters)
     passed, f, y = _aligned(passed, y.to(network.device), first=not ggn.n_data)
+    passed = passed.knowing(examined(passed))
     statistic = ggn.likelihood.statistic(f, y)
     targets = passed.by_example(y)
     passed = passed.weighted(ggn.likelihood.importance(targets))
     passed = passed.knowing(learn_row_layouts(passed))
     settings = ggn.settings
     if not passed.knowledge.groups:
-        check_examples(passed)
         passed = passed.knowing(_with_groups(passed, ggn.options))
         settings = _settings(passed, ggn.options)
     idle = _idle_examples(passed.weights)

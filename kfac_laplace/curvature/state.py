@@ -11,6 +11,7 @@ from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.curvature.rows.layout import Fold, Layout
 from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout, Segments
@@ -31,6 +32,7 @@ def ggn_to_state(ggn: GGN) -> dict[str, Any]:
         ],
         "class_axis": known.class_axis,
         "row_entries": known.row_entries,
+        "interface": _plain_interface(known.interface),
         "settings": dict(ggn.settings),
         "blocks": {name: block.tensors() for name, block in ggn.blocks.items()},
         "kinds": {name: block.kind for name, block in ggn.blocks.items()},
@@ -66,6 +68,7 @@ def ggn_from_state(state: Mapping[str, Any], network: Network, options: Curvatur
         tracked=tuple(state["tracked"]),
         class_axis=state["class_axis"],
         row_entries=state["row_entries"],
+        interface=_interface(state.get("interface", {})),
         row_layouts={
             (tuple(params), nth): _row_layout(plain) for params, nth, plain in state["row_layouts"]
         },
@@ -95,6 +98,24 @@ def ggn_from_state(state: Mapping[str, Any], network: Network, options: Curvatur
 def _likelihood(options: CurvatureOptions) -> list[Any]:
     """Name and options of the likelihood, as plain data."""
     return [type(options.likelihood).__name__, options.likelihood.options()]
+
+
+def _plain_interface(interface: Interface) -> dict[str, Any]:
+    """What predictions go by, as plain data; another fit checks anew."""
+    return {
+        "ranks": dict(interface.ranks),
+        "shared": sorted(interface.shared),
+        "output_rank": interface.output_rank,
+    }
+
+
+def _interface(plain: Mapping[str, Any]) -> Interface:
+    """The same from plain data; unknown in files of earlier versions."""
+    return Interface(
+        {str(place): int(rank) for place, rank in plain.get("ranks", {}).items()},
+        frozenset(map(str, plain.get("shared", ()))),
+        int(plain.get("output_rank", 0)),
+    )
 
 
 def _plain_row_layout(layout: RowLayout | None) -> list[Any] | None:

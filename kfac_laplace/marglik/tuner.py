@@ -30,7 +30,7 @@ from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.live import LiveParameters
-from kfac_laplace.marglik.loss import mean_log_likelihood, undivided_prior
+from kfac_laplace.marglik.loss import looked_at, mean_log_likelihood, undivided_prior
 from kfac_laplace.marglik.record import Record
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
@@ -168,6 +168,7 @@ class MarglikTuner:
         """
         hyper = self._hyper
         fit = mean_log_likelihood(self.likelihood, output, target, hyper.sigma_noise)
+        self._known = looked_at(self._known, self.likelihood, output, target)
         if self._penalty is None:
             prior = self._prior or self._first_prior()
             self._live = LiveParameters(self._network.model, prior.layouts.params)

@@ -184,10 +184,15 @@ class ForwardPass:
 
         def aligned(chosen: Mapping[str, Tensor], x: object) -> Tensor:
             output = self.forward(x, {**held, **chosen})
+            if self.output_segments is None:
+                output = self.knowledge.interface.with_examples(output, 1)
             return accumulable(self.likelihood.align(output, self.knowledge.class_axis))
 
         graph = ExampleGraph(aligned, copied, self.batch)
         graph.check(self.outputs.detach(), torch.finfo(self.recording.output.dtype).eps)
+        if self.output_segments is None:
+            own = {name: self.params[name] for name in copied}
+            graph.check_padding(self.outputs, own, self.weights)
         return graph
 
     # --- rows --------------------------------------------------------------------------------

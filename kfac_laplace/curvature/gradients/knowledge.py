@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kfac_laplace.curvature.gradients.groups import Group
+from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.rows.layout import Layout, flat_layout
 from kfac_laplace.curvature.rows.row_layout import RowLayout
 
@@ -27,6 +28,7 @@ class Knowledge:
         reorders: whether images may be handed to convolutions with channels last.
         watched: whether gradients that cancel under reduce were looked for.
         listed: whether the log says what has no Kronecker factors.
+        interface: what is known about inputs and outputs, and whether they were checked.
     """
 
     tracked: tuple[str, ...]
@@ -38,6 +40,7 @@ class Knowledge:
     reorders: bool = True
     watched: bool = False
     listed: bool = False
+    interface: Interface = Interface()
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -64,6 +67,10 @@ class Knowledge:
         """How rows lie in the model's layers, for a fit that groups its parameters anew."""
         return replace(self, tracked=tracked, groups=(), class_axis=-1, row_entries=1)
 
+    def unchecked(self) -> "Knowledge":
+        """The same with nothing checked yet, for another fit."""
+        return replace(self, interface=self.interface.afresh())
+
     def with_rows_of(self, other: "Knowledge") -> "Knowledge":
         """The same groups, with how rows lie by what both have seen."""
         return replace(
@@ -73,4 +80,5 @@ class Knowledge:
             reorders=self.reorders and other.reorders,
             watched=self.watched or other.watched,
             listed=self.listed or other.listed,
+            interface=self.interface.joined(other.interface),
         )
