@@ -9,6 +9,7 @@ from torch.func import jvp
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.predict.finite import SAMPLES, finite
 
 #: Weight samples are drawn so many together, block by block. No budget: it says which random
 #: number is whose.
@@ -26,11 +27,14 @@ def linearised_samples(
         n: number of samples.
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
+
+    Raises:
+        InvalidValue: outputs that are not finite.
     """
     network, mode = posterior.network, posterior.mode_for_model
 
     def outputs(params: dict[str, Tensor]) -> Tensor:
-        return network.forward(batch.x, params)
+        return network.output(batch, posterior.ggn.knowledge, params)
 
     with undisturbed(network.model), torch.no_grad():
         samples = []
@@ -38,7 +42,7 @@ def linearised_samples(
             tangents = {name: scale * value for name, value in deviation.items()}
             f, change = jvp(outputs, (mode,), (tangents,))  # type: ignore[misc]  # two without aux
             samples.append(f + change)
-    return torch.stack(samples)
+    return finite(torch.stack(samples), "outputs at sampled weights", SAMPLES)
 
 
 def network_samples(
@@ -54,14 +58,17 @@ def network_samples(
         n: number of samples.
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
+
+    Raises:
+        InvalidValue: outputs that are not finite.
     """
     network, mode = posterior.network, posterior.mode_for_model
     with undisturbed(network.model), torch.no_grad():
         samples = []
         for deviation in _deviations(posterior, mode, n, generator):
             weights = {name: mode[name] + scale * value for name, value in deviation.items()}
-            samples.append(network.forward(batch.x, weights))
-    return torch.stack(samples)
+            samples.append(network.output(batch, posterior.ggn.knowledge, weights))
+    return finite(torch.stack(samples), "outputs at sampled weights", SAMPLES)
 
 
 def _deviations(
