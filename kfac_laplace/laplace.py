@@ -199,7 +199,8 @@ class Laplace:
             curvature = self.curvature.copy()
         else:
             afresh = Curvature.of(self.model, self.options)
-            curvature = afresh.remember(self.curvature.ggn.knowledge)
+            known = self.curvature.ggn.knowledge
+            curvature = afresh.remember(known.unchecked() if self._mode else known)
         curvature.read(
             train_loader,
             key_y=self.dict_key_y,

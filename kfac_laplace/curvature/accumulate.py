@@ -21,9 +21,10 @@ from kfac_laplace.curvature.estimate.settings import (
 )
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.effect import effective
+from kfac_laplace.curvature.gradients.first_pass import examined
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
-from kfac_laplace.curvature.gradients.network import Network, check_examples, learn_groups
+from kfac_laplace.curvature.gradients.network import Network, learn_groups
 from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.model.batches import Batch
@@ -58,7 +59,7 @@ def with_batch(
     """
     x, y = data
     with undisturbed(network.model):
-        batch = network.batch(x, len(y) if y.ndim else None)
+        batch = network.batch(x, len(y) if y.ndim else None, ggn.knowledge.interface)
         draws = generator.get_state()
         # Popped, so that a pass which is made again lies in memory once.
         passes = [network.record(batch, ggn.knowledge, parameters)]
@@ -86,13 +87,13 @@ def _of_pass(
     """The GGN of one batch, by what is known and what this batch teaches."""
     batch = passed.batch
     passed, f, y = _aligned(passed, y.to(network.device), ggn.options.class_axis)
+    passed = passed.knowing(examined(passed))
     statistic, sums = ggn.likelihood.statistic(f, y), ggn.likelihood.target_sums(y, f)
     targets = passed.by_example(y)
     passed = passed.weighted(ggn.likelihood.importance(targets))
     passed = passed.knowing(learn_row_layouts(passed))
     settings = ggn.settings
     if not passed.knowledge.groups:
-        check_examples(passed)
         passed = passed.knowing(_with_groups(passed, ggn.options))
         few = partial(_few, network, passed, parameters)
         settings = _settings(passed, ggn.options, few)

@@ -14,6 +14,7 @@ from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.linalg.packed import packed_zeros
+from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.curvature.plain_groups import (
     groups_from_plain,
@@ -41,6 +42,7 @@ def ggn_to_state(ggn: GGN) -> dict[str, Any]:
         "row_layouts": rows_to_plain(known.row_layouts),
         "class_axis": known.axis,
         "row_entries": known.row_entries,
+        "interface": _plain_interface(known.interface),
         "settings": dict(ggn.settings),
         "blocks": {name: block.tensors() for name, block in ggn.blocks.items()},
         "kinds": {name: block.kind for name, block in ggn.blocks.items()},
@@ -61,6 +63,7 @@ FIELDS = (
     "unused",
     "groups",
     "row_layouts",
+    "interface",
     "class_axis",
     "row_entries",
     "settings",
@@ -98,6 +101,7 @@ def ggn_from_state(stored: Stored, network: Network, options: CurvatureOptions) 
         class_axis=-1 if axis is None else axis,
         axis_known=axis is not None,
         row_entries=found["row_entries"].whole(1),
+        interface=_interface(found["interface"]),
     )
     blocks = _blocks(found, known, options, network.device)
     counts = {name: found[name].count() for name in ("n_data", "n_rows", "n_outputs")}
@@ -144,6 +148,22 @@ def _likelihood(options: CurvatureOptions) -> list[Any]:
 def _estimator(options: CurvatureOptions) -> str:
     """Name of what chooses the backward vectors, by which those of users are told apart."""
     return type(options.fisher).__name__
+
+
+def _plain_interface(interface: Interface) -> dict[str, Any]:
+    """What predictions go by, as plain data; another fit checks anew."""
+    return {
+        "ranks": dict(interface.ranks),
+        "shared": sorted(interface.shared),
+        "output_rank": interface.output_rank,
+    }
+
+
+def _interface(stored: Stored) -> Interface:
+    """The same from plain data."""
+    found = stored.fields(("ranks", "shared", "output_rank"))
+    ranks = {place: rank.whole(1) for place, rank in found["ranks"].items().items()}
+    return Interface(ranks, frozenset(found["shared"].texts()), found["output_rank"].whole())
 
 
 def _settings(found: Mapping[str, Stored], groups: tuple[Group, ...]) -> dict[str, Setting]:

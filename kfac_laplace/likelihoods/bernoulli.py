@@ -11,6 +11,7 @@ from torch.distributions import Bernoulli as BernoulliDistribution
 from torch.distributions import Distribution, Independent
 
 from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods.activations import last_activation, sigmoid_values
 from kfac_laplace.likelihoods.checks import (
     check_length,
     check_same_layout,
@@ -65,6 +66,12 @@ class Bernoulli(Likelihood):
         if self.pos_weight is not None:
             check_length(self.pos_weight, (1, f.shape[-1]), "pos_weight")
         return y
+
+    def activation(self, f: Tensor) -> str:
+        """A sigmoid, its logarithm, or the softmax of two."""
+        if type(self).distribution is not Bernoulli.distribution:  # what f means is another's word
+            return ""
+        return last_activation(f) or ("sigmoid" if sigmoid_values(f) else "")
 
     def positive(self, y: Tensor) -> Tensor:
         """w y, the weight of log p in the loss; that of log(1 − p) is 1 − y."""

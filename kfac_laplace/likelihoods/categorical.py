@@ -11,6 +11,7 @@ from torch.distributions import Categorical as CategoricalDistribution
 from torch.distributions import Distribution
 
 from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.likelihoods.activations import last_activation, softmax_rows
 from kfac_laplace.likelihoods.axes import ambiguous, without
 from kfac_laplace.likelihoods.checks import check_length, loss_weight
 from kfac_laplace.likelihoods.latent import Latent
@@ -126,6 +127,14 @@ class Categorical(Likelihood):
                 remedy=f"Map the labels to class indices; {self.ignore_index} is ignored",
             )
         return y
+
+    def activation(self, f: Tensor) -> str:
+        """A softmax or sigmoid; the logarithm of a softmax does no harm."""
+        if (
+            type(self).distribution is not Categorical.distribution
+        ):  # what f means is another's word
+            return ""
+        return last_activation(f) or ("softmax" if softmax_rows(f) else "")
 
     def kept(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Which labels (n, t) count, and labels with class 0 where they do not."""

@@ -201,6 +201,13 @@ class Likelihood(ABC):
         with torch.no_grad():
             return target_of(self.rows(f, _one(f)), target, f)
 
+    def activation(self, f: Tensor) -> str:
+        """Name of the softmax or sigmoid that outputs f (n, t, c) went through before; or "".
+
+        Where f are logits it is one too many. Without logits there is none.
+        """
+        return ""
+
     # --- curvature ---------------------------------------------------------------------------
 
     def score(self, f: Tensor, y: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 """The two parts of the training loss: what the data make, and what the prior makes at first."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from kfac_laplace.curvature.gradients.first_pass import warn_of_activation
+from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import as_output
+from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.rows.layout import flat_layout
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood, aligned_target
@@ -30,6 +34,7 @@ def output_and_target(returned: Any, target: Any) -> tuple[Tensor, Tensor]:
     output = as_output(returned)
     if not isinstance(target, Tensor) or target.is_inference():
         _, target = split_batch((output, target), "")
+    output = _of_examples(output, target)
     rows = (output.ndim and output.shape[0], target.ndim and target.shape[0])
     if output.ndim and target.ndim and rows == (0, 0):
         raise InvalidValue(
@@ -67,6 +72,29 @@ def mean_log_likelihood(
     f = accumulable(likelihood.align(output, axis))
     y = aligned_target(likelihood, target, output.shape, f.detach(), axis)
     return likelihood.log_prob(f, y, sigma.to(f)).mean()
+
+
+def looked_at(known: Knowledge, likelihood: Likelihood, output: Tensor, axis: int) -> Knowledge:
+    """Warn, once, where the model's outputs went through a softmax or sigmoid.
+
+    Args:
+        known: what is known about the model.
+        likelihood: p(y | f).
+        output: what the model returned.
+        axis: axis of the output that holds the outputs of one row.
+
+    Returns:
+        What is known after.
+    """
+    if known.interface.looked:
+        return known
+    warn_of_activation(likelihood.activation(accumulable(likelihood.align(output, axis))))
+    return replace(known, interface=replace(known.interface, looked=True))
+
+
+def _of_examples(output: Tensor, target: Tensor) -> Tensor:
+    """The output with the axis of examples that `squeeze()` took from a single one."""
+    return Interface().with_examples(output, len(target) if target.ndim else 1)
 
 
 def undivided_prior(network: Network, tracked: tuple[str, ...], mean: Given) -> Prior:

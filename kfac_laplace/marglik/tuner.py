@@ -27,7 +27,7 @@ from kfac_laplace.likelihoods import Likelihood, settled_axis
 from kfac_laplace.marglik.carry import carried
 from kfac_laplace.marglik.grouping import Grouping, difference
 from kfac_laplace.marglik.live import LiveParameters
-from kfac_laplace.marglik.loss import mean_log_likelihood, output_and_target
+from kfac_laplace.marglik.loss import looked_at, mean_log_likelihood, output_and_target
 from kfac_laplace.marglik.record import Record, best_of
 from kfac_laplace.marglik.sample import Examples, KeepsFirst
 from kfac_laplace.marglik.state import KEYS, check_goal, name_of, resumed
@@ -181,13 +181,14 @@ class MarglikTuner:
         hyper, known = self._hyper, self._groups.known
         axis = settled_axis(self.likelihood, output, target, self.options.class_axis, known.axis)
         fit = mean_log_likelihood(self.likelihood, output, target, hyper.sigma_noise, axis)
+        known = looked_at(known, self.likelihood, output, axis)
         if self._penalty is None:
             several = self._patterns is not None or hyper.prior_precision.numel() > 1
             prior = self._groups.prior or self._groups.first_prior(several)
             self._live = LiveParameters(self._network.model, prior.layouts.params)
             self._penalty = prior.penalty(hyper.prior_precision / (2 * self.n_data))
         settled = known.with_axis(axis, output.ndim)
-        if settled is not known:
+        if settled is not self._groups.known:
             self._groups = replace(self._groups, known=settled)
         return -1 / self._temperature * fit + self._penalty(self._live.found).to(fit.dtype)
 

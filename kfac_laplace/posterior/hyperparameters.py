@@ -173,14 +173,30 @@ class FreeCoordinates:
 
 
 def positive(value: object, where: str, device: torch.device | None = None) -> Tensor:
-    """A hyperparameter as a float64 tensor that keeps its graph, checked to be positive."""
+    """A hyperparameter as a float64 tensor that keeps its graph, checked to be positive.
+
+    Raises:
+        InvalidValue: not positive, or so small or large that evidences overflow.
+    """
     tensor = real(value, where, device)
     inside = tensor.detach()
     if inside.numel() == 0 or not bool((inside > 0).all()):
         raise InvalidValue(
             "must be positive and finite", where=where, got=value, remedy="Pass a positive number"
         )
+    most = MOST.get(where, 1e300)
+    if not bool(((inside >= 1 / most) & (inside <= most)).all()):
+        raise InvalidValue(
+            "too small or too large for float64, in which its square and inverse are taken",
+            where=where,
+            got=value,
+            remedy=f"Pass a number from {1 / most:.0e} to {most:.0e}, or measure in other units",
+        )
     return tensor
+
+
+#: Largest values, and inverses of the smallest: 1/(σ²T) has to be a number.
+MOST = {"sigma_noise": 1e100, "temperature": 1e100}
 
 
 def one_number(tensor: Tensor, where: str) -> Tensor:

@@ -34,6 +34,10 @@ class ExampleGraph:
         }
         rows = [self._alone(forward, batch, k) for k in range(batch.n)]
         self.outputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows], device=self.outputs.device)
+        places = torch.arange(self.outputs.shape[1], device=lengths.device)
+        #: Positions (n, t) that examples have in their batch alone, beside longer ones.
+        self.padding = places >= lengths[:, None]
 
     def _alone(self, forward: ForwardOne, batch: AnyBatch, k: int) -> Tensor:
         """Outputs (t, c) of one example with its own copy of the parameters."""
@@ -60,14 +64,44 @@ class ExampleGraph:
             eps: machine precision of the model; half its digits must agree.
         """
         fits = self.outputs.shape == expected.shape
-        difference = (self.outputs.detach() - expected).abs().max() if fits else torch.inf
+        difference: Tensor | float = torch.inf
+        if fits:
+            change = (self.outputs.detach() - expected).abs()
+            difference = change.masked_fill(self.padding[..., None], 0).max()
         if not fits or bool(difference > eps**0.5 * expected.abs().max().clamp_min(1)):
+            raise mixed_examples(float(difference))
+
+    def check_padding(
+        self, outputs: Tensor, params: Mapping[str, Tensor], weights: Tensor | None
+    ) -> None:
+        """Outputs that examples have beside longer ones alone must not depend on the parameters.
+
+        Args:
+            outputs: (n, t, c) of the batch, in their graph.
+            params: the parameters that were copied, in the same graph.
+            weights: weights of the outputs in the loss, where they differ.
+
+        Raises:
+            UnsupportedUse: an output that counts does.
+        """
+        counts = self.padding[..., None].to(outputs.dtype)
+        if weights is not None:
+            counts = counts * (weights != 0)
+        if not outputs.requires_grad or not bool(counts.any()):
+            return
+        size = torch.arange(1, counts[..., 0].numel() + 1, dtype=outputs.dtype).sqrt()
+        probe = (counts * size.reshape(counts.shape[:2]).to(counts)[..., None]).expand_as(outputs)
+        found = torch.autograd.grad(
+            outputs, list(params.values()), probe, retain_graph=True, allow_unused=True
+        )
+        wrong = [n for n, g in zip(params, found, strict=True) if g is not None and bool(g.any())]
+        if wrong:
             raise UnsupportedUse(
-                "an example alone gives another output than in its batch",
-                where="model",
-                got=f"a difference of {float(difference):.2e}",
-                remedy="Inputs shared by all examples (masks, positions) must not look like "
-                "batches: give them a leading axis of 1, or make the model treat examples alone",
+                "outputs at padded positions depend on this parameter, and count in the loss",
+                where=wrong[0],
+                got="sequences that are shorter alone than in their batch",
+                remedy="Return outputs of one length, give padded positions a label that is "
+                "ignored, or freeze the parameter",
             )
 
     def gradients(self, vector: Tensor) -> dict[str, Tensor]:
@@ -90,3 +124,15 @@ class ExampleGraph:
                 )
             found[name] = grad
         return found
+
+
+def mixed_examples(difference: float) -> UnsupportedUse:
+    """The error where outputs depend on what else is in the batch, by so much."""
+    return UnsupportedUse(
+        "an example alone gives another output than in its batch",
+        where="model",
+        got=f"a difference of {difference:.2e}",
+        remedy="Make the model treat examples alone in evaluation mode: no statistics, sums, "
+        "orders or attention over the batch. Inputs shared by all examples (masks, positions) must "
+        "not look like batches: give them a leading axis of 1, or use another batch size",
+    )

@@ -14,7 +14,7 @@ from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
 from kfac_laplace.curvature.gradients.groups import Group, Term
 from kfac_laplace.curvature.gradients.knowledge import Knowledge, UseKey
 from kfac_laplace.curvature.linalg.dtypes import accumulable
-from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.model.batches import AnyBatch, with_examples
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
 from kfac_laplace.curvature.model.forward import Forward
@@ -190,10 +190,15 @@ class ForwardPass:
 
         def aligned(chosen: Mapping[str, Tensor], x: object) -> Tensor:
             output = self.forward(x, {**held, **chosen})
+            if self.output_segments is None:
+                output = self.knowledge.interface.with_examples(output, 1)
             return accumulable(self.likelihood.align(output, self.knowledge.class_axis))
 
         graph = ExampleGraph(aligned, copied, self.batch)
         graph.check(self.outputs.detach(), torch.finfo(self.recording.output.dtype).eps)
+        if self.output_segments is None:
+            own = {name: self.params[name] for name in copied}
+            graph.check_padding(self.outputs, own, self.weights)
         return graph
 
     # --- rows --------------------------------------------------------------------------------
@@ -247,7 +252,9 @@ class ForwardPass:
         order = ChannelsLast() if self.reordered else nullcontext()
         with Tape(self.params, own.data, own.n, nudge) as tape, order:
             output = self.forward(own.x, self.params)
-        again = replace(self, recording=tape.recording(output))
+        recording = tape.recording(output)
+        output = with_examples(recording.output, self.batch, self.knowledge.interface)
+        again = replace(self, recording=replace(recording, output=output))
         return again.recording, again.outputs
 
     def row_layout(self, u: int) -> RowLayout:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kfac_laplace.curvature.gradients.groups import Group
+from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.rows.layout import Layout, flat_layout
 from kfac_laplace.curvature.rows.row_layout import RowLayout
 
@@ -31,6 +32,7 @@ class Knowledge:
         listed: whether the log says what has no Kronecker factors.
         effective: names of the tracked parameters that some batch's outputs depend on.
         told: names of those that the log says to be without effect.
+        interface: what is known about inputs and outputs, and whether they were checked.
     """
 
     tracked: tuple[str, ...]
@@ -45,6 +47,7 @@ class Knowledge:
     listed: bool = False
     effective: frozenset[str] = frozenset()
     told: frozenset[str] = frozenset()
+    interface: Interface = Interface()
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -78,7 +81,7 @@ class Knowledge:
 
     def axis_alone(self, tracked: tuple[str, ...]) -> "Knowledge":
         """Where the outputs have their classes, for a model whose parameters are others now."""
-        fresh = Knowledge(tracked, reorders=self.reorders)
+        fresh = Knowledge(tracked, reorders=self.reorders, interface=self.interface)
         return replace(fresh, class_axis=self.class_axis, axis_known=self.axis_known)
 
     @property
@@ -97,6 +100,10 @@ class Knowledge:
             return self
         return replace(self, class_axis=axis, axis_known=True)
 
+    def unchecked(self) -> "Knowledge":
+        """The same with nothing checked yet, for another fit."""
+        return replace(self, interface=self.interface.afresh())
+
     def with_rows_of(self, other: "Knowledge") -> "Knowledge":
         """The same groups, with how rows and outputs lie by what both have seen."""
         axis = self if self.axis_known else other
@@ -111,4 +118,5 @@ class Knowledge:
             listed=self.listed or other.listed,
             effective=self.effective | other.effective,
             told=self.told | other.told,
+            interface=self.interface.joined(other.interface),
         )

@@ -18,16 +18,21 @@ from kfac_laplace.curvature.gradients.groups import (
     select_parameters,
 )
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
-from kfac_laplace.curvature.linalg.dtypes import accumulable
-from kfac_laplace.curvature.model.batches import AnyBatch, as_batch
+from kfac_laplace.curvature.model.batches import (
+    AnyBatch,
+    as_batch,
+    check_rows,
+    with_examples,
+)
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
 from kfac_laplace.curvature.model.failures import ran_out_of_memory
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn
+from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.model.parameters import check_real, check_usable
 from kfac_laplace.curvature.model.unchanged import device_of, unwrap
 from kfac_laplace.curvature.recording.tape import Recording, Tape
-from kfac_laplace.errors import InvalidValue, KfacLaplaceError, UnsupportedUse
+from kfac_laplace.errors import InvalidValue, KfacLaplaceError
 from kfac_laplace.likelihoods import Likelihood
 
 
@@ -146,9 +151,19 @@ class Network:
                 remedy="Freeze them again, or make a new posterior",
             )
 
-    def batch(self, x: Any, n: int | None = None) -> AnyBatch:
+    def batch(self, x: Any, n: int | None = None, interface: Interface | None = None) -> AnyBatch:
         """Inputs of n examples (if known) on the model's device; `InvalidValue` if none."""
-        return as_batch(x, self.device, n)
+        return as_batch(x, self.device, n, interface)
+
+    def output(self, batch: AnyBatch, knowledge: Knowledge, params: Mapping[str, Tensor]) -> Tensor:
+        """The model's output at `params`, unrecorded.
+
+        Raises:
+            InvalidValue: it has no row for each example.
+        """
+        output = with_examples(self.forward(batch.x, params), batch, knowledge.interface)
+        check_rows(output, batch)
+        return output
 
     def record(
         self, batch: AnyBatch, knowledge: Knowledge, params: Mapping[str, Tensor] | None = None
@@ -163,15 +178,18 @@ class Network:
         if knowledge.reorders:
             recording = self._reordered(batch, used, substitutes, order)
             known = replace(knowledge, reorders=order.harmless)
+        reordered = order.used and recording is not None
+        recording = recording or self._recorded(batch, used, substitutes)
+        output = with_examples(recording.output, batch, knowledge.interface)
         return ForwardPass(
             self.forward,
             self.likelihood,
-            recording or self._recorded(batch, used, substitutes),
+            replace(recording, output=output),
             batch,
             used,
             known,
             budget=self.budget,
-            reordered=order.used and recording is not None,
+            reordered=reordered,
         )
 
     def _recorded(
@@ -209,35 +227,6 @@ class Network:
         if order.used and recording.has_python_functions:
             order.harmless = False
         return recording if order.harmless or not order.used else None
-
-
-def check_examples(passed: ForwardPass) -> None:
-    """An example alone must give what it gives in the batch.
-
-    Otherwise inputs shared by all examples were taken for batches. One input tensor cannot be.
-
-    Raises:
-        UnsupportedUse: it does not.
-    """
-    batch = passed.batch
-    if len(batch.data) < 2 or batch.n < 2 or batch.segments:
-        return
-    last = torch.tensor([batch.n - 1])
-    with torch.no_grad():
-        alone = accumulable(passed.forward(batch.select(last).x))
-    together = accumulable(passed.recording.output.detach())[-1:]
-    eps = torch.finfo(passed.recording.output.dtype).eps
-    close = alone.shape == together.shape and torch.allclose(
-        alone, together, rtol=eps**0.5, atol=eps**0.5 * float(together.abs().max())
-    )
-    if not close:
-        raise UnsupportedUse(
-            "an example alone gives another output than in its batch",
-            where="model",
-            got=f"several inputs whose first axis has length {batch.n}",
-            remedy="Inputs shared by all examples (masks, positions) must not look like "
-            "batches: give them a leading axis of 1, or use another batch size",
-        )
 
 
 def learn_groups(passed: ForwardPass, subset: Subset, joint_bias: bool) -> Knowledge:

@@ -1,13 +1,15 @@
 """Batches as callers hand them over: inputs in any nesting, mappings with targets, graphs."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from kfac_laplace.curvature.model.graphs import GraphBatch, is_graph
+from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.model.mappings import like, without
 from kfac_laplace.curvature.model.unchanged import outside_inference
 from kfac_laplace.errors import InvalidType, InvalidValue
@@ -22,22 +24,43 @@ class Batch:
         x: a tensor, a mapping or a sequence, nested at will.
         device: where to move the tensors.
         n: number of examples, where it is known from the targets.
+        interface: what is known about the model's inputs.
+
+    Raises:
+        InvalidType: there is no tensor with an axis of examples.
+        InvalidValue: without n, an input that has fewer axes than in the fit.
     """
 
     #: No rows of which examples have different numbers.
     segments: Mapping[str, Tensor] = {}
 
-    def __init__(self, x: Any, device: torch.device, n: int | None = None):
+    def __init__(
+        self,
+        x: Any,
+        device: torch.device,
+        n: int | None = None,
+        interface: Interface | None = None,
+    ):
         self._mapping = x if isinstance(x, Mapping) else None
-        leaves, self._tree = tree_flatten(dict(x) if isinstance(x, Mapping) else x)
+        entries, self._tree = tree_flatten_with_path(dict(x) if isinstance(x, Mapping) else x)
+        self._places = [keystr(path) for path, _ in entries]
         self._leaves = [
-            outside_inference(v).to(device) if isinstance(v, Tensor) else v for v in leaves
+            outside_inference(v).to(device) if isinstance(v, Tensor) else v for _, v in entries
         ]
-        self._device = device
-        sizes = [v.shape[0] for v in self._leaves if isinstance(v, Tensor) and v.ndim]
-        if not sizes:
+        self._device, self._interface = device, interface or Interface()
+        tensors = {
+            place: leaf.shape
+            for place, leaf in zip(self._places, self._leaves, strict=True)
+            if isinstance(leaf, Tensor)
+        }
+        if n is None:
+            self._interface.check_ranks(tensors)
+        self.shapes = {place: shape for place, shape in tensors.items() if len(shape)}
+        if not self.shapes:
             raise InvalidType("no tensor among the inputs", where="x", got=type(x).__name__)
-        self.n = n if n in sizes else _likely_count(sizes)
+        self.n, self.certain = self._interface.count(self.shapes, n)
+        lead = {place for place, shape in self.shapes.items() if shape[0] == self.n}
+        self._lead = lead - self._interface.shared or lead
 
     @property
     def x(self) -> Any:
@@ -47,72 +70,99 @@ class Batch:
     @property
     def by_example(self) -> list[Tensor]:
         """The tensors whose first axis runs over the examples."""
-        return [v for v in self._leaves if self._is_by_example(v)]
+        return [v for p, v in zip(self._places, self._leaves, strict=True) if p in self._lead]
 
     @property
     def data(self) -> list[Tensor]:
         """The tensors that differ between examples."""
         return self.by_example
 
-    def _is_by_example(self, leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.n
-
     def with_examples(self, tensors: Sequence[Tensor]) -> Any:
         """The caller's nesting with the per-example tensors replaced."""
-        replacements = iter(tensors)
-        leaves = [next(replacements) if self._is_by_example(v) else v for v in self._leaves]
-        nested = tree_unflatten(leaves, self._tree)
+        nested = tree_unflatten(self._leaves_with(tensors), self._tree)
         return nested if self._mapping is None else like(self._mapping, nested)
+
+    def of(self, n: int) -> "Batch":
+        """The same inputs, taken for n examples."""
+        return Batch(self.x, self._device, n, self._interface)
 
     def copied(self) -> "Batch":
         """The same inputs in tensors of their own: models may write into them."""
-        return Batch(
-            self.with_examples([tensor.clone() for tensor in self.by_example]),
-            self._device,
-            self.n,
-        )
+        return self._holding([tensor.clone() for tensor in self.by_example], self.n)
 
     def select(self, examples: Tensor) -> "Batch":
         """The examples of the given indices."""
-        return Batch(
-            self.with_examples([tensor[examples.to(tensor.device)] for tensor in self.by_example]),
-            self._device,
-            len(examples),
-        )
+        chosen = [tensor[examples.to(tensor.device)] for tensor in self.by_example]
+        return self._holding(chosen, len(examples))
 
     def split(self, step: int) -> "Iterator[Batch]":
         """The batch in pieces of at most `step` examples."""
         pieces = zip(*(tensor.split(step) for tensor in self.by_example), strict=True)
         for piece in pieces:
-            yield Batch(self.with_examples(piece), self._device, len(piece[0]))
+            yield self._holding(piece, len(piece[0]))
 
+    def _holding(self, tensors: Sequence[Tensor], n: int) -> "Batch":
+        """Other examples in the same places: what was shared stays so, whatever its length."""
+        made = copy.copy(self)
+        made.n, made.certain, made._leaves = n, True, self._leaves_with(tensors)
+        made.shapes = {
+            place: leaf.shape
+            for place, leaf in zip(made._places, made._leaves, strict=True)
+            if place in self.shapes
+        }
+        return made
 
-def _likely_count(sizes: list[int]) -> int:
-    """The most frequent length of first axes; of equally frequent ones the first above 1."""
-    most = max(sizes.count(size) for size in sizes)
-    likely = [size for size in sizes if sizes.count(size) == most]
-    return next((size for size in likely if size != 1), likely[0])
+    def _leaves_with(self, tensors: Sequence[Tensor]) -> list[Any]:
+        replacements = iter(tensors)
+        return [
+            next(replacements) if place in self._lead else leaf
+            for place, leaf in zip(self._places, self._leaves, strict=True)
+        ]
 
 
 AnyBatch = Batch | GraphBatch
 
 
-def as_batch(x: Any, device: torch.device, n: int | None = None) -> AnyBatch:
+def as_batch(
+    x: Any, device: torch.device, n: int | None = None, interface: Interface | None = None
+) -> AnyBatch:
     """Inputs on a device, in examples; `InvalidValue` if there are none.
 
     Args:
         x: inputs.
         device: where to move them.
         n: number of examples, where it is known from the targets.
+        interface: what is known about the model's inputs.
     """
     if isinstance(x, Batch | GraphBatch):
         return x
-    batch = GraphBatch(x, device) if is_graph(x) else Batch(x, device, n)
+    batch = GraphBatch(x, device) if is_graph(x) else Batch(x, device, n, interface)
     if batch.n == 0:
         raise InvalidValue(
             "a batch without examples", where="x", got="0 examples", remedy="Drop it"
         )
     return batch
+
+
+def with_examples(output: Tensor, batch: AnyBatch, interface: Interface) -> Tensor:
+    """The output with the axis of examples that `squeeze()` took from a single one."""
+    nodes = batch.segments.get("nodes")
+    return interface.with_examples(output, batch.n, None if nodes is None else len(nodes))
+
+
+def check_rows(output: Tensor, batch: AnyBatch) -> None:
+    """Raise `InvalidValue` unless outputs have a row for each example, or for each node."""
+    nodes = batch.segments.get("nodes")
+    counts = {batch.n, batch.n if nodes is None else len(nodes)}
+    if output.ndim and output.shape[0] in counts:
+        return
+    raise InvalidValue(
+        "the output has no row for each example",
+        where="model output",
+        got=f"shape {tuple(output.shape)} for {batch.n} examples",
+        remedy="The first axis of inputs and outputs must run over the examples; inputs shared by "
+        "all of them (masks, positions) may have a leading axis of 1",
+    )
 
 
 def split_batch(batch: Any, key_y: str, batch_fn: BatchFn | None = None) -> tuple[Any, Tensor]:

@@ -27,6 +27,10 @@ class GraphBatch:
         device: where to move the tensors.
     """
 
+    #: Graphs say themselves how many they are, and have no inputs shared by all.
+    certain = True
+    shapes: Mapping[str, torch.Size] = {}
+
     def __init__(self, x: Any, device: torch.device):
         self._device = device
         if isinstance(x, Mapping):

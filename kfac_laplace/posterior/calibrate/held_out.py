@@ -1,13 +1,14 @@
 """Predicted outputs of held-out points with their targets, and how well they are predicted."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.model.batches import split_batch
+from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Latent, Likelihood, aligned_target
 from kfac_laplace.posterior.gaussian import Posterior
@@ -22,11 +23,54 @@ class HeldOut:
         mean: shape (n, t, c).
         covariance: of each output row at κ = 1, shape (n, t, c, c).
         target: aligned targets.
+        examples: number of examples, where it is not n.
+        others: points with another number of outputs in a row.
     """
 
     mean: Tensor
     covariance: Tensor
     target: Tensor
+    examples: int | None = None
+    others: tuple["HeldOut", ...] = ()
+
+    @property
+    def n(self) -> int:
+        """Number of examples, the others included."""
+        own = len(self.mean) if self.examples is None else self.examples
+        return own + sum(other.n for other in self.others)
+
+    @classmethod
+    def joined(cls, parts: Sequence["HeldOut"]) -> "HeldOut":
+        """The points of several batches, whose sequences may be padded to lengths of their own.
+
+        Each row is predicted on its own: where lengths differ, rows take the place of examples.
+        """
+        by_width: dict[int, list[HeldOut]] = {}
+        for part in parts:
+            by_width.setdefault(part.mean.shape[-1], []).append(part)
+        first, *others = (cls._of_one_width(same) for same in by_width.values())
+        return replace(first, others=tuple(others))
+
+    @classmethod
+    def _of_one_width(cls, parts: Sequence["HeldOut"]) -> "HeldOut":
+        if len({part.mean.shape[1] for part in parts}) == 1:
+            return cls._stacked(parts)
+        rows = cls._stacked([part._by_row() for part in parts])
+        return replace(rows, examples=sum(part.n for part in parts))
+
+    @classmethod
+    def _stacked(cls, parts: Sequence["HeldOut"]) -> "HeldOut":
+        return cls(
+            torch.cat([part.mean for part in parts]),
+            torch.cat([part.covariance for part in parts]),
+            torch.cat([part.target for part in parts]),
+        )
+
+    def _by_row(self) -> "HeldOut":
+        """Each row (1, c) in place of an example."""
+        tensors = (self.mean, self.covariance, self.target)
+        mean, covariance, target = (tensor.flatten(0, 1)[:, None] for tensor in tensors)
+        return HeldOut(mean, covariance, target)
 
 
 def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -> HeldOut:
@@ -38,23 +82,28 @@ def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -
         key_y: name of the targets in mappings.
     """
     network, likelihood = posterior.network, posterior.ggn.likelihood
-    means, covariances, targets = [], [], []
+    parts = []
     for raw in loader:
         x, y = split_batch(raw, key_y, posterior.ggn.options.batch_fn)
-        outputs = output_gaussian(posterior, network.batch(x)).double()
-        means.append(outputs.mean)
-        covariances.append(outputs.covariance)
+        batch, y = counted(posterior, x, y), y.to(network.device)
+        outputs = output_gaussian(posterior, batch).double()
         axis = posterior.ggn.knowledge.class_axis
-        y = y.to(network.device)
-        targets.append(aligned_target(likelihood, y, outputs.shape, outputs.mean, axis))
-    if not means:
+        target = aligned_target(likelihood, y, outputs.shape, outputs.mean, axis)
+        parts.append(HeldOut(outputs.mean, outputs.covariance, target))
+    if not parts:
         raise InvalidValue(
             "the loader yielded no batch",
             where="loader",
             got="0 batches",
             remedy="A generator can be read only once: pass a loader",
         )
-    return HeldOut(torch.cat(means), torch.cat(covariances), torch.cat(targets))
+    return HeldOut.joined(parts)
+
+
+def counted(posterior: Posterior, x: Any, y: Tensor) -> AnyBatch:
+    """Inputs as examples, as many as there are targets."""
+    n = len(y) if y.ndim else None
+    return posterior.network.batch(x, n, posterior.ggn.knowledge.interface)
 
 
 def negative_log_likelihood(
@@ -67,8 +116,18 @@ def negative_log_likelihood(
     predictive is an average over draws of several outputs, they are the same for every κ.
 
     Raises:
-        InvalidValue: no target counts.
+        InvalidValue: no target counts, or the loss is no number.
     """
-    latent = Latent(points.mean, kappa * points.covariance)
-    log_prob = likelihood.predict(latent, sigma, "probit").log_prob(points.target)
-    return -float(log_prob.sum()) / len(points.mean)
+    total = 0.0
+    for part in (points, *points.others):
+        latent = Latent(part.mean, kappa * part.covariance)
+        log_prob = likelihood.predict(latent, sigma, "probit").log_prob(part.target)
+        total -= float(log_prob.sum())
+    if math.isnan(total):
+        raise InvalidValue(
+            "the predictive NLL is no number",
+            where="held-out points",
+            got=f"NaN at κ = {kappa:.3g}",
+            remedy="Look for NaN among inputs and targets, and at σ and prior_precision",
+        )
+    return total / points.n

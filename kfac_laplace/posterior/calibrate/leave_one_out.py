@@ -22,7 +22,7 @@ from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.likelihoods import aligned_target
-from kfac_laplace.posterior.calibrate.held_out import HeldOut
+from kfac_laplace.posterior.calibrate.held_out import HeldOut, counted
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
 
@@ -56,23 +56,37 @@ def leave_one_out_points(
             posterior.ggn.n_data - rest.n_data,
             posterior.ggn.n_data,
         )
-    outputs = [output_gaussian(posterior, batch).double() for batch, _ in picked]
-    mean = torch.cat([part.mean for part in outputs])  # (m, t, c)
     likelihood, axis = posterior.ggn.likelihood, posterior.ggn.knowledge.class_axis
-    targets = [
-        aligned_target(likelihood, y, part.shape, part.mean, axis)
-        for (_, y), part in zip(picked, outputs, strict=True)
-    ]
-    target = torch.cat(targets)
-    own = torch.cat([part.covariance for part in outputs])  # (m, t, c, c)
-    hessian, score = _scaled(posterior, mean, target)
-    exact = _exact_covariances(posterior, [batch for batch, _ in picked], hessian, rest)
+    whole, hessians, scores = [], [], []
+    for batch, y in picked:
+        outputs = output_gaussian(posterior, batch).double()
+        target = aligned_target(likelihood, y, outputs.shape, outputs.mean, axis)
+        whole.append(HeldOut(outputs.mean, outputs.covariance, target))
+        hessian, score = _scaled(posterior, outputs.mean, target)
+        hessians.append(hessian)
+        scores.append(score)
+    exact = _exact_covariances(posterior, [batch for batch, _ in picked], hessians, rest)
+    parts = zip(whole, exact, hessians, scores, strict=True)
+    return HeldOut.joined([_left_out(*part) for part in parts])
+
+
+def _left_out(points: HeldOut, exact: Tensor, hessian: Tensor, score: Tensor) -> HeldOut:
+    """Points with the moments that leaving each of them out makes of theirs.
+
+    Args:
+        points: as the posterior predicts them.
+        exact: covariance (m, k, k) of the outputs of each, k = t·c.
+        hessian: scaled curvature of each, shape (m, k, k).
+        score: scaled gradient of each, shape (m, k).
+    """
+    mean = points.mean
     without, _ = leave_out(exact, hessian)
     shift = (without @ score[..., None])[..., 0]
     widened = _by_row(without, mean).diagonal(dim1=-2, dim2=-1).sum(-1)
     before = _by_row(exact, mean).diagonal(dim1=-2, dim2=-1).sum(-1)
     ratio = torch.where(before > 0, widened / before.where(before > 0, 1.0), 1.0)  # (m, t)
-    return HeldOut(mean + shift.reshape(mean.shape), own * ratio[..., None, None], target)
+    covariance = points.covariance * ratio[..., None, None]
+    return HeldOut(mean + shift.reshape(mean.shape), covariance, points.target)
 
 
 def leave_out(covariance: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +119,7 @@ def _divided(
     picked, seen = [], 0
     for raw in loader:
         x, y = split_batch(raw, key_y, ggn.options.batch_fn)
-        batch = network.batch(x)
+        batch = counted(posterior, x, y)
         if len(y) != batch.n:
             raise UnsupportedUse(
                 "leaving out single nodes of a graph is not built",
@@ -151,30 +165,41 @@ def _scaled(posterior: Posterior, mean: Tensor, target: Tensor) -> tuple[Tensor,
 
 
 def _exact_covariances(
-    posterior: Posterior, batches: list[AnyBatch], hessian: Tensor, others: GGN
-) -> Tensor:
-    """Output covariance (m, k, k) of each point; the points' own curvature enters exactly."""
-    count, k = hessian.shape[:2]
+    posterior: Posterior, batches: list[AnyBatch], hessians: list[Tensor], others: GGN
+) -> list[Tensor]:
+    """Output covariances (m, k, k) of each batch; the points' own curvature enters exactly."""
     # The other data keep the posterior's structure; without any, the base is the prior alone.
     base = posterior.without_data() if not others.n_data else posterior.with_ggn(others)
-    kernel = _kernel(base, batches, hessian.new_empty(count * k, count * k))
-    values, basis = torch.linalg.eigh(hessian)
-    roots = torch.block_diag(*(basis * values.clamp_min(0).sqrt()[..., None, :]))
+    sizes = [len(hessian) * hessian.shape[1] for hessian in hessians]
+    kernel = _kernel(base, batches, hessians[0].new_empty(sum(sizes), sum(sizes)))
+    roots = torch.block_diag(*(root for hessian in hessians for root in _roots(hessian)))
     inner = roots.mT @ kernel @ roots
     factor = torch.linalg.cholesky(inner + torch.eye(len(inner)).to(inner))
     half = torch.linalg.solve_triangular(factor, roots.mT @ kernel, upper=False)
     covariance = kernel - half.mT @ half
-    return covariance.reshape(count, k, count, k).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    found, start = [], 0
+    for hessian, size in zip(hessians, sizes, strict=True):
+        own = covariance[start : start + size, start : start + size]
+        (count, k), start = hessian.shape[:2], start + size
+        blocks = own.reshape(count, k, count, k).diagonal(dim1=0, dim2=2)  # (k, k, m)
+        found.append(blocks.movedim(-1, 0))
+    return found
+
+
+def _roots(hessian: Tensor) -> Tensor:
+    """R (m, k, k) with R Rᵀ = H of each point."""
+    values, basis = torch.linalg.eigh(hessian)
+    return basis * values.clamp_min(0).sqrt()[..., None, :]
 
 
 def _kernel(base: Posterior, batches: list[AnyBatch], kernel: Tensor) -> Tensor:
-    """Fill `kernel` (m k, m k) with the covariances of all points' outputs.
+    """Fill `kernel` (Σ m k, Σ m k) with the covariances of all points' outputs.
 
     Features that are too many for the budget are taken a tile of points at a time, and made again
     for each other tile.
     """
     count = sum(batch.n for batch in batches)
-    point = len(kernel) // count * base.prior.size  # entries of a point's features
+    point = -(-len(kernel) // count) * base.prior.size  # entries of a point's features
     limit = base.network.budget.features(kernel)
     tiles = [batches]
     if count * point > limit:

@@ -22,11 +22,12 @@ from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
-from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.model.batches import AnyBatch, check_rows
 from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.posterior.block import BlockNormal, SpectralNormal
 from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.predict.finite import COVARIANCE, INPUTS, finite
 from kfac_laplace.posterior.predict.products import covariance, factored_covariance
 
 
@@ -57,15 +58,21 @@ def output_gaussian(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
     Args:
         posterior: the posterior; the model runs at its mode, whatever its weights are now.
         batch: the inputs.
+
+    Raises:
+        InvalidValue: an output or a covariance that is not finite.
     """
     with undisturbed(posterior.network.model):
         parts = [
             _moments(posterior, _recorded(posterior, piece))
             for piece in batch.split(_inputs_at_once(posterior, batch))
         ]
+        if len({part[0].shape[1:] for part in parts}) > 1:  # sequences as long as the longest
+            parts = [_moments(posterior, _recorded(posterior, batch))]
     means, covariances, shapes = zip(*parts, strict=True)
-    mean = torch.cat(means)
-    return OutputGaussian(mean, torch.cat(covariances), torch.Size((len(mean), *shapes[0][1:])))
+    mean = finite(torch.cat(means), "outputs of the model", INPUTS)
+    spread = finite(torch.cat(covariances), "covariance of the outputs", COVARIANCE)
+    return OutputGaussian(mean, spread, torch.Size((len(mean), *shapes[0][1:])))
 
 
 def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
@@ -87,6 +94,7 @@ def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
 def _recorded(posterior: Posterior, batch: AnyBatch) -> ForwardPass:
     """A pass at the mode, with the layouts of its rows known."""
     passed = posterior.network.record(batch, posterior.ggn.knowledge, posterior.mode_for_model)
+    check_rows(passed.recording.output, batch)
     return passed.knowing(learn_row_layouts(passed))
 
 
@@ -108,7 +116,7 @@ def _inputs_at_once(posterior: Posterior, batch: AnyBatch) -> int:
         return batch.n
     with torch.no_grad():  # one output row of several
         alone: Iterator[AnyBatch] = batch.split(1)
-        one = network.forward(next(alone).x, posterior.mode_for_model)
+        one = network.output(next(alone), ggn.knowledge, posterior.mode_for_model)
     c = ggn.likelihood.align(one, ggn.knowledge.class_axis).shape[-1]
     return max(1, budget // c)
 

@@ -10,6 +10,7 @@ from torch.distributions import Distribution
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.likelihoods import Latent, Likelihood
 from kfac_laplace.likelihoods.predictive import RowPredictive
+from kfac_laplace.posterior.predict.finite import MEAN, finite
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Predictive:
         That one is as long as the output's for the library's likelihoods, and half as long for
         "heteroscedastic", which has two outputs for each y.
         """
-        return self._restore(self._rows.mean)
+        return self._restore(finite(self._rows.mean, "E[y]", MEAN))
 
     @property
     def covariance(self) -> Tensor:
@@ -61,7 +62,7 @@ class Predictive:
         Raises:
             InvalidValue: the likelihood has no classes.
         """
-        return self._restore(self._rows.probs)
+        return self._restore(finite(self._rows.probs, "probabilities", MEAN))
 
     def distribution(self) -> Distribution:
         """p(y | x) as a `torch.distributions` object, observation noise included.
@@ -73,7 +74,7 @@ class Predictive:
     @property
     def entropy(self) -> Tensor:
         """Entropy of y in nats for each example (differential for densities), shape (n,)."""
-        return self._rows.entropy()
+        return finite(self._rows.entropy(), "entropy of y", MEAN)
 
     @property
     def epistemic(self) -> Tensor:
@@ -81,7 +82,7 @@ class Predictive:
 
         Closed form for regression, ½ log det(I + Σ/σ²); otherwise averages over samples.
         """
-        return self._rows.information()
+        return finite(self._rows.information(), "mutual information", MEAN)
 
     def output_samples(self) -> Tensor:
         """Samples of the outputs, shape (s, n, t, c)."""

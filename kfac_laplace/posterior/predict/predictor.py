@@ -1,6 +1,5 @@
 """Everything that a posterior with its scale κ can say about new inputs."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +8,13 @@ from torch import Generator, Tensor
 
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
-from kfac_laplace.curvature.model.mappings import without
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods.links import LINKS, sample_outputs
 from kfac_laplace.options import check_choice, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.predict.finite import COVARIANCE, MEAN, WEIGHTS, finite
 from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
+from kfac_laplace.posterior.predict.inputs import inputs_of
 from kfac_laplace.posterior.predict.predictive import Predictive, from_samples, restore
 from kfac_laplace.posterior.predict.sampling import linearised_samples, network_samples
 
@@ -60,7 +60,8 @@ class Predictor:
             samples = self.functions(x, n_samples, pred_type, source)
             return from_samples(ggn.likelihood, samples, axis, sigma)
         outputs = output_gaussian(self.posterior, self._batch(x))
-        covariance = outputs.covariance * self.scale.to(outputs.mean)
+        scaled = outputs.covariance * self.scale.to(outputs.mean)
+        covariance = finite(scaled, "covariance of the outputs", COVARIANCE)
         drawn = None
         if link == "mc":
             with without_autocast(covariance.device):
@@ -88,14 +89,14 @@ class Predictor:
                 got=True,
                 remedy="Use functional_samples for joint draws of any likelihood",
             )
-        mean = output_gaussian(self.posterior, self._batch(x)).mean.flatten()
-        features = torch.cat(output_features(self.posterior, self._batch(x)), 1)
-        return mean, features @ features.mT * self.scale.to(features)
+        batch = self._batch(x)
+        mean = output_gaussian(self.posterior, batch).mean.flatten()
+        features = torch.cat(output_features(self.posterior, batch), 1)
+        joint = features @ features.mT * self.scale.to(features)
+        return mean, finite(joint, "covariance of the outputs", COVARIANCE)
 
     def _batch(self, x: Any) -> AnyBatch:
-        if isinstance(x, Mapping):
-            x = without(x, self.key_y)
-        return self.posterior.network.batch(x)
+        return inputs_of(self.posterior, x, self.key_y)
 
     def parameters(self, n: int, generator: Generator | None) -> Tensor:
         """Draws (n, P) in the order of the parameters."""
@@ -104,7 +105,7 @@ class Predictor:
         drawn = self.posterior.deviations(n, self.source(generator))
         flat = torch.cat([drawn[name].reshape(n, -1) for name in mode], 1)
         centre = torch.cat([value.flatten() for value in mode.values()])
-        return centre + self.scale.sqrt() * flat
+        return finite(centre + self.scale.sqrt() * flat, "sampled parameters", WEIGHTS)
 
     def functions(self, x: Any, n: int, pred_type: str, generator: Generator | None) -> Tensor:
         """Draws of functions, each at all inputs, shape (n, *output shape)."""
@@ -125,6 +126,7 @@ class Predictor:
         likelihood, axis = self.posterior.ggn.likelihood, self._class_axis
         flat = f.flatten(0, 1)
         drawn = likelihood.predictive_draws(likelihood.align(flat, axis), self._sigma, source)
+        drawn = finite(drawn, "draws of y", MEAN)
         if f.ndim == 2:  # one value for each input, without an axis of its own
             return drawn.reshape(f.shape)
         return restore(drawn, flat.shape, axis).unflatten(0, f.shape[:2])

@@ -5,18 +5,17 @@ Both come in at least float32: in half precision their squares overflow, and the
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.func import jvp
 
-from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.errors import UnsupportedUse
 from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.predict.finite import SAMPLES, finite
 
 #: Weight samples are drawn so many together, block by block. No budget: it says which random
 #: number is whose.
@@ -34,19 +33,22 @@ def linearised_samples(
         n: number of samples.
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
+
+    Raises:
+        InvalidValue: outputs that are not finite.
     """
     network, mode = posterior.network, posterior.mode_for_model
     with undisturbed(network.model), torch.no_grad():
         samples = [
-            _linearised(network, batch.x, mode, deviation, scale)
+            _linearised(posterior, batch, mode, deviation, scale)
             for deviation in _deviations(posterior, n, generator)
         ]
-    return torch.stack(samples)
+    return finite(torch.stack(samples), "outputs at sampled weights", SAMPLES)
 
 
 def _linearised(
-    network: Network,
-    x: Any,
+    posterior: Posterior,
+    batch: AnyBatch,
     mode: Mapping[str, Tensor],
     deviation: Mapping[str, Tensor],
     scale: float,
@@ -57,8 +59,13 @@ def _linearised(
         name: (scale / unit * _in_dtype(value, mode[name].dtype)).to(mode[name].dtype)
         for name, value in deviation.items()
     }
+    network, known = posterior.network, posterior.ggn.knowledge
+
+    def outputs(params: dict[str, Tensor]) -> Tensor:
+        return network.output(batch, known, params)
+
     try:
-        f, change = jvp(lambda params: network.forward(x, params), (dict(mode),), (tangents,))  # type: ignore[misc]  # two without aux
+        f, change = jvp(outputs, (dict(mode),), (tangents,))  # type: ignore[misc]  # two without aux
     except RuntimeError as error:
         if not any(words in str(error) for words in NO_FORWARD_MODE):
             raise
@@ -112,6 +119,9 @@ def network_samples(
         n: number of samples.
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
+
+    Raises:
+        InvalidValue: outputs that are not finite.
     """
     network, mode = posterior.network, posterior.mode_for_model
     with undisturbed(network.model), torch.no_grad():
@@ -121,8 +131,8 @@ def network_samples(
                 name: mode[name] + scale * value.to(mode[name].dtype)
                 for name, value in deviation.items()
             }
-            samples.append(accumulable(network.forward(batch.x, weights)))
-    return torch.stack(samples)
+            samples.append(accumulable(network.output(batch, posterior.ggn.knowledge, weights)))
+    return finite(torch.stack(samples), "outputs at sampled weights", SAMPLES)
 
 
 def _deviations(posterior: Posterior, n: int, generator: Generator) -> Iterator[dict[str, Tensor]]:

@@ -145,10 +145,12 @@ def test_a_norm_of_images_counts_wherever_it_is(wire):
 
 
 def orders_seen(model: Images, n: int) -> list[bool]:
-    """Whether the second convolution got channels last, in each run of the model's first batch."""
+    """Whether the second convolution got channels last, in each run of the whole first batch."""
     seen = []
 
     def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if len(given[0]) < n:  # the check that outputs repeat
+            return
         with torch._C.DisableTorchFunction():  # a model that asks for it is left alone
             seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
 
@@ -163,7 +165,7 @@ def test_how_often_a_model_runs():
     assert orders_seen(Images(in_line, nn.Identity()), 5) == [True]
     assert orders_seen(Images(in_line, batch_norm()), 5) == [True, False]
     assert orders_seen(Images(normed_first, nn.Identity()), 5) == [False]
-    assert orders_seen(Images(in_line, nn.Identity()), 1) == [False]
+    assert orders_seen(Images(in_line, nn.Identity()), 1) == [False, False]  # with the check
 
 
 @pytest.mark.parametrize("middle", ["nothing", "batch norm"])

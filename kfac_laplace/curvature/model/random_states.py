@@ -1,0 +1,133 @@
+"""Global random states: another one for a while, and draws of extreme values."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True, eq=False)
+class RandomStates:
+    """The global random states of torch (CPU and one device), numpy and Python.
+
+    Args:
+        device: the device.
+        cpu: torch's own on the CPU.
+        other: that of the device, if it is CUDA's.
+        numpy: numpy's.
+        python: Python's.
+    """
+
+    device: torch.device
+    cpu: Tensor
+    other: Tensor | None
+    numpy: dict[str, Any]
+    python: Any
+
+    @classmethod
+    def now(cls, device: torch.device) -> "RandomStates":
+        """Today's."""
+        other = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        numpy = np.random.get_state(legacy=False)
+        assert isinstance(numpy, dict)
+        return cls(device, torch.get_rng_state(), other, numpy, random.getstate())
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self.cpu)
+        if self.other is not None:
+            torch.cuda.set_rng_state(self.other, self.device)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+    def same(self, other: "RandomStates") -> bool:
+        """Whether nothing was drawn between the two."""
+        mine, theirs = self.numpy["state"], other.numpy["state"]
+        return (
+            self.same_in_torch(other)
+            and mine["pos"] == theirs["pos"]
+            and np.array_equal(mine["key"], theirs["key"])
+            and self.python == other.python
+        )
+
+    def same_in_torch(self, other: "RandomStates") -> bool:
+        """Whether torch's are equal."""
+        if self.other is not None and other.other is not None:
+            return torch.equal(self.cpu, other.cpu) and torch.equal(self.other, other.other)
+        return torch.equal(self.cpu, other.cpu)
+
+
+@contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Global random states are put back after."""
+    before = RandomStates.now(device)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+def seed_everywhere(device: torch.device, seed: int) -> None:
+    """Other global random states, on the CPU and one device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+#: Draws of zeros and ones, and of numbers, by the names of torch's operations.
+COINS = {"bernoulli", "bernoulli_", "native_dropout"}
+NUMBERS = {
+    "exponential",
+    "exponential_",
+    "normal",
+    "normal_",
+    "rand",
+    "rand_like",
+    "randn",
+    "randn_like",
+    "uniform",
+    "uniform_",
+}
+
+
+class ExtremeDraws(TorchDispatchMode):
+    """Has torch draw the same low, or the same high value each time: no rare event stays unseen.
+
+    Args:
+        high: which of the two.
+    """
+
+    def __init__(self, high: bool):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._high = high
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the call, and overwrite what it drew."""
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "native_dropout" and not (args[1] > 0 and args[2] is not False):
+            return output
+        if name in COINS or name in NUMBERS:
+            for tensor in tree_leaves(output):
+                if name in COINS:
+                    tensor.fill_(self._high)
+                elif tensor.is_floating_point():  # logarithms of it and its complement are finite
+                    near = torch.finfo(tensor.dtype).eps
+                    tensor.fill_(1 - near if self._high else near)
+        return output
