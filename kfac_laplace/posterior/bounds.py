@@ -18,6 +18,8 @@ from kfac_laplace.posterior.objectives.evidence import log_marginal_likelihood
 
 #: A positive hyperparameter goes at most so many times as far up, or down, as where it started.
 REACH = 1e8
+#: Slopes of so much of the tolerance are below it, with all rounding.
+FLAT = 0.9
 #: Values within this of an end of the range sit on it: exp(log x) is not x to the last bit.
 ROUNDING = 1e-9
 
@@ -30,7 +32,8 @@ class Bounds:
         low: lower ends by name, shaped as the values; δ as (length of the prior,).
         high: upper ends likewise.
         unused: precisions of parameters without effect, (length of the prior,). They stay.
-        blind: precisions of other parameters without curvature, likewise. They stay.
+        blind: precisions of other parameters without curvature, likewise. They stay where a search
+            puts them first.
         raised: precisions put to the upper end, where the evidence only rises. They stay.
     """
 
@@ -79,20 +82,26 @@ class Bounds:
     def begun(
         self, posterior: Posterior, objective: Objective, tolerance: float
     ) -> tuple[Posterior, "Bounds"]:
-        """The posterior with the precisions of parameters at their prior mean at the upper end.
+        """The posterior with those precisions in their places of which these are known.
 
-        The evidence rises in them without end. They are left where it rises by no more than the
-        tolerance, in nats per unit of log δ.
+        The evidence rises without end in the precision of parameters at their prior mean: to the
+        upper end with it. It falls without end in that of parameters without curvature: down, to
+        where no more than the tolerance is left to gain, in nats per unit of log δ, and no further.
+        A precision that gains no more than that is left alone.
         """
         if objective is not log_marginal_likelihood or "prior_precision" not in self.high:
             return posterior, self
         with torch.no_grad():
-            rises = 0.5 * posterior.effective_dimensions() > tolerance
-            raised = (posterior.squares == 0) & rises & ~self.stays
-            if not bool(raised.any()):
-                return posterior, self
             hyper = posterior.hyperparameters.detached()
-            delta = torch.where(raised, self.high["prior_precision"], hyper.prior_precision)
+            delta, squares = hyper.prior_precision, posterior.squares
+            rises = 0.5 * posterior.effective_dimensions() > tolerance
+            raised = (squares == 0) & rises & ~self.stays
+            falls = self.blind & (0.5 * delta * squares > tolerance)
+            if not bool((raised | falls).any()):
+                return posterior, self
+            low, high = self.low["prior_precision"], self.high["prior_precision"]
+            flat = torch.maximum(low, FLAT * 2 * tolerance / squares)
+            delta = torch.where(raised, high, torch.where(falls, flat, delta))
         moved = posterior.at(replace(hyper, prior_precision=delta))
         return moved, replace(self, raised=raised)
 

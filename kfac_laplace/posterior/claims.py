@@ -102,7 +102,7 @@ def _without_maximum(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
     """What stayed or sits at the end of its range, and why."""
     none, far = "the evidence has no maximum in", "the search met the end of its range in"
     up, down = f"stopped at {REACH:g} times the start", f"stopped at 1/{REACH:g} of the start"
-    reasons = [(none, bounds.blind, "no data determine it (no curvature), left as it was")]
+    reasons = [(none, bounds.blind, "no data determine it (no curvature), it means nothing")]
     noise = ""
     for name, below, above in bounds.ends(posterior.hyperparameters):
         if name == "prior_precision":
