@@ -50,6 +50,11 @@ class Kept:
                 held.put_back()
                 held.release(set(self._registered))
 
+    def restore(self) -> None:
+        """Give every module all that it held, as if nothing had run."""
+        for held in self._held:
+            held.put_back()
+
     def release(self) -> None:
         """Leave no graph that was not there before; what modules hold stays, without it."""
         seen = set(self._registered)

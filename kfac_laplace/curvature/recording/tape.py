@@ -136,7 +136,7 @@ class Tape(TorchFunctionMode):
         if used and not with_data and isinstance(output, Tensor):
             layer = self._repeated(func, output, used, (args, kwargs))
             if layer is not None:
-                output = _no_view(output)
+                output = self._to_be_written(_no_view(output))
                 self._record(layer, output, {})
                 self._data[output] = True
                 return output
@@ -194,6 +194,10 @@ class Tape(TorchFunctionMode):
         if func not in REPETITIONS:
             return None
         return REPETITIONS[func](output, self._n, made_of[0].tensor, *args, **kwargs)
+
+    def _to_be_written(self, output: Tensor) -> Tensor:
+        """Entries of their own in memory, where a nudge will write into them."""
+        return output if self._nudge is None else output.clone()
 
     def _record(self, layer: Layer, output: Tensor, before: Mapping[int, Node]) -> None:
         """Keep a use; `before` holds the graph of data that the call has written into."""
