@@ -130,7 +130,10 @@ def _adam(stored: Stored, hyper: Hyperparameters, tuned: Sequence[str]) -> dict[
     if [*group.items()["params"].wholes()] != [*range(len(tuned))]:
         raise group.fault("not the hyperparameters that were tuned")
     moments = found["state"].value
-    if not isinstance(moments, Mapping) or [*moments] not in ([], [*range(len(tuned))]):
+    # Those of precisions may be missing: where some are new, as after unfreezing.
+    every = [*range(len(tuned))]
+    others = [k for k in every if tuned[k] != "prior_precision"]
+    if not isinstance(moments, Mapping) or [*moments] not in ([], every, others):
         raise found["state"].fault("moments of other hyperparameters")
     for k in moments:
         own = Stored(moments[k], f"{stored.where}.state.{k}").fields(

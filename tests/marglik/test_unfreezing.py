@@ -233,6 +233,20 @@ def test_adam_starts_anew_where_precisions_are_new():
     assert float(moved) <= 10 * 0.1 * 1.01  # ten steps of one learning rate, at most
 
 
+def test_a_state_saved_right_after_unfreezing_goes_on():
+    """Moments of the new precisions are not there yet."""
+    x, y = data("regression")
+    model = network()
+    model[0].requires_grad_(False)
+    tuner, resumed = (tuner_of(model, "regression") for _ in range(2))
+    tuner.step([(x, y)])
+    model[0].requires_grad_(True)
+    tuner.loss(model(x), y)
+    resumed.load_state_dict(tuner.state_dict())
+    first, second = tuner.step([(x, y)]), resumed.step([(x, y)])
+    assert first.evidence == second.evidence
+
+
 def test_best_compares_rounds_over_the_same_parameters():
     """The evidence of a network of which less is uncertain is another number."""
     model, (x, y) = network(), data()
