@@ -205,6 +205,7 @@ def test_degrees_of_freedom_are_in_the_file_and_bind(tmp_path):
         Laplace(case.model, "studentt").load_state_dict(la.state_dict())
 
 
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize("fisher", ["exact", "mc"])
 def test_training_by_the_evidence(name, fisher):
@@ -233,6 +234,7 @@ def test_the_tuners_loss_is_the_negative_log_joint(name):
     assert record.log_likelihood == pytest.approx(float(tuner.laplace(case.batches).log_likelihood))
 
 
+@pytest.mark.slow
 def test_the_evidence_learns_the_noise_and_outliers_move_it_little():
     """Sines with noise of 0.3 and one value in ten off by 5: a Gaussian takes them for noise."""
     draw = torch.Generator().manual_seed(0)
@@ -264,6 +266,7 @@ def test_mackay_leaves_the_noise_of_student_t_alone():
     assert float(la.sigma_noise) == pytest.approx(SIGMA)
 
 
+@pytest.mark.slow
 def test_a_network_learns_where_the_noise_is():
     """Noise of 0.1 on the left and of 1 on the right."""
     draw = torch.Generator().manual_seed(1)

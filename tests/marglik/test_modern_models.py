@@ -89,6 +89,7 @@ def train(tuner: MarglikTuner, batches: Batches, epochs: int) -> list[float]:
     return fits
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("fisher", ["exact", "mc"])
 def test_a_users_loop(name, fisher):

@@ -116,6 +116,7 @@ def exact(model: nn.Module, batches: list[dict[str, Tensor]], params: tuple[str,
     return oracles.ggn(Logits(model, mask), ids, y, "classification", names)
 
 
+@pytest.mark.slow
 @every_adapter
 def test_the_adapters_alone_are_random(name, adapted):
     model, batches = adapted

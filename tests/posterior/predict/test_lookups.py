@@ -182,6 +182,7 @@ def square(size):
     return size**2 * 4 / TABLE
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is in other units elsewhere")
 @pytest.mark.parametrize("structure", ["kron", "diag"])
 def test_memory_grows_with_the_table_and_not_with_its_square(structure):
