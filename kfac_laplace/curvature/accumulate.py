@@ -183,13 +183,17 @@ def _covered(known: Knowledge) -> frozenset[str]:
 def _few(
     network: Network, passed: ForwardPass, parameters: Mapping[str, Tensor] | None
 ) -> ForwardPass:
-    """A pass over the first examples of a batch; that of the batch where these are all."""
-    if passed.n <= EXAMPLES or not isinstance(passed.batch, Batch):
-        return passed
-    chosen = torch.arange(EXAMPLES)
-    few = network.record(passed.batch.select(chosen), passed.knowledge, parameters)
+    """A pass over the first examples that count; that of the batch where these are all."""
     weights = passed.weights
-    return few.weighted(weights if weights is None or len(weights) == 1 else weights[:EXAMPLES])
+    chosen = (~_idle_examples(weights)).nonzero()[:, 0]
+    chosen = torch.arange(passed.n) if len(chosen) <= 1 else chosen
+    if len(chosen[:EXAMPLES]) == passed.n or not isinstance(passed.batch, Batch):
+        return passed
+    chosen = chosen[:EXAMPLES].cpu()
+    few = network.record(passed.batch.select(chosen), passed.knowledge, parameters)
+    if weights is not None and len(weights) > 1:
+        weights = weights[chosen.to(weights.device)]
+    return few.weighted(weights)
 
 
 def _settings(

@@ -18,17 +18,18 @@ from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.likelihoods import Likelihood
 
-#: Examples looked at, and how many vectors of signs altogether: sums over so many show a factor.
-EXAMPLES = 8
-VECTORS = 16
-#: Gradients cancel where their sums by example are so small, squared, beside themselves: those of
-#: positions that have nothing to do with each other give 1, or half of it by chance, and more.
-CANCELS = 0.2
-#: Where only a few examples were seen, chance gives less; what cancels by construction gives zero.
+#: Examples looked at, and how many vectors altogether: sums over so many show a factor.
+EXAMPLES = VECTORS = 16
+#: Gradients cancel where their sums by example are so small, squared, beside themselves, while
+#: reduce keeps so little of the exact trace. Those of positions that have nothing to do with each
+#: other give 1. Rotary keys keep more gradient and less trace than comparisons do.
+CANCELS = ((0.2, 0.25), (0.5, 0.1))
+#: Fewer examples show only what cancels by construction: chance gives single ones next to nothing.
+ENOUGH = 4
 CANCELS_SURELY = 1e-6
+#: A layer is blind where so many of its outputs are, as the keys among queries, keys and values.
+BLIND_OUTPUTS = 0.25
 SETTINGS: tuple[PartSetting, ...] = ("reduce", "expand")
-#: Of the exact trace, reduce has to keep so much where gradients cancel.
-LEAST_TRACE = 0.25
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,27 @@ class Shares:
         reduce: trace under reduce in units of the exact one; 1 where nothing has any curvature.
         expand: likewise under expand.
         gradients: Σ_n ‖Σ_r b‖² in units of Σ_n Σ_r ‖b‖².
-        limit: below which these are taken to cancel.
+        blind_outputs: share of the layer's outputs whose gradients cancel by construction.
+        sure: up to which share of themselves these are nothing but rounding.
+        enough: whether there were enough examples to tell other cancellation from chance.
     """
 
     reduce: Tensor
     expand: Tensor
     gradients: Tensor
-    limit: float
+    blind_outputs: Tensor
+    sure: float
+    enough: bool
 
     @property
     def cancel(self) -> Tensor:
         """Where reduce sees next to no curvature because gradients cancel, and expand sees it."""
         tiny = torch.finfo(torch.float64).tiny
         nearer = self.expand.clamp_min(tiny).log().abs() < self.reduce.clamp_min(tiny).log().abs()
-        return (self.gradients < self.limit) & (self.reduce < LEAST_TRACE) & nearer
+        found = self.gradients < self.sure
+        for gradients, trace in CANCELS if self.enough else ():
+            found = found | ((self.gradients < gradients) & (self.reduce < trace))
+        return (found & nearer) | (self.blind_outputs >= BLIND_OUTPUTS)
 
     def setting(self, parts: int) -> Setting:
         """Reduce, but expand for those of a weight's parts whose gradients cancel."""
@@ -62,8 +70,11 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Signs:
-    """Vectors of random signs: Λ is left out, so that saturated outputs hide nothing.
+class Unsaturated:
+    """Vectors v with E v vᵀ = Λ at outputs of zero.
+
+    What cancels through Λ cancels in them, as a common shift of all logits does. Saturated outputs
+    hide nothing here.
 
     Args:
         counted: weights of the outputs in the loss, broadcastable to (n, t, c), where zeros do not
@@ -77,8 +88,19 @@ class Signs:
     ) -> Iterator[Tensor]:
         """Some vectors (n, t, c)."""
         for _ in range(-(-VECTORS // len(f))):
-            signs = torch.randint(2, f.shape, generator=generator).to(f) * 2 - 1
-            yield signs if self.counted is None else signs * (self.counted != 0)
+            vector = _root(likelihood, f, generator)
+            yield vector if self.counted is None else vector * (self.counted != 0)
+
+
+def _root(likelihood: Likelihood, f: Tensor, generator: Generator) -> Tensor:
+    """A root of Λ at zero; random signs for likelihoods that have none there."""
+    try:
+        root = likelihood.random_root(torch.zeros_like(f), generator)
+    except (ValueError, ArithmeticError):  # distributions of users' own may begin above zero
+        root = torch.full_like(f, torch.nan)
+    if bool(root.isfinite().all()) and bool(root.any()):
+        return root
+    return torch.randint(2, f.shape, generator=generator).to(f) * 2 - 1
 
 
 def sharing_groups(passed: ForwardPass) -> list[Group]:
@@ -112,22 +134,32 @@ def shares(passed: ForwardPass, groups: Sequence[Group]) -> dict[str, Shares]:
         groups: groups with Kronecker factors.
     """
     few = passed.knowing(replace(passed.knowledge, groups=tuple(groups)))
-    signs = Signs(passed.weights)
+    roots = Unsaturated(passed.weights)
     exact = {
         name: block.values.double().sum((-2, -1))
-        for name, block in _blocks(few, Plan("diag", {}, signs)).items()
+        for name, block in _blocks(few, Plan("diag", {}, roots)).items()
         if isinstance(block, DiagonalBlock)
     }
     reduce, expand = (
         {name: _traces(block) for name, block in _blocks(few, plan).items()}
-        for plan in (Plan("kron", dict.fromkeys(exact, setting), signs) for setting in SETTINGS)
+        for plan in (Plan("kron", dict.fromkeys(exact, setting), roots) for setting in SETTINGS)
     )
+    noise = 30 * torch.finfo(passed.recording.output.dtype).eps ** 2
+    sure = max(CANCELS_SURELY, noise)
     found = {}
     for group in groups:
         (a, b), (c, d), whole = reduce[group.name], expand[group.name], exact[group.name]
-        few_seen = passed.n < EXAMPLES and not _has_uses(passed, group)
-        limit = CANCELS_SURELY if few_seen else CANCELS
-        found[group.name] = Shares(_ratio(a * b, whole), _ratio(c * d, whole), _ratio(b, d), limit)
+        seen = d > sure * d.amax(-1, keepdim=True)
+        blind = ((b < sure * d) & seen).sum(-1) / seen.sum(-1).clamp_min(1)
+        b, d = b.sum(-1), d.sum(-1)
+        found[group.name] = Shares(
+            reduce=_ratio(a * b, whole),
+            expand=_ratio(c * d, whole),
+            gradients=_ratio(b, d),
+            blind_outputs=blind,
+            sure=sure,
+            enough=passed.n >= ENOUGH or _has_uses(passed, group),
+        )
     return found
 
 
@@ -140,8 +172,8 @@ def _blocks(passed: ForwardPass, plan: Plan) -> Mapping[str, object]:
 
 
 def _traces(block: object) -> tuple[Tensor, Tensor]:
-    """tr A and tr B, shape (b,)."""
+    """tr A, shape (b,), and the diagonal of B, (b, o)."""
     assert isinstance(block, KroneckerBlock)
     inputs, outputs = (factor.double() for factor in block.factors)
     trace = inputs.sum(-1) if inputs.ndim == 2 else inputs.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return trace, outputs.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return trace, outputs.diagonal(dim1=-2, dim2=-1)

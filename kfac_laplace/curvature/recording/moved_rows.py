@@ -19,13 +19,13 @@ from kfac_laplace.curvature.recording.tape import Nudge, Recording
 #: far enough at first to turn a rectifier on, then less far, too, where saturation would hide rows.
 FIRST, LEAST, MOST = 1.0, -3.0, 4.0
 #: Moves after which to stop without any more rows, once there has been an effect on any output.
-FRUITLESS = 8
+FRUITLESS = 12
 #: A row of so many entries is sure to be moved up in some and down in others at once.
 MANY = 8
 #: Length of the table of noise; a prime, so that rows differ.
 TABLE = 10007
 #: A maximum over positions shows as many rows in a move as there are channels.
-MOST_MOVES = 64
+MOST_MOVES = 1024
 
 
 @dataclass(frozen=True)

@@ -183,3 +183,80 @@ def test_a_setting_of_parts_survives_saving(tmp_path):
     ]
     assert torch.equal(loaded.log_marginal_likelihood(), la.log_marginal_likelihood())
     loaded.fit(case.batches, override=False)  # two of each
+
+
+class Scored(nn.Module):
+    """A score for each of several items, chosen between by a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = perceptron()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)[..., 0]
+
+
+def test_items_between_which_the_loss_chooses(caplog):
+    """Softmax does not see a shift of all scores: the gradients cancel through Λ."""
+    torch.manual_seed(0)
+    model, x, y = Scored(), torch.randn(60, 4, 3), torch.randint(0, 4, (60,))
+    found = Curvature(model, "classification").fit([(x, y)])
+    assert set(found.settings.values()) == {"expand"}
+    p = model(x).softmax(-1).detach()
+    rows = [
+        torch.autograd.grad(model(x[k : k + 1])[0, c], model.net[2].weight)[0][0]
+        for k in range(60)
+        for c in range(4)
+    ]
+    jacobian = torch.stack(rows).unflatten(0, (60, 4))  # (n, c, i)
+    hessian = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    exact = torch.einsum("nci,ncd,ndi->", jacobian, hessian, jacobian)
+    got = found.blocks["net.2.weight"].dense().diagonal()[:8].sum()
+    assert 0.5 < got / exact < 2.5
+
+
+class Fused(nn.Module):
+    """Queries, keys and values among the outputs of one linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.qkv, self.head = nn.Linear(3, 8), nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.inner(x).tanh()).chunk(3, -1)
+        return self.head(((q @ k.mT).softmax(-1) @ v).mean(1))
+
+
+def test_keys_among_the_outputs_of_one_layer(caplog):
+    """A third of its outputs cancels: the layer takes expand, and a chosen reduce is warned of."""
+    torch.manual_seed(0)
+    model, x, y = Fused(), torch.randn(30, 5, 3), torch.randint(0, 3, (30,))
+    with caplog.at_level("WARNING", logger="kfac_laplace"):
+        found = Curvature(model, "classification", joint_bias=False).fit([(x, y)])
+        assert not caplog.records
+        Curvature(model, "classification", kfac_approx="reduce").fit([(x, y)])
+    assert len(caplog.records) == 1 and "qkv.weight" in caplog.text
+    assert found.settings["qkv.weight"] == "expand" and found.settings["inner.weight"] == "reduce"
+    diag = Curvature(model, "classification", joint_bias=False, hessian_structure="diag")
+    exact = diag.fit([(x, y)]).blocks["qkv.weight"].values.reshape(3, -1).sum(1)
+    thirds = found.blocks["qkv.weight"].dense().diagonal().view(3, -1).sum(1)
+    assert (thirds / exact).min() > 0.3 and (thirds / exact).max() < 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 2, 4, 12])
+def test_keys_are_told_in_every_precision_and_number(dtype, n):
+    case, name = seeded_case(Packed, (3, 4)), "attention.in_proj_weight"
+    model = case.model.to(dtype)
+    x, y = case.batches[0]
+    x = torch.cat([x] * 4)[:n].to(dtype)
+    found = Curvature(model, "classification").accumulate(x, torch.cat([y] * 4)[:n])
+    assert found.settings[name] == ("reduce", "expand", "reduce")
+
+
+def test_examples_without_a_label_decide_nothing():
+    torch.manual_seed(0)
+    model, x, y = Packed(), torch.randn(40, 3, 4), torch.randint(0, 3, (40,))
+    y[:20] = -100
+    found = Curvature(model, "classification").fit([(x, y)])
+    assert found.settings["attention.in_proj_weight"] == ("reduce", "expand", "reduce")
