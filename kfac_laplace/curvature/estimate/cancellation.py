@@ -25,7 +25,7 @@ EXAMPLES = VECTORS = 16
 #: other give 1. Rotary keys keep more gradient and less trace than comparisons do.
 CANCELS = ((0.2, 0.25), (0.5, 0.1))
 #: Fewer examples show only what cancels by construction: chance gives single ones next to nothing.
-ENOUGH = 4
+ENOUGH = 8
 CANCELS_SURELY = 1e-6
 #: A layer is blind where so many of its outputs are, as the keys among queries, keys and values.
 BLIND_OUTPUTS = 0.25
@@ -60,7 +60,10 @@ class Shares:
         found = self.gradients < self.sure
         for gradients, trace in CANCELS if self.enough else ():
             found = found | ((self.gradients < gradients) & (self.reduce < trace))
-        return (found & nearer) | (self.blind_outputs >= BLIND_OUTPUTS)
+        blind = self.blind_outputs >= BLIND_OUTPUTS
+        if not self.enough:  # of one graph, nearly all may cancel that does not in others
+            blind = blind & (self.reduce > CANCELS[0][1])
+        return (found & nearer) | blind
 
     def setting(self, parts: int) -> Setting:
         """Reduce, but expand for those of a weight's parts whose gradients cancel."""
