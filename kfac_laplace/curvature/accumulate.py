@@ -29,6 +29,7 @@ from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.model.batches import Batch
 from kfac_laplace.curvature.model.failures import ran_out_of_memory
+from kfac_laplace.curvature.model.kept import without_trace
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import (
@@ -214,7 +215,8 @@ def _settings(
     reduced = [group for group in sharing_groups(passed) if settings[group.name] == "reduce"]
     if not reduced or options.hessian_structure != "kron":
         return settings
-    kept, blind = shares(few(), reduced), []
+    with without_trace(passed.forward.model):
+        kept, blind = shares(few(), reduced), []
     for group in reduced:
         if chosen[group.name] == "auto":
             settings[group.name] = kept[group.name].setting(group.layout.parts)

@@ -15,7 +15,7 @@ from kfac_laplace.curvature.gradients.example_copies import mixed_examples
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.repetition import SEEDS, Repetition, difference
-from kfac_laplace.curvature.model.kept import Kept
+from kfac_laplace.curvature.model.kept import without_trace
 from kfac_laplace.curvature.model.random_states import ExtremeDraws, random_states_kept
 from kfac_laplace.errors import UnsupportedUse
 
@@ -39,12 +39,10 @@ def examined(passed: ForwardPass) -> Knowledge:
     if not interface.looked:
         warn_of_activation(passed.likelihood.activation(passed.output_rows))
     if not interface.checked or (interface.checked == 1 and batch.n > 1):
-        kept = Kept(passed.forward.model)
-        try:
-            with random_states_kept(passed.device), torch.no_grad():
-                _check(Repetition(passed.knowing(replace(known, interface=interface))))
-        finally:
-            kept.restore()
+        again = Repetition(passed.knowing(replace(known, interface=interface)))
+        model = passed.forward.model
+        with without_trace(model), random_states_kept(passed.device), torch.no_grad():
+            _check(again)
         interface = replace(interface, checked=batch.n)
     return replace(known, interface=replace(interface, looked=True))
 

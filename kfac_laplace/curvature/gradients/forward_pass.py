@@ -18,6 +18,7 @@ from kfac_laplace.curvature.model.batches import AnyBatch, with_examples
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.channels_last import ChannelsLast
 from kfac_laplace.curvature.model.forward import Forward
+from kfac_laplace.curvature.model.kept import without_trace
 from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.recording.live_rows import irregular, reachable_rows
 from kfac_laplace.curvature.recording.moved_rows import read_when_moved
@@ -231,8 +232,13 @@ class ForwardPass:
         unread = self._patterns(reached)
         if unread <= self.knowledge.unread and unread:
             return reached, frozenset()
-        found = read_when_moved(self.recording, reached, self._again, self.outputs, self.weights)
-        settled = all(torch.equal(mask, more) for mask, more in zip(reached, found, strict=True))
+        recording, outputs = self.recording, self.outputs
+        complete = all(bool(mask.all()) for mask in reached)
+        with nullcontext() if complete else without_trace(self.forward.model):
+            found, tried = read_when_moved(recording, reached, self._again, outputs, self.weights)
+        settled = tried and all(
+            torch.equal(mask, more) for mask, more in zip(reached, found, strict=True)
+        )
         return found, unread if settled else frozenset()
 
     def _patterns(self, reached: Sequence[Tensor]) -> frozenset[bytes]:

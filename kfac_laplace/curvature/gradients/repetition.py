@@ -12,6 +12,7 @@ from torch import Tensor
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import with_examples
+from kfac_laplace.curvature.model.failures import ran_out_of_memory
 from kfac_laplace.curvature.model.random_states import RandomStates, seed_everywhere
 
 #: Other random states that a model which draws is asked in.
@@ -66,9 +67,9 @@ class Repetition:
             with warnings.catch_warnings(), mode or nullcontext():
                 warnings.simplefilter("ignore")  # those of the model are the caller's, once
                 output = self._run(part)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # models raise what they like at batches that they do not know
+        except Exception as error:  # models raise what they like at batches that they do not know
+            if ran_out_of_memory(error):
+                raise
             return None
         self._left = RandomStates.now(device)
         self.draws |= not before.same(self._left)
@@ -90,9 +91,9 @@ class Repetition:
         own = batch.copied()
         try:
             output = self._passed.forward(own.x, self._weights)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # some take derivatives inside
+        except RuntimeError as error:  # some take derivatives inside
+            if ran_out_of_memory(error):
+                raise
             with torch.enable_grad():
                 output = self._passed.forward(batch.copied().x, self._weights)
         output = with_examples(output.detach(), batch, self._passed.knowledge.interface)

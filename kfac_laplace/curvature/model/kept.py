@@ -1,26 +1,49 @@
-"""What modules keep of a pass: no graph of ours is left in them.
+"""What modules keep of a pass: no graph of ours is left in them, nor a trace of runs in between.
 
 Layers that offer their attention for plotting, auxiliary losses and caches hold tensors of the last
 forward pass. With the graph of one of ours in them a model can be neither copied nor pickled, and
 a cache would hand the next batch tensors whose making nobody saw.
 """
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from kfac_laplace.curvature.model.containers import (
+    Place,
+    Snapshot,
+    is_plain,
+    members,
+    places,
+    put_member,
+    rebuilt,
+    within,
+)
+from kfac_laplace.curvature.model.written import Values
+
 #: What every module has: modes, hooks, and parameters, buffers and modules, looked at on their own.
 OWN = frozenset(vars(nn.Module()))
-#: Kinds in which there is nothing to look for.
-PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device})
-PLAIN_CONTAINERS = (list, tuple, dict, deque, set, frozenset)
-#: Containers are followed so deep, where objects of other classes count twice: behind them may be
-#: a whole program. Those of more entries hold data rather than activations.
-DEPTH, ENTRIES = 5, 10_000
+
+
+@contextmanager
+def without_trace(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, modules hold after it what they held before, with the same values.
+
+    A fit runs some batches more than once: a model that counts, averages or lists what it sees
+    is to see each of them once.
+
+    Args:
+        model: the model.
+    """
+    kept = Kept(model, values=True)
+    try:
+        yield
+    finally:
+        kept.restore()
 
 
 class Kept:
@@ -34,13 +57,15 @@ class Kept:
 
     Args:
         model: the model.
+        values: whether `restore` takes back what was written into tensors and arrays as well.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, values: bool = False):
         modules = list(model.modules())
         self._registered = frozenset(map(id, modules))
         seen = set(self._registered)
         self._held = [_Held(module, seen) for module in modules]
+        self._values = Values([t for held in self._held for t in held.arrays] if values else [])
 
     def put_back(self) -> None:
         """Leave no graph that was not there before, and modules that kept one as they were."""
@@ -54,6 +79,7 @@ class Kept:
         """Give every module all that it held, as if nothing had run."""
         for held in self._held:
             held.put_back()
+        self._values.restore()
 
     def release(self) -> None:
         """Leave no graph that was not there before; what modules hold stays, without it."""
@@ -71,25 +97,25 @@ class _Held:
     """
 
     def __init__(self, module: nn.Module, seen: set[int]):
-        self._module = module
-        self._attributes = dict(vars(module))
-        self._buffers = dict(module._buffers)
-        self._inside: list[tuple[Any, Any]] = []  # containers, and copies of their entries
+        self._places = [Place(vars(module), dict, OWN), Place(module._buffers)]
+        self._before = [place.now() for place in self._places]
+        self._inside: list[Snapshot] = []
         self._graphs: dict[int, Tensor] = {}  # tensors that have one already
-        for found in _within(self._values(), seen):
-            if not isinstance(found, Tensor):
-                self._inside.append((found, _entries(found)))
-            elif _has_graph(found):
-                self._graphs[id(found)] = found
+        self._free: dict[int, tuple[Tensor, Tensor]] = {}  # those taken out of theirs by a copy
+        self.arrays: list[Any] = []
+        for found in within(self._values(), seen):
+            if isinstance(found, Tensor):
+                self.arrays.append(found)
+                if _has_graph(found):
+                    self._graphs[id(found)] = found
+            elif isinstance(found, np.ndarray):
+                self.arrays.append(found)
+            else:
+                self._inside.append(Snapshot(found))
 
     def _values(self) -> list[Any]:
         """Attributes and buffers as they are now, but for plain ones."""
-        values = [
-            value
-            for key, value in vars(self._module).items()
-            if key not in OWN and not _is_plain(value)
-        ]
-        return [*values, *self._module._buffers.values()]
+        return [v for place in self._places for v in place.now().values() if not is_plain(v)]
 
     def _is_new(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and _has_graph(tensor) and id(tensor) not in self._graphs
@@ -97,48 +123,46 @@ class _Held:
     def has_new_graph(self, seen: set[int]) -> bool:
         """Whether it holds a tensor that has a graph now and was not there, or had none."""
         values = self._values()
-        return bool(values) and any(map(self._is_new, _within(values, seen)))
+        return bool(values) and any(map(self._is_new, within(values, seen)))
 
     def put_back(self) -> None:
         """Everything as it was, but for values written in place."""
-        own = vars(self._module)
-        for key in own.keys() - self._attributes.keys():
-            del own[key]
-        own.update((key, value) for key, value in self._attributes.items() if key not in OWN)
-        self._module._buffers.clear()
-        self._module._buffers.update(self._buffers)
-        for container, entries in self._inside:
-            _refill(container, entries)
+        for place, before in zip(self._places, self._before, strict=True):
+            place.put_back(before)
+        for snapshot in self._inside:
+            snapshot.put_back()
 
     def release(self, seen: set[int]) -> None:
         """Take new tensors out of their graphs."""
-        for where in (vars(self._module), self._module._buffers):
-            for key in [key for key in where if key not in OWN]:
-                where[key] = self._released(where[key], seen)
+        inside = [found for found in within(self._values(), seen) if not _is_array(found)]
+        for place in [*self._places, *(place for found in inside for place in places(found))]:
+            for key, value in place.now().items():
+                released = self._released(value)
+                if released is not value:
+                    place.put(key, released)
+        for found in inside:
+            for k, value in enumerate(members(found) or ()):
+                released = self._released(value)
+                if released is not value:
+                    put_member(found, k, value, released)
 
-    def _released(self, value: Any, seen: set[int], depth: int = DEPTH) -> Any:
+    def _released(self, value: Any) -> Any:
         """The value, or what has to stand in its place."""
         if isinstance(value, Tensor):
             if not self._is_new(value):
                 return value
-            # In place, so that whoever else holds it is free of the graph: views cannot.
-            return value.detach() if _stays(value) else value.detach_()
-        if depth <= 0 or _is_plain(value) or not _is_container(value) or id(value) in seen:
+            if not _stays(value):
+                return value.detach_()  # so that whoever else holds it is free of the graph
+            return self._free.setdefault(id(value), (value, value.detach()))[1]
+        if not isinstance(value, tuple | frozenset) or is_plain(value):
             return value
-        seen.add(id(value))
-        depth -= _steps(value)
-        if isinstance(value, tuple | set | frozenset):
-            parts = [self._released(part, seen, depth) for part in value]
-            if all(new is old for new, old in zip(parts, value, strict=True)):
-                return value
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-        numbered = isinstance(value, list | deque)
-        entries = value if numbered or isinstance(value, dict) else vars(value)
-        for key, part in list(enumerate(value) if numbered else entries.items()):
-            released = self._released(part, seen, depth)
-            if released is not part:
-                entries[key] = released
-        return value
+        parts = [self._released(part) for part in value]
+        same = all(new is old for new, old in zip(parts, value, strict=True))
+        return value if same else rebuilt(value, parts)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
 
 
 def _has_graph(tensor: Tensor) -> bool:
@@ -150,71 +174,3 @@ def _has_graph(tensor: Tensor) -> bool:
 def _stays(tensor: Tensor) -> bool:
     """Whether a tensor cannot leave its graph in place."""
     return tensor._is_view() or is_functorch_wrapped_tensor(tensor)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether there is nothing to look for in a value, as in most attributes of most layers."""
-    kind = type(value)
-    if kind is tuple:
-        return all(type(part) in PLAIN for part in value)
-    return kind in PLAIN
-
-
-def _is_container(value: Any) -> bool:
-    """Whether a value has entries, or attributes, to be looked at."""
-    if isinstance(value, PLAIN_CONTAINERS):
-        return len(value) <= ENTRIES
-    if isinstance(value, nn.Module):
-        return True
-    return hasattr(value, "__dict__") and not callable(value)
-
-
-def _within(values: Iterable[Any], seen: set[int]) -> list[Any]:
-    """The tensors and containers among values, and those inside of these."""
-    found, stack = [], [(value, DEPTH) for value in values]
-    while stack:
-        value, depth = stack.pop()
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif depth > 0 and not _is_plain(value) and _is_container(value) and id(value) not in seen:
-            seen.add(id(value))
-            found.append(value)
-            depth -= _steps(value)
-            stack.extend((part, depth) for part in _parts(value))
-    return found
-
-
-def _steps(container: Any) -> int:
-    """How much of the depth a container takes."""
-    return 1 if isinstance(container, (*PLAIN_CONTAINERS, nn.Module)) else 2
-
-
-def _parts(container: Any) -> Iterable[Any]:
-    """What is in a container."""
-    if isinstance(container, list | tuple | deque | set | frozenset):
-        return container
-    return (container if isinstance(container, dict) else vars(container)).values()
-
-
-def _entries(container: Any) -> Any:
-    """A copy of the entries of a container that can change."""
-    if isinstance(container, tuple | frozenset):
-        return None
-    if isinstance(container, list | deque | set):
-        return list(container)
-    return dict(container if isinstance(container, dict) else vars(container))
-
-
-def _refill(container: Any, entries: Any) -> None:
-    """Give a container the entries that it had."""
-    if entries is None:
-        return
-    if isinstance(container, list):
-        container[:] = entries
-        return
-    place = container if isinstance(container, deque | set | dict) else vars(container)
-    place.clear()
-    if isinstance(place, deque):
-        place.extend(entries)
-    else:
-        place.update(entries)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.layers import Layer
+from kfac_laplace.curvature.model.failures import ran_out_of_memory
 from kfac_laplace.curvature.recording.live_rows import irregular, rows_reached
 from kfac_laplace.curvature.recording.tape import Nudge, Recording
 
@@ -64,8 +65,10 @@ def read_when_moved(
     again: Callable[[Nudge], tuple[Recording, Tensor]],
     outputs: Tensor,
     counted: Tensor | None,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], bool]:
     """For each recorded use a mask over its rows: those reached, and those that would be.
+
+    And whether all was tried: what a model cannot run on teaches nothing, and ends the search.
 
     Args:
         recording: the forward pass.
@@ -90,13 +93,21 @@ def read_when_moved(
         }
         if not rows or fruitless == (FRUITLESS if effect else without_effect):
             break
-        moved, there = again(Move(rows, sign=(-1) ** k, seed=k // 2, alone=bool(k // 2 % 2)))
+        move = Move(rows, sign=(-1) ** k, seed=k // 2, alone=bool(k // 2 % 2))
+        try:
+            moved, there = again(move)
+            differs = not _equal(there, outputs, counted)
+            if differs:
+                reached = rows_reached(moved, there, irregular(there, counted))
+        except Exception as error:  # models raise what they like at values that they never see
+            if ran_out_of_memory(error):
+                raise
+            return found, False
         fruitless += 1
-        if not _equal(there, outputs, counted):
-            effect, vector = True, irregular(there, counted)
-            if _more(recording, moved, found, rows_reached(moved, there, vector)):
-                fruitless = 0
-    return found
+        effect |= differs
+        if differs and _more(recording, moved, found, reached):
+            fruitless = 0
+    return found, True
 
 
 def _more(

@@ -199,3 +199,44 @@ def test_rows_that_win_no_channel_of_a_maximum_stay(name, setting):
     curvature = fitted(example, kfac_approx=setting)
     assert_kfac_block(example, curvature, "first", setting)
     assert_dense_structures_are_exact(example)
+
+
+class Particular(nn.Module):
+    """A rectified network that knows no values above a bound, as a look-up or a check may."""
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.first, self.head, self.error = nn.Linear(3, 2), nn.Linear(2, CLASSES), error
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (x != 0).any(-1, keepdim=True)
+        h = F.relu(self.first(x))
+        if float(h.detach().max()) > self.bound:
+            raise self.error
+        return self.head((h * rows).sum(1))
+
+    bound = torch.inf
+
+
+def particular(error: Exception) -> tuple[Particular, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = Particular(error).double()
+    x, y = torch.randn(8, 6, 3).double(), torch.arange(8) % CLASSES
+    x[:, 4:] = 0
+    with torch.no_grad():
+        model.bound = 1.0001 * float(F.relu(model.first(x)).max())
+    return model, (x, y)
+
+
+@pytest.mark.parametrize("kind", [IndexError, ValueError, RuntimeError, KeyError, AssertionError])
+def test_a_model_that_cannot_run_with_moved_rows_teaches_nothing(kind):
+    model, (x, y) = particular(kind("a value out of range"))
+    fit = Curvature(model, "classification").fit([(x, y), (x[:5], y[:5])])
+    assert fit.n_data == 13 and all(block.is_finite() for block in fit.blocks.values())
+
+
+@pytest.mark.parametrize("words", ["can't allocate memory", "CUDA out of memory", "std::bad_alloc"])
+def test_memory_that_runs_out_with_moved_rows_is_raised(words):
+    model, batch = particular(RuntimeError(words))
+    with pytest.raises(RuntimeError, match="memory|alloc"):
+        Curvature(model, "classification").fit([batch])
