@@ -28,6 +28,7 @@ from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate import scale as calibration
 from kfac_laplace.posterior.calibrate.prior_grid import grid_search
 from kfac_laplace.posterior.calibrate.training_data import TrainingData
+from kfac_laplace.posterior.carry import carried
 from kfac_laplace.posterior.claims import claims, tell
 from kfac_laplace.posterior.expansion import Expansion
 from kfac_laplace.posterior.gaussian import Posterior
@@ -144,6 +145,7 @@ class Laplace:
         self.dict_key_y = dict_key_y
         device = self.curvature.network.device
         delta, self._patterns = starting_precision(prior_precision, device)
+        self._start = self._patterns or delta.detach()  # of groups that a later fit finds new
         self._hyper = Hyperparameters(
             delta,
             self._checked_sigma(sigma_noise),
@@ -205,7 +207,7 @@ class Laplace:
             train_loader,
             key_y=self.dict_key_y,
             progress=progress_bar,
-            check=lambda: self._prior_of(curvature).resolve(self._given),
+            check=lambda: self._given_to(self._prior_of(curvature)),
         ).finish()
         live = curvature.network.parameters(curvature.params)
         with torch.inference_mode(False):
@@ -214,7 +216,7 @@ class Laplace:
             check_finite(value, where=name)
         if not override and any(not torch.equal(mode[n], v) for n, v in self._mode.items()):
             log.warning("the weights moved since the last fit: its curvature is kept as it was")
-        self._adopt(curvature, mode, self._hyper, self._patterns)
+        self._adopt(curvature, mode)
         self._data = self._data.with_loader(train_loader, override)
         return self
 
@@ -222,20 +224,19 @@ class Laplace:
         self,
         curvature: Curvature,
         mode: dict[str, Tensor],
-        hyper: Hyperparameters,
-        patterns: Mapping[str, float] | None = None,
+        stored: Hyperparameters | None = None,
         sharing: str | None = None,
     ) -> None:
         """Take a finished curvature and mode; nothing is stored unless everything fits.
 
-        Patterns, where given, set δ in place of the hyperparameters; a sharing is that of a state.
+        Hyperparameters and their sharing, where given, are those of a state; else today's go on.
         """
         prior = self._prior_of(curvature)
         if sharing is not None:
             state.check_same_sharing(prior, sharing)
-        hyper = hyper.to(curvature.network.device)
-        given = hyper.prior_precision if patterns is None else patterns
-        hyper = dataclass_replace(hyper, prior_precision=prior.resolve(given))
+        hyper = (stored or self._hyper).to(curvature.network.device)
+        delta = self._given_to(prior) if stored is None else prior.full(hyper.prior_precision)
+        hyper = dataclass_replace(hyper, prior_precision=delta)
         self._posterior = Posterior(Expansion(curvature.network, curvature.ggn, mode, prior), hyper)
         self._patterns = None
         self.curvature, self._mode, self._hyper = curvature, mode, hyper
@@ -245,10 +246,17 @@ class Laplace:
         layouts = layouts_of(curvature.groups, curvature.params)
         return Prior.of(self._sharing, layouts, self.prior_mean, curvature.network.device)
 
-    @property
-    def _given(self) -> Tensor | Mapping[str, float]:
-        """δ as the next fit takes it."""
-        return self._hyper.prior_precision if self._patterns is None else self._patterns
+    def _given_to(self, prior: Prior) -> Tensor:
+        """δ as the next fit takes it: as it was given, or from the groups of the last fit by name.
+
+        Raises:
+            InvalidValue: what was given does not fit the groups, or has no value for new ones.
+        """
+        hyper = self._hyper.to(prior.device)
+        before = None if self._posterior is None else self._posterior.prior
+        if before is None or before.layouts.in_same_order(prior.layouts):
+            return prior.resolve(self._patterns or hyper.prior_precision)
+        return carried(hyper, before, prior, self._start)[0].prior_precision
 
     @property
     def posterior(self) -> Posterior:
@@ -256,7 +264,7 @@ class Laplace:
         if self._posterior is None:
             raise NotFitted("there is no posterior yet", where="Laplace", remedy="Call fit first")
         if self._posterior.ggn is not self.curvature.ggn:  # merged or accumulated by the caller
-            self._adopt(self.curvature, self._mode, self._hyper)
+            self._adopt(self.curvature, self._mode)
         return self._posterior
 
     # --- hyperparameters and evidence ------------------------------------------------------
@@ -279,12 +287,13 @@ class Laplace:
     @prior_precision.setter
     def prior_precision(self, value: Given) -> None:
         device = self.curvature.network.device
+        given = given_precision(value, device)
         if self._posterior is not None:
-            given = given_precision(value, device)
             self._move(prior_precision=self._posterior.prior.resolve(given))
         else:
             delta, self._patterns = starting_precision(value, device)
             self._move(prior_precision=delta)
+        self._starts_at(given)
 
     @property
     def sigma_noise(self) -> Tensor:
@@ -348,6 +357,8 @@ class Laplace:
         hyper = dataclass_replace(posterior.hyperparameters, **given)
         value = posterior.at(hyper).log_marginal_likelihood
         self._move(**{name: tensor.detach() for name, tensor in given.items()})
+        if prior_precision is not None:
+            self._starts_at(delta)
         return value
 
     @property
@@ -584,8 +595,11 @@ class Laplace:
             sharing = found["sharing"].text()
             check_seal(state_dict, "state")
         state.check_weights(curvature.network, mode)
-        self._adopt(curvature, mode, hyper, sharing=sharing)
+        self._adopt(curvature, mode, hyper, sharing)
         self._scale, self._data = scale, TrainingData()
+        delta = self._hyper.prior_precision
+        if bool((delta == delta[0]).all()):
+            self._starts_at(delta[:1])
 
     def save(self, path: File) -> None:
         """Write `state_dict()` to a file that `torch.load(weights_only=True)` reads.
@@ -642,6 +656,11 @@ class Laplace:
                 remedy="Leave it out",
             )
         return sigma
+
+    def _starts_at(self, given: Tensor | dict[str, float]) -> None:
+        """Where later fits start new groups: at one number, or patterns, that the user gave."""
+        if not isinstance(given, Tensor) or given.numel() == 1 or self._posterior is None:
+            self._start = given.detach() if isinstance(given, Tensor) else given
 
     def _move(self, **changed: Tensor) -> None:
         """Store changed hyperparameters here and in the posterior."""

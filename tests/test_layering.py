@@ -41,6 +41,7 @@ posterior/patterns
 posterior/sharing
 posterior/squares
 posterior/prior
+posterior/carry
 posterior/block
 posterior/log_table
 posterior/expansion

@@ -24,7 +24,6 @@ from kfac_laplace.curvature.plain_groups import groups_to_plain, knowledge_of_gr
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, settled_axis
-from kfac_laplace.marglik.carry import carried
 from kfac_laplace.marglik.grouping import Grouping, difference
 from kfac_laplace.marglik.live import LiveParameters
 from kfac_laplace.marglik.loss import looked_at, mean_log_likelihood, output_and_target
@@ -33,6 +32,7 @@ from kfac_laplace.marglik.sample import Examples, KeepsFirst
 from kfac_laplace.marglik.state import KEYS, check_goal, name_of, resumed
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.bounds import Bounds
+from kfac_laplace.posterior.carry import carried
 from kfac_laplace.posterior.claims import round_claims, tell
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
@@ -241,10 +241,13 @@ class MarglikTuner:
             hyper = replace(hyper, prior_precision=given) if self._patterns else hyper
         if prior is None or before is None or before.layouts.in_same_order(prior.layouts):
             return hyper, self._adam
-        log.info(
-            "other parameters are trained than before (%s): prior precisions go on by name",
-            difference(self._groups.shapes, groups.shapes),
-        )
+        if self._groups.shapes == groups.shapes:
+            log.info("the model uses its parameters otherwise: prior precisions go on by name")
+        else:
+            log.info(
+                "other parameters are trained than before (%s): prior precisions go on by name",
+                difference(self._groups.shapes, groups.shapes),
+            )
         hyper, carry = carried(hyper, before, prior, self._start[0])
         return hyper, carry.moments(self._adam, self._free.index("prior_precision"))
 
@@ -326,13 +329,14 @@ class MarglikTuner:
         self, loader: Iterable[Any], options: CurvatureOptions
     ) -> tuple[Laplace, Grouping, dict[str, Any] | None]:
         """A posterior fitted at today's hyperparameters, its groups, and Adam's moments."""
-        now = self._groups.today()
-        others = now.prior is None and self._groups.prior is not None
+        now, start = self._groups.today(), self._start[0]
+        grouped = self._groups.prior is not None
+        one = start if isinstance(start, Tensor) and start.numel() == 1 else 1.0
         la = Laplace(
             self.model,
             self.likelihood,
-            # Those of other parameters wait until it shows how the new ones are grouped.
-            prior_precision=1.0 if others else self._patterns or self._hyper.prior_precision,
+            # Those of groups wait until it shows how these data group the parameters.
+            prior_precision=one if grouped else self._patterns or self._hyper.prior_precision,
             sigma_noise=self._hyper.sigma_noise,
             temperature=self._temperature,
             **self._fixed,
@@ -341,7 +345,7 @@ class MarglikTuner:
         la.curvature = now.curvature(options)
         la.fit(loader)
         groups = replace(now, known=la.curvature.ggn.knowledge, prior=la.posterior.prior)
-        if not others:
+        if not grouped:
             return la, groups, self._adam
         hyper, moments = self._carried(groups)
         la.prior_precision = hyper.prior_precision

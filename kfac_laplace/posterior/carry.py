@@ -1,4 +1,4 @@
-"""Hyperparameters when the model has other trainable parameters than before: by name."""
+"""Hyperparameters when the posterior has other parameters or groups than before: by name."""
 
 import copy
 from collections.abc import Mapping
