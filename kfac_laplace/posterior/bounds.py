@@ -1,8 +1,10 @@
 """How far a search for hyperparameters goes, and which precisions it leaves alone.
 
 The evidence need not have a maximum. In the precision of parameters that equal their prior mean it
-rises for ever, in that of parameters without curvature it falls for ever, and with residuals of
-zero it rises for ever as σ falls. A search then ends where `REACH` says, not where float64 does.
+rises for ever, and with residuals of zero it rises for ever as σ falls. What it has to gain by a
+precision is bounded all the same: as a function of δ its share −½ [log det(1 + H/δ) + δ‖θ − μ‖²] is
+never above 0, and about −½ (γ + δ‖θ − μ‖²) where both are small. So an end of the range is an end
+where both are, and elsewhere the range moves on.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,12 +18,18 @@ from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.objectives import Objective
 from kfac_laplace.posterior.objectives.evidence import log_marginal_likelihood
 
-#: A positive hyperparameter goes at most so many times as far up, or down, as where it started.
+#: A positive hyperparameter goes at first so many times as far up, or down, as where it started.
 REACH = 1e8
-#: Slopes of so much of the tolerance are below it, with all rounding.
-FLAT = 0.9
+#: Half of γ and of δ‖θ − μ‖² below which a precision has next to nothing to gain, in nats.
+LITTLE = 1e-2
 #: Values within this of an end of the range sit on it: exp(log x) is not x to the last bit.
 ROUNDING = 1e-9
+#: Curvature of an entry that is none, beside the largest of all: what rounding leaves of zero.
+NO_CURVATURE = 1e-28
+#: Residuals that are none, beside the spread of the targets.
+NO_RESIDUALS = 1e-8
+#: Ranges stay within what float64 can take as a precision, and as a noise.
+FARTHEST = {"prior_precision": 1e280, "sigma_noise": 1e90}
 
 
 @dataclass(frozen=True)
@@ -32,16 +40,18 @@ class Bounds:
         low: lower ends by name, shaped as the values; δ as (length of the prior,).
         high: upper ends likewise.
         unused: precisions of parameters without effect, (length of the prior,). They stay.
-        blind: precisions of other parameters without curvature, likewise. They stay where a search
-            puts them first.
-        raised: precisions put to the upper end, where the evidence only rises. They stay.
+        blind: precisions of other parameters without curvature, likewise. They stay.
+        settled: precisions that have nothing to gain where they are. They stay.
+        of_evidence: whether the evidence is what is maximised: only of it is known what there is to
+            gain.
     """
 
     low: Mapping[str, Tensor]
     high: Mapping[str, Tensor]
     unused: Tensor
     blind: Tensor
-    raised: Tensor
+    settled: Tensor
+    of_evidence: bool
 
     @classmethod
     def of(
@@ -51,11 +61,11 @@ class Bounds:
         free: tuple[str, ...],
         start: Hyperparameters | None = None,
     ) -> "Bounds":
-        """Bounds around a start.
+        """Bounds around a start, and beyond where the posterior sits at an end that is none.
 
         Args:
             posterior: at today's hyperparameters, δ of every precision.
-            objective: what is maximised. Only of the evidence it is known where it has no maximum.
+            objective: what is maximised.
             free: names of the hyperparameters that move.
             start: where tuning began; the posterior's hyperparameters by default.
         """
@@ -68,42 +78,95 @@ class Bounds:
             if transform is not None and transform.positive:
                 low[name] = torch.minimum(first[name] / REACH, now[name])
                 high[name] = torch.maximum(first[name] * REACH, now[name])
-        unused = posterior.unused_precisions
-        blind = torch.zeros_like(unused)
-        if objective is log_marginal_likelihood:
-            blind = _without_curvature(posterior) & ~unused
-        return cls(low, high, unused, blind, torch.zeros_like(unused))
+        unused, evidence = posterior.unused_precisions, objective is log_marginal_likelihood
+        none = torch.zeros_like(unused)
+        blind = _without_curvature(posterior) & ~unused if evidence else none
+        bounds = cls(low, high, unused, blind, none, evidence)
+        return bounds.moved_on(posterior, LITTLE) or bounds
 
     @property
     def stays(self) -> Tensor:
         """The precisions that do not move."""
-        return self.unused | self.blind | self.raised
+        return self.unused | self.blind | self.settled
 
-    def begun(
-        self, posterior: Posterior, objective: Objective, tolerance: float
-    ) -> tuple[Posterior, "Bounds"]:
+    def begun(self, posterior: Posterior, tolerance: float) -> tuple[Posterior, "Bounds"]:
         """The posterior with those precisions in their places of which these are known.
 
         The evidence rises without end in the precision of parameters at their prior mean: to the
-        upper end with it. It falls without end in that of parameters without curvature: down, to
-        where no more than the tolerance is left to gain, in nats per unit of log δ, and no further.
-        A precision that gains no more than that is left alone.
+        upper end with it, which moves on until no more than the tolerance is left to gain. What has
+        no more to gain where it is stays there.
+
+        Args:
+            posterior: at the start.
+            tolerance: of the search, in nats per unit of log δ.
         """
-        if objective is not log_marginal_likelihood or "prior_precision" not in self.high:
+        if not self.of_evidence or "prior_precision" not in self.high:
             return posterior, self
         with torch.no_grad():
-            hyper = posterior.hyperparameters.detached()
-            delta, squares = hyper.prior_precision, posterior.squares
-            rises = 0.5 * posterior.effective_dimensions() > tolerance
-            raised = (squares == 0) & rises & ~self.stays
-            falls = self.blind & (0.5 * delta * squares > tolerance)
-            if not bool((raised | falls).any()):
-                return posterior, self
-            low, high = self.low["prior_precision"], self.high["prior_precision"]
-            flat = torch.maximum(low, FLAT * 2 * tolerance / squares)
-            delta = torch.where(raised, high, torch.where(falls, flat, delta))
-        moved = posterior.at(replace(hyper, prior_precision=delta))
-        return moved, replace(self, raised=raised)
+            equal = (posterior.squares == 0) & ~self.unused & ~self.blind
+            # Searches end where slopes are below ten tolerances.
+            flat = torch.where(equal, self._flat(posterior, 10 * tolerance), False)
+            flat |= self._flat(posterior, tolerance) & ~self.unused & ~self.blind
+            raised, high = equal & ~flat, self.high["prior_precision"].clone()
+            bounds = replace(self, settled=flat | raised)
+            while True:
+                hyper = posterior.hyperparameters.detached()
+                delta = torch.where(raised, high, hyper.prior_precision)
+                moved = posterior.at(replace(hyper, prior_precision=delta))
+                short = raised & ~self._flat(moved, 10 * tolerance)
+                short &= high < FARTHEST["prior_precision"]
+                if not bool(short.any()):
+                    highs = {**self.high, "prior_precision": high}
+                    return moved, replace(bounds, high=highs)
+                high = torch.where(short, high * REACH, high)
+
+    def moved_on(self, posterior: Posterior, little: float) -> "Bounds | None":
+        """Bounds with those ends moved on, and those precisions released, that have more to gain.
+
+        Args:
+            posterior: where a search ended.
+            little: half of γ and of δ‖θ − μ‖² below which there is nothing to gain, in nats.
+
+        Returns:
+            Other bounds, or None where these will do.
+        """
+        if not self.of_evidence:
+            return None
+        low, high, changed = dict(self.low), dict(self.high), False
+        settled = self.settled
+        with torch.no_grad():
+            if "prior_precision" in high:
+                # Twice and more what they were settled at: what the other precisions have changed.
+                settled = self.settled & self._flat(posterior, max(LITTLE, 20 * little))
+                changed = bool((settled != self.settled).any())
+            for name, below, above in self.ends(posterior.hyperparameters):
+                if name == "prior_precision":
+                    more = ~self._flat(posterior, little) & ~self.stays
+                    below, above = below & more, above & more
+                elif name == "sigma_noise":
+                    below = below & (not no_residuals(posterior))
+                far = FARTHEST.get(name, 1e280)
+                below, above = below & (low[name] > 1 / far), above & (high[name] < far)
+                low[name] = torch.where(below, low[name] / REACH, low[name])
+                high[name] = torch.where(above, high[name] * REACH, high[name])
+                changed |= bool((below | above).any())
+        return replace(self, low=low, high=high, settled=settled) if changed else None
+
+    def without_gain(self, posterior: Posterior) -> Tensor:
+        """Precisions at an end of the range, or settled, that have next to nothing to gain."""
+        found = self.settled
+        for name, below, above in self.ends(posterior.hyperparameters):
+            if name == "prior_precision":
+                found = found | below | above
+        return found & self._flat(posterior, LITTLE) & ~self.unused & ~self.blind
+
+    @staticmethod
+    def _flat(posterior: Posterior, little: float) -> Tensor:
+        """Precisions with next to nothing to gain, (length of the prior,)."""
+        delta = posterior.prior.full(posterior.hyperparameters.prior_precision.detach())
+        with torch.no_grad():
+            gamma, pull = posterior.effective_dimensions(), delta * posterior.squares
+            return 0.5 * torch.maximum(gamma, pull) <= little
 
     def inside(self, moved: Hyperparameters, before: Hyperparameters) -> Hyperparameters:
         """Values inside the range; what stays is as it was before."""
@@ -137,9 +200,16 @@ class Bounds:
         return slope.masked_fill(self.stays, 0) if name == "prior_precision" else slope
 
 
+def no_residuals(posterior: Posterior) -> bool:
+    """Whether a Gaussian noise has nothing to explain, so that the evidence rises as it falls."""
+    ggn = posterior.ggn
+    if not ggn.likelihood.has_gaussian_noise:
+        return True  # not known: the range is an end
+    left, spread = float(ggn.statistic) / ggn.n_outputs, ggn.likelihood.target_spread(ggn.targets)
+    return left <= (NO_RESIDUALS * spread) ** 2 if spread > 0 else left == 0
+
+
 def _without_curvature(posterior: Posterior) -> Tensor:
     """Precisions of parameters in which the log-likelihood is flat, (length of the prior,)."""
-    with torch.no_grad():
-        # Rounding alone: full blocks have their γ as differences from 1.
-        rounding = 4 * torch.finfo(torch.float64).eps * posterior.prior.counts
-        return posterior.effective_dimensions() <= rounding
+    by_entry = posterior.expansion.curvature / posterior.prior.counts
+    return by_entry <= NO_CURVATURE * by_entry.max()

@@ -99,37 +99,46 @@ def _no_better_than_a_constant(posterior: Posterior, rounds: int) -> Iterator[Cl
 
 
 def _without_maximum(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
-    """What stayed or sits at the end of its range, and why."""
-    none, far = "the evidence has no maximum in", "the search met the end of its range in"
-    up, down = f"stopped at {REACH:g} times the start", f"stopped at 1/{REACH:g} of the start"
-    reasons = [(none, bounds.blind, "no data determine it (no curvature), it means nothing")]
-    noise = ""
+    """What stayed or sits at the end of its range, and why: by γ and δ‖θ − μ‖², not by the way."""
+    none, little = "the evidence has no maximum in", "the evidence has next to nothing to gain by"
+    reasons, noise = [(none, bounds.blind, "no data determine it (no curvature), it stays")], ""
+    if "prior_precision" in bounds.high and bounds.of_evidence:
+        still, squares = bounds.without_gain(posterior), posterior.squares
+        with torch.no_grad():
+            pull = posterior.hyperparameters.prior_precision * squares
+            near = posterior.effective_dimensions() >= pull
+        reasons += [
+            (none, still & (squares == 0), "its mode equals the prior mean"),
+            (little, still & near & (squares > 0), "its mode nearly equals the prior mean"),
+            (little, still & ~near, "hardly any data determine it"),
+        ]
     for name, below, above in bounds.ends(posterior.hyperparameters):
-        if name == "prior_precision":
-            moves = ~(bounds.unused | bounds.blind)
-            equal = posterior.squares == 0
-            reasons += [
-                (none, moves & above & equal, f"its mode equals the prior mean, {up}"),
-                (far, moves & above & ~equal, f"its mode nearly equals the prior mean, {up}"),
-                (far, moves & below, f"hardly any data determine it, {down}"),
-            ]
-        elif bool(below | above):
-            noise = _noise_at_an_end(posterior, name, down if bool(below) else up)
+        if name == "prior_precision" and not bounds.of_evidence:
+            met = (below | above) & ~bounds.stays
+            reasons.append(("the search met the end of its range in", met, "call again"))
+        elif name != "prior_precision" and bool(below | above):
+            noise = _noise_at_an_end(posterior, name)
     told = [(kind, _groups_of(posterior, m), why) for kind, m, why in reasons if bool(m.any())]
-    parts = [f"{kind} the prior precision of {_listed(of)}: {why}" for kind, of, why in told]
+    deltas = posterior.prior.full(posterior.hyperparameters.prior_precision.detach())
+    where = [f", δ = {float(deltas[m].max()):.3g}" for _, m, _ in reasons if bool(m.any())]
+    parts = [
+        f"{kind} the prior precision of {_listed(of)}: {why}{at}"
+        for (kind, of, why), at in zip(told, where, strict=True)
+    ]
     parts += [noise] if noise else []
     if parts:
         names = tuple(name for _, of, _ in told for name in of) + ("noise",) * bool(noise)
         yield Claim("bounds", names, "; ".join(parts))
 
 
-def _noise_at_an_end(posterior: Posterior, name: str, where: str) -> str:
+def _noise_at_an_end(posterior: Posterior, name: str) -> str:
     """What to say of a noise at an end of its range."""
     ggn, sigma = posterior.ggn, float(getattr(posterior.hyperparameters, name))
     gaussian = ggn.likelihood.has_gaussian_noise
     if gaussian and float(ggn.statistic) <= ggn.n_outputs * sigma**2:
-        return f"the evidence has no maximum in {name}: the residuals are nearly zero, {where}"
-    return f"the search met the end of its range in {name}, {where}"
+        why = "the residuals are nearly zero"
+        return f"the evidence has no maximum in {name}: {why}, stopped at {sigma:.3g}"
+    return f"the search met the end of its range in {name}, {sigma:.3g}"
 
 
 def _beyond_the_data(posterior: Posterior) -> Iterator[Claim]:

@@ -51,3 +51,16 @@ class Expansion:
         """Σ (θ* − μ)² over the entries that share a precision, shape (length of the prior,)."""
         with torch.inference_mode(False):
             return self.prior.squares(self.mode)
+
+    @cached_property
+    def curvature(self) -> Tensor:
+        """Σ H_kk over the entries that share a precision, at σ = T = 1, (length of the prior,)."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self.ggn.options.hessian_structure == "full":
+                return self.prior.shared_sums(self.prior.layouts.pack_vector(self.dense.diagonal()))
+            spectra = {name: block.spectrum for name, block in self.ggn.blocks.items()}
+            # v/(v + c) is v/c for c far above all v, and exactly zero with v.
+            c = torch.cat([each.logs.logs for each in spectra.values()]).max().exp() * 1e18
+            one = torch.ones_like(c)
+            shares = {name: each.effective_dimensions(one, c) for name, each in spectra.items()}
+            return c * self.prior.shared_sums(shares)

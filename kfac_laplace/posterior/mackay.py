@@ -11,7 +11,7 @@ from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.objectives import Objective
 from kfac_laplace.posterior.objectives.evidence import log_marginal_likelihood
-from kfac_laplace.posterior.optimum import Optimum, Search, report
+from kfac_laplace.posterior.optimum import Optimum, Search
 
 
 def mackay(posterior: Posterior, search: Search) -> Optimum:
@@ -34,7 +34,7 @@ def mackay(posterior: Posterior, search: Search) -> Optimum:
             if here is before:  # no step climbs: as far as the arithmetic goes
                 break
     hyper, converged = here.posterior.hyperparameters, here.slope <= search.tolerance
-    return report(Optimum(hyper, here.evidence, converged, step, here.bounds), here.slope)
+    return Optimum(hyper, here.evidence, converged, step, here.bounds, here.slope)
 
 
 def mackay_steps(posterior: Posterior, search: Search) -> Hyperparameters:

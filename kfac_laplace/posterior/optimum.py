@@ -53,6 +53,7 @@ class Optimum:
         converged: whether the stopping rule was met.
         n_steps: steps taken.
         bounds: how far it could go.
+        residual: largest component of the gradient there that leads inside the bounds.
     """
 
     hyperparameters: Hyperparameters
@@ -60,6 +61,7 @@ class Optimum:
     converged: bool
     n_steps: int
     bounds: Bounds
+    residual: float
 
 
 def value_of(objective: Objective, posterior: Posterior) -> Tensor:
@@ -101,14 +103,14 @@ def slope_of(objective: Objective, posterior: Posterior) -> Tensor:
     return value
 
 
-def report(optimum: Optimum, residual: float) -> Optimum:
+def report(optimum: Optimum) -> Optimum:
     """Say so where a maximisation did not converge."""
     if not optimum.converged:
         log.warning(
             "maximisation did not converge in %d steps (%s)",
             optimum.n_steps,
-            f"residual {residual:.2e}; raise n_steps or loosen the tolerance"
-            if math.isfinite(residual)
+            f"residual {optimum.residual:.2e}; raise n_steps or loosen the tolerance"
+            if math.isfinite(optimum.residual)
             else "the objective or its gradient is not finite; nothing was changed",
         )
     return optimum

@@ -24,7 +24,8 @@ Masks = dict[str, Tensor]
 def optimise(posterior: Posterior, method: str, search: Search) -> Optimum:
     """Maximise by "marglik" (gradient) or "mackay" (fixed point, of the evidence alone).
 
-    Parameters without effect on the outputs have no say, and their precisions stay.
+    Parameters without effect on the outputs have no say, and their precisions stay. Where a search
+    meets an end of its range beyond which there is more to gain, the range moves on with it.
 
     Args:
         posterior: start, with cached eigenvalues; no data pass is made.
@@ -39,10 +40,24 @@ def optimise(posterior: Posterior, method: str, search: Search) -> Optimum:
         raise unknown("method", method, [*methods, "gridsearch"])
     if method == "mackay":
         check_objective(search.objective)
-    posterior = posterior.apart_from_unused
-    bounds = search.within(posterior)
-    posterior, bounds = bounds.begun(posterior, search.objective, search.tolerance)
-    return methods[method](posterior, replace(search, bounds=bounds))
+    here = posterior.apart_from_unused
+    bounds: Bounds | None = search.within(here)
+    found, steps = None, 0
+    while bounds is not None and (found is None or steps < search.n_steps):
+        here, bounds = bounds.begun(here, search.tolerance)
+        part = replace(search, bounds=bounds, n_steps=search.n_steps - steps)
+        found = methods[method](here, part)
+        steps += found.n_steps
+        if not math.isfinite(found.value):
+            # As it was, whatever earlier parts found.
+            found = replace(found, hyperparameters=posterior.hyperparameters.detached())
+            break
+        here = here.at(found.hyperparameters)
+        bounds = bounds.moved_on(here, search.tolerance)
+    assert found is not None
+    if bounds is not None:  # more to gain than steps
+        found = replace(found, converged=False)
+    return report(replace(found, n_steps=steps))
 
 
 def maximise(posterior: Posterior, search: Search) -> Optimum:
@@ -72,14 +87,13 @@ def maximise(posterior: Posterior, search: Search) -> Optimum:
             continue
         if not math.isfinite(climb.slope):
             start = posterior.hyperparameters.detached()
-            return report(Optimum(start, math.nan, False, search.n_steps, bounds), math.nan)
+            return Optimum(start, math.nan, False, search.n_steps, bounds, math.nan)
         back = _leading_back(bounds, climb, held, search.tolerance)
         back = {n: m & ~released.get(n, torch.zeros_like(m)) for n, m in back.items()}
         back = {name: mask for name, mask in back.items() if bool(mask.any())}
         if not back:
             converged = climb.slope <= 10 * search.tolerance
-            found = Optimum(climb.last, climb.value, converged, steps, bounds)
-            return report(found, climb.slope)
+            return Optimum(climb.last, climb.value, converged, steps, bounds, climb.slope)
         held = {name: mask & ~back[name] if name in back else mask for name, mask in held.items()}
         released = _joined(released, back)
         here = here.at(climb.last)
