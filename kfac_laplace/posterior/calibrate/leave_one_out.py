@@ -20,9 +20,10 @@ from kfac_laplace.curvature.accumulate import with_batch
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.curvature.model.budget import at_once
-from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.errors import UnsupportedUse
 from kfac_laplace.likelihoods import aligned_target
 from kfac_laplace.posterior.calibrate.held_out import HeldOut, counted
+from kfac_laplace.posterior.calibrate.same_data import check_same_targets, other_data
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
 
@@ -48,23 +49,32 @@ def leave_one_out_points(
         loader: its training data.
         key_y: name of the targets in mappings.
         seed: seed of the choice of points where there are too many to look at all.
+
+    Raises:
+        InvalidValue: other data than those of the fit, as far as their number and their targets
+            tell.
     """
     picked, rest = _divided(posterior, loader, key_y, seed)
+    likelihood, sums = posterior.ggn.likelihood, [rest.targets] if rest.n_data else []
     if rest.n_data:
         log.info(
             "leaving out %d of %d points",
             posterior.ggn.n_data - rest.n_data,
             posterior.ggn.n_data,
         )
-    likelihood, axis = posterior.ggn.likelihood, posterior.ggn.knowledge.class_axis
+    axis = posterior.ggn.knowledge.class_axis
     whole, hessians, scores = [], [], []
     for batch, y in picked:
-        outputs = output_gaussian(posterior, batch).double()
+        found = output_gaussian(posterior, batch)
+        as_in_fit = aligned_target(likelihood, y, found.shape, found.mean, axis)
+        sums.append(likelihood.target_sums(as_in_fit, found.mean))
+        outputs = found.double()
         target = aligned_target(likelihood, y, outputs.shape, outputs.mean, axis)
         whole.append(HeldOut(outputs.mean, outputs.covariance, target))
         hessian, score = _scaled(posterior, outputs.mean, target)
         hessians.append(hessian)
         scores.append(score)
+    check_same_targets(posterior, sums)
     exact = _exact_covariances(posterior, [batch for batch, _ in picked], hessians, rest)
     parts = zip(whole, exact, hessians, scores, strict=True)
     return HeldOut.joined([_left_out(*part) for part in parts])
@@ -138,13 +148,7 @@ def _divided(
             part = batch.select(others), y[others.to(y.device)]
             rest = with_batch(rest, network, part, draws, posterior.mode_for_model)
     if seen != n_data:
-        raise InvalidValue(
-            "leave-one-out needs the data of the fit, all of them",
-            where="loader",
-            got=f"{seen} examples where the fit saw {n_data}",
-            remedy="Pass the training loader (a generator can be read only once), or use "
-            "method='validation'",
-        )
+        raise other_data(f"{seen} examples where the fit saw {n_data}")
     return picked, rest
 
 

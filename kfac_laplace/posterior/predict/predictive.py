@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.likelihoods import Latent, Likelihood
 from kfac_laplace.likelihoods.predictive import RowPredictive
-from kfac_laplace.posterior.predict.finite import MEAN, finite
+from kfac_laplace.posterior.predict.finite import COVARIANCE, MEAN, finite
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Predictive:
     @property
     def covariance(self) -> Tensor:
         """Covariance of the outputs (latent, without noise): (n, c, c), or (n, t, c, c)."""
-        return self.covariance_f[:, 0] if self.covariance_f.shape[1] == 1 else self.covariance_f
+        covariance = finite(self.covariance_f, "covariance of the outputs", COVARIANCE)
+        return covariance[:, 0] if covariance.shape[1] == 1 else covariance
 
     @property
     def probs(self) -> Tensor:
@@ -121,11 +122,17 @@ def restore(aligned: Tensor, shape: torch.Size, class_axis: int) -> Tensor:
 def from_samples(
     likelihood: Likelihood, samples: Tensor, class_axis: int, sigma: Tensor
 ) -> Predictive:
-    """A predictive by averages over output samples (s, *output shape), in at least float32."""
+    """A predictive by averages over output samples (s, *output shape), in at least float32.
+
+    Raises:
+        InvalidValue: a covariance that is not finite, of likelihoods that make use of it.
+    """
     f = torch.stack([likelihood.align(sample, class_axis) for sample in samples])
     centred = f - f.mean(0)
     with without_autocast(f.device):
         covariance = torch.einsum("sntc,sntd->ntcd", centred, centred) / max(1, len(f) - 1)
+    if likelihood.has_gaussian_noise:  # others average over the samples: theirs may be as it likes
+        finite(covariance, "covariance of the outputs", COVARIANCE)
     return Predictive(
         likelihood, f.mean(0), covariance, samples.shape[1:], class_axis, sigma, samples=f
     )

@@ -209,3 +209,26 @@ def test_a_grid_that_overflows():
     with pytest.raises(InvalidValue, match=SAYS):
         loader = [(x, torch.zeros(len(x)).long())]
         la.optimize_prior("gridsearch", val_loader=loader, grid=[1.0, 1e-320])
+
+
+@pytest.mark.parametrize("pred_type", ["linear", "nn"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e20), (torch.float64, 1e160)])
+def test_samples_whose_squares_overflow(pred_type, dtype, size):
+    """Their mean is finite, and their covariance would be infinite."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).to(dtype), torch.randn(9, 3, dtype=dtype)
+    la = Laplace(model, "regression").fit([(x, torch.randn(9, 2, dtype=dtype))])
+    with pytest.raises(InvalidValue, match="covariance of the outputs: not finite"):
+        la(size * x[:2], pred_type=pred_type)
+    assert torch.isfinite(la(1e3 * x[:2], pred_type=pred_type)[1]).all()
+
+
+@pytest.mark.parametrize("pred_type", ["linear", "nn"])
+def test_probabilities_need_no_covariance_of_samples(pred_type):
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(9, 3)
+    la = Laplace(model).fit([(x, torch.arange(9) % 2)])
+    predictive = la.predict(1e20 * x[:2], pred_type=pred_type)
+    torch.testing.assert_close(predictive.probs.sum(-1), torch.ones(2))
+    with pytest.raises(InvalidValue, match="covariance of the outputs: not finite"):
+        _ = predictive.covariance
