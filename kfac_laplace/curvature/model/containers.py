@@ -178,8 +178,8 @@ class Snapshot:
 
     def put_back(self) -> None:
         """Give the container the entries that it had, where they are others now."""
-        for place, before in self._places:
-            place.put_back(before)
+        for place, entries in self._places:
+            place.put_back(entries)
         now, before = members(self._container), self._sequence
         if now is None or before is None or _same(now, before):
             return
