@@ -31,6 +31,7 @@ from kfac_laplace.curvature.model.forward import Forward, ForwardFn
 from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.model.parameters import check_real, check_usable
 from kfac_laplace.curvature.model.unchanged import device_of, unwrap
+from kfac_laplace.curvature.recording.autograd_graph import leaves_behind
 from kfac_laplace.curvature.recording.tape import Recording, Tape
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError
 from kfac_laplace.likelihoods import Likelihood
@@ -99,7 +100,8 @@ class Network:
         shapes = {name: p.shape for name, p in params.items()}
         tracked = select_parameters(shapes, trainable, subset)
         if complex_stay_out or subset == "last_layer":
-            tracked = [name for name in tracked if not params[name].is_complex()]
+            real = [name for name in tracked if not params[name].is_complex()]
+            tracked = real or ([] if complex_stay_out else tracked)
         check_real({name: params[name] for name in tracked})
         if not tracked:
             raise InvalidValue(
@@ -270,6 +272,11 @@ def learn_groups(passed: ForwardPass, subset: Subset, joint_bias: bool) -> Knowl
     tracked = known.tracked
     if subset == "last_layer":
         chosen = last_layer(recording)
+        layers = [use for use in recording.uses if use.layer.kronecker]
+        behind = leaves_behind(recording.output.grad_fn, layers[-1].edge.node)
+        named = passed.forward.model.named_parameters()
+        # A complex scale behind it is no layer, as a real one is none.
+        check_real({n: p for n, p in named if id(p) in behind and p.ndim > 1})
         tracked = tuple(name for name in tracked if name in chosen)
     ungrouped = {
         name
