@@ -202,7 +202,9 @@ class Laplace:
         else:
             afresh = Curvature.of(self.model, self.options)
             known = self.curvature.ggn.knowledge
-            curvature = afresh.remember(known.unchecked() if self._mode else known)
+            curvature = afresh
+            if known.shapes.items() <= afresh.network.shapes.items():
+                curvature = afresh.remember(known.unchecked() if self._mode else known)
         curvature.read(
             train_loader,
             key_y=self.dict_key_y,

@@ -93,12 +93,12 @@ def _of_pass(
     targets = passed.by_example(y)
     passed = passed.weighted(ggn.likelihood.importance(targets))
     passed = passed.knowing(learn_row_layouts(passed))
-    settings = ggn.settings
-    if not passed.knowledge.groups:
+    settings, first = ggn.settings, not passed.knowledge.groups
+    if first:
         passed = passed.knowing(_with_groups(passed, ggn.options))
         few = partial(_few, network, passed, parameters)
         settings = _settings(passed, ggn.options, few)
-    passed = passed.knowing(_with_effects(passed, ggn.options))
+    passed = passed.knowing(_with_effects(passed, ggn.options, first))
     idle = _idle_examples(passed.weights)
     # Examples whose labels are all ignored would enter the input factors alone.
     if bool(idle.any()) and not bool(idle.all()) and isinstance(batch, Batch):
@@ -152,7 +152,7 @@ def _with_groups(passed: ForwardPass, options: CurvatureOptions) -> Knowledge:
     return known
 
 
-def _with_effects(passed: ForwardPass, options: CurvatureOptions) -> Knowledge:
+def _with_effects(passed: ForwardPass, options: CurvatureOptions, first: bool) -> Knowledge:
     """What this pass shows to have an effect; uncovered parameters treated as asked for.
 
     A parameter that an earlier batch did not use has no rule, whatever its use is now.
@@ -163,16 +163,43 @@ def _with_effects(passed: ForwardPass, options: CurvatureOptions) -> Knowledge:
     known = replace(known, effective=known.effective | found)
     if not without_rule or options.hessian_structure != "kron":
         return known
+    late = [] if first else [name for name in without_rule if name in _factorable(passed)]
+    if late and options.uncovered != "error":
+        return _telling_late(known, late, options.uncovered)
     if options.uncovered == "error":
         raise UnsupportedUse(
             "no layer rule gives these parameters Kronecker factors",
             where=", ".join(without_rule),
-            remedy="Choose uncovered='diag' or 'freeze', or register a rule",
+            got="used first in a later batch" if late else None,
+            remedy="Begin with a batch that uses them, or choose uncovered='diag' or 'freeze'"
+            if late
+            else "Choose uncovered='diag' or 'freeze', or register a rule",
         )
     if not known.listed:
         names = ", ".join(without_rule)
         log.info("without Kronecker factors, treated as '%s': %s", options.uncovered, names)
     return replace(known, listed=True)
+
+
+def _factorable(passed: ForwardPass) -> frozenset[str]:
+    """Names of the parameters that a pass uses in layers with Kronecker factors alone."""
+    uses = passed.recording.uses
+    other = [use.params for use in uses if not use.layer.kronecker]
+    own = [use.params for use in uses if use.layer.kronecker]
+    return frozenset[str]().union(*own) - passed.recording.loose.union(*other)
+
+
+def _telling_late(known: Knowledge, late: list[str], treated: str) -> Knowledge:
+    """Say, once of each, what a batch used too late to have Kronecker factors."""
+    names = [name for name in late if name not in known.late]
+    if names:
+        log.warning(
+            "used first in a later batch, and so %s: %s. Begin with a batch that uses them for "
+            "Kronecker factors, on which evidence and predictions depend",
+            "left at their values" if treated == "freeze" else "treated by an exact diagonal",
+            ", ".join(names),
+        )
+    return replace(known, late=known.late.union(names))
 
 
 def _covered(known: Knowledge) -> frozenset[str]:

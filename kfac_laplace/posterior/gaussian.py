@@ -192,8 +192,12 @@ class Posterior:
 
     @property
     def mode_for_model(self) -> dict[str, Tensor]:
-        """The mode in the dtypes of the model's own parameters, to run it with."""
-        live = self.network.parameters(tuple(self.mode))
+        """The mode in the dtypes of the model's own parameters, to run it with.
+
+        Raises:
+            InvalidValue: one of them is no longer in the model, or has another shape.
+        """
+        live = self.network.unchanged({name: value.shape for name, value in self.mode.items()})
         return {name: value.to(live[name].dtype) for name, value in self.mode.items()}
 
     def deviations(

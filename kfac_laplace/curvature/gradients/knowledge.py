@@ -32,6 +32,7 @@ class Knowledge:
         listed: whether the log says what has no Kronecker factors.
         effective: names of the tracked parameters that some batch's outputs depend on.
         told: names of those that the log says to be without effect.
+        late: names of those that the log says to be used first in a later batch.
         interface: what is known about inputs and outputs, and whether they were checked.
     """
 
@@ -47,6 +48,7 @@ class Knowledge:
     listed: bool = False
     effective: frozenset[str] = frozenset()
     told: frozenset[str] = frozenset()
+    late: frozenset[str] = frozenset()
     interface: Interface = Interface()
 
     @property
@@ -118,5 +120,6 @@ class Knowledge:
             listed=self.listed or other.listed,
             effective=self.effective | other.effective,
             told=self.told | other.told,
+            late=self.late | other.late,
             interface=self.interface.joined(other.interface),
         )

@@ -31,6 +31,7 @@ from kfac_laplace.curvature.model.forward import Forward, ForwardFn
 from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.model.parameters import check_real, check_usable
 from kfac_laplace.curvature.model.unchanged import device_of, unwrap
+from kfac_laplace.curvature.recording.autograd_graph import leaves_behind
 from kfac_laplace.curvature.recording.tape import Recording, Tape
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError
 from kfac_laplace.likelihoods import Likelihood
@@ -99,7 +100,8 @@ class Network:
         shapes = {name: p.shape for name, p in params.items()}
         tracked = select_parameters(shapes, trainable, subset)
         if complex_stay_out or subset == "last_layer":
-            tracked = [name for name in tracked if not params[name].is_complex()]
+            real = [name for name in tracked if not params[name].is_complex()]
+            tracked = real or ([] if complex_stay_out else tracked)
         check_real({name: params[name] for name in tracked})
         if not tracked:
             raise InvalidValue(
@@ -115,22 +117,39 @@ class Network:
         params = dict(self.model.named_parameters())
         return {name: params[name] for name in names}
 
-    def trained(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of all parameters, by name."""
+        return {name: p.shape for name, p in self.model.named_parameters()}
+
+    def trained(self, known: Knowledge) -> dict[str, Tensor]:
         """Parameters that earlier batches knew, which must still be there and be trainable.
 
         Raises:
-            InvalidValue: one is frozen now, or gone.
+            InvalidValue: one is frozen now, gone, or of another shape.
+        """
+        params = self.unchanged(dict.fromkeys(known.tracked) | known.shapes)
+        for name, parameter in params.items():
+            if not parameter.requires_grad:
+                raise _changed(name, "frozen now")
+        return params
+
+    def unchanged(self, shapes: Mapping[str, torch.Size | None]) -> dict[str, Tensor]:
+        """Parameters as they are in the model now, which must have the shapes they had.
+
+        Args:
+            shapes: shapes by name, None where they do not matter.
+
+        Raises:
+            InvalidValue: one is gone, or of another shape.
         """
         params = dict(self.model.named_parameters())
-        for name in names:
-            if name not in params or not params[name].requires_grad:
-                raise InvalidValue(
-                    "parameters are no longer those of the first batch",
-                    where=name,
-                    got="frozen now" if name in params else "no longer in the model",
-                    remedy="Put it back as it was, or make a new posterior",
-                )
-        return {name: params[name] for name in names}
+        for name, shape in shapes.items():
+            if name not in params:
+                raise _changed(name, "no longer in the model")
+            if shape is not None and params[name].shape != shape:
+                raise _changed(name, f"shape {tuple(params[name].shape)} for {tuple(shape)}")
+        return {name: params[name] for name in shapes}
 
     def check_none_new(self, known: Knowledge, subset: Subset, complex_stay_out: bool) -> None:
         """Raise `InvalidValue` for a parameter that is trained now and was not at the first batch.
@@ -140,6 +159,8 @@ class Network:
             subset: `subset_of_weights`.
             complex_stay_out: as for `select`.
         """
+        if known.groups:
+            self.trained(known)
         if not known.groups or subset == "last_layer":
             return
         new = [name for name in self.select(subset, complex_stay_out) if name not in known.tracked]
@@ -170,7 +191,7 @@ class Network:
     ) -> ForwardPass:
         """Record a forward pass at `params` (the model's own by default)."""
         if params is None:
-            used = self.trained(knowledge.tracked)
+            used = self.trained(knowledge)
         else:
             used = {name: p.detach().requires_grad_() for name, p in params.items()}
         substitutes = None if params is None else used
@@ -229,6 +250,16 @@ class Network:
         return recording if order.harmless or not order.used else None
 
 
+def _changed(name: str, got: str) -> InvalidValue:
+    """The error of a model that was changed under its curvature or posterior."""
+    return InvalidValue(
+        "parameters are no longer those of the first batch",
+        where=name,
+        got=got,
+        remedy="Put it back as it was, fit anew, or make a new posterior",
+    )
+
+
 def learn_groups(passed: ForwardPass, subset: Subset, joint_bias: bool) -> Knowledge:
     """Find groups (and with "last_layer" the tracked parameters) from the first pass.
 
@@ -241,6 +272,11 @@ def learn_groups(passed: ForwardPass, subset: Subset, joint_bias: bool) -> Knowl
     tracked = known.tracked
     if subset == "last_layer":
         chosen = last_layer(recording)
+        layers = [use for use in recording.uses if use.layer.kronecker]
+        behind = leaves_behind(recording.output.grad_fn, layers[-1].edge.node)
+        named = passed.forward.model.named_parameters()
+        # A complex scale behind it is no layer, as a real one is none.
+        check_real({n: p for n, p in named if id(p) in behind and p.ndim > 1})
         tracked = tuple(name for name in tracked if name in chosen)
     ungrouped = {
         name

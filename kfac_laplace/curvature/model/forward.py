@@ -80,7 +80,8 @@ def as_output(output: Any) -> Tensor:
             list whose first entry is the only tensor in it, as recurrent layers return.
 
     Raises:
-        InvalidType: there is none, or there are several tensors, of which any may be meant.
+        InvalidType: there is none, or there are several tensors, of which any may be meant, or it
+            is complex, whole numbers or truth values.
     """
     logits = getattr(output, "logits", output)
     if isinstance(logits, Mapping):
@@ -101,6 +102,14 @@ def as_output(output: Any) -> Tensor:
             where="model output",
             got=logits.dtype,
             remedy="Return real and imaginary parts (torch.view_as_real), or what the loss takes",
+        )
+    if not logits.is_floating_point():
+        raise InvalidType(
+            "outputs must be floating-point numbers",
+            where="model output",
+            got=logits.dtype,
+            remedy="Return scores or means before argmax, rounding or comparison: they have "
+            "gradients",
         )
     return logits
 

@@ -12,9 +12,12 @@ from kfac_laplace.errors import InvalidType
 BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 IN_ORDER = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
+#: What Python says of arguments that a function does not take.
+MISFITS = ("unexpected keyword argument", "required positional argument", "positional arguments")
+
 REMEDY = (
-    "Rename or drop entries (batch_fn), let forward take the mapping as its one argument, or pass "
-    "forward_fn"
+    "Rename or drop entries (batch_fn), let forward take the mapping as its one named argument, or "
+    "pass forward_fn=lambda model, x: model(x)"
 )
 
 
@@ -32,7 +35,7 @@ def of_mapping(model: nn.Module, x: Mapping[str, Any]) -> Any:
         InvalidType: neither form fits.
     """
     if not _takes_whole(unwrapped(model).forward, x):
-        return model(**x)
+        return _by_entries(model, x)
     try:
         return model(x)
     except (TypeError, AttributeError) as error:
@@ -43,6 +46,25 @@ def of_mapping(model: nn.Module, x: Mapping[str, Any]) -> Any:
             where="x",
             got=f"{list(x)}, and of the model {error}",
             remedy=REMEDY,
+        ) from error
+
+
+def _by_entries(model: nn.Module, x: Mapping[str, Any]) -> Any:
+    """What a model returns for entries as keywords, which its signature may not tell to be wrong.
+
+    Raises:
+        InvalidType: a wrapper hands them on to a model that does not know them.
+    """
+    try:
+        return model(**x)
+    except TypeError as error:
+        if not any(phrase in str(error) for phrase in MISFITS):
+            raise
+        raise InvalidType(
+            "the model does not take the entries of the mapping by name",
+            where="x",
+            got=f"{list(x)}, and of the model {error}",
+            remedy="Pass forward_fn=lambda model, x: model(x) if it takes the mapping as a whole",
         ) from error
 
 
@@ -72,9 +94,10 @@ def _takes_whole(forward: Callable[..., Any], x: Mapping[str, Any]) -> bool:
         parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):  # not written in Python
         return False
-    if any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return False
     required = [p for p in parameters if p.default is p.empty and p.kind in (*IN_ORDER, *BY_NAME)]
+    if any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters):
+        alone = len(required) == 1 and required[0].kind in IN_ORDER
+        return alone and required[0].name not in x
     names = [p.name for p in parameters if p.kind in BY_NAME]
     unknown = [key for key in x if key not in names]
     missing = [p.name for p in required if p.name not in x or p.kind not in BY_NAME]

@@ -43,3 +43,28 @@ def all_nodes(root: Node | None) -> Iterator[Node]:
             seen.add(node)
             yield node
             stack.extend(below for below, _ in node.next_functions if below is not None)
+
+
+def leaves_behind(top: Node | None, node: Node) -> set[int]:
+    """Ids of the leaves that functions of a node's output take, alone or changed on their own.
+
+    Args:
+        top: where the graph starts.
+        node: one of its nodes.
+    """
+    above = nodes_with_parents(top)
+    behind = ancestors([node], above) if node in above else set()
+    stack = [n for parent in behind for n, _ in parent.next_functions if n is not None]
+    seen = behind | {node}
+    found: set[int] = set()
+    while stack:
+        below = stack.pop()
+        if below in seen:
+            continue
+        seen.add(below)
+        variable = getattr(below, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        if len(below.next_functions) == 1:  # transposed, conjugated: not made of data as well
+            stack.extend(n for n, _ in below.next_functions if n is not None)
+    return found
