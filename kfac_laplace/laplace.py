@@ -23,7 +23,7 @@ from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Likelihood, check_finite
-from kfac_laplace.options import check_whole
+from kfac_laplace.options import check_positive, check_whole
 from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate import scale as calibration
 from kfac_laplace.posterior.calibrate.prior_grid import grid_search
@@ -396,6 +396,10 @@ class Laplace:
     ) -> Self:
         """Choose δ, and σ if there is one, on cached eigenvalues; no pass over the training data.
 
+        What is maximised leaves out the scatter of parameters without effect on the outputs, whose
+        integral over the prior is 1: `log_marginal_likelihood`, which has it, may fall where they
+        share a precision.
+
         Args:
             method: "marglik" maximises the objective by L-BFGS, "mackay" the evidence by a fixed
                 point; "gridsearch" takes the scalar δ of least validation NLL.
@@ -407,9 +411,11 @@ class Laplace:
             grid: candidates for "gridsearch"; 10⁻⁴ … 10⁴ by default.
 
         Raises:
-            InvalidValue: an unknown method or objective, or two that do not go together.
+            InvalidValue: an unknown method or objective, or two that do not go together; a
+                tolerance that is not positive.
         """
         check_whole("n_steps", n_steps, 1)
+        check_positive("tolerance", tolerance)
         chosen, posterior = resolve_objective(objective), self.posterior
         if method == "gridsearch":
             if objective != "auto":

@@ -90,7 +90,7 @@ class GGN:
             n_data=weight * self.n_data,
             n_rows=weight * self.n_rows,
             n_outputs=weight * self.n_outputs,
-            targets=weight * self.targets,
+            targets=self.likelihood.scaled_sums(self.targets, weight),
         )
 
     def __add__(self, other: "GGN") -> "GGN":
@@ -147,19 +147,19 @@ class GGN:
             n_data=self.n_data + other.n_data,
             n_rows=self.n_rows + other.n_rows,
             n_outputs=self.n_outputs + other.n_outputs,
-            targets=_summed(self.targets, other.targets.to(self.targets.device)),
+            targets=self._summed(self.targets, other.targets.to(self.targets.device)),
         )
+
+    def _summed(self, one: Tensor, other: Tensor) -> Tensor:
+        """Sums over the targets of both, by output where these are the same ones."""
+        if not one.numel() or not other.numel():
+            return one if one.numel() else other
+        joins = self.likelihood
+        if one.shape != other.shape:
+            one, other = joins.pooled_sums(one), joins.pooled_sums(other)
+        return joins.joined_sums(one, other)
 
     def _signature(self) -> tuple[object, ...]:
         """What two must share to be added."""
         layouts = {name: (type(block), block.layout) for name, block in self.blocks.items()}
         return layouts, dict(self.settings), self.options.fisher
-
-
-def _summed(one: Tensor, other: Tensor) -> Tensor:
-    """Sums over the targets of both, by output where these are the same ones."""
-    if not one.numel() or not other.numel():
-        return one if one.numel() else other
-    if one.shape != other.shape:
-        one, other = one.sum(1, keepdim=True), other.sum(1, keepdim=True)
-    return one + other

@@ -9,7 +9,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from kfac_laplace.likelihoods.checks import check_same_layout, elementwise_target
 from kfac_laplace.likelihoods.latent import Latent
-from kfac_laplace.likelihoods.likelihood import Likelihood
+from kfac_laplace.likelihoods.moments import Moments
 from kfac_laplace.likelihoods.predictive import NormalPredictive
 from kfac_laplace.likelihoods.roots import diagonal_roots
 
@@ -18,7 +18,7 @@ from kfac_laplace.likelihoods.roots import diagonal_roots
 VAGUE = 10.0
 
 
-class Gaussian(Likelihood):
+class Gaussian(Moments):
     """N(y | f, σ² I): Λ = I at σ = 1."""
 
     has_noise = True
@@ -50,18 +50,12 @@ class Gaussian(Likelihood):
         """−RSS/(2σ²) − ½ count log 2πσ²."""
         return -0.5 * statistic / sigma**2 - 0.5 * count * (2 * math.pi * sigma**2).log()
 
-    def target_sums(self, y: Tensor, f: Tensor) -> Tensor:
-        """Number, Σ y and Σ y² by output, (3, c)."""
-        y = y.double().flatten(0, -2)
-        return torch.stack([torch.ones_like(y), y, y.square()]).sum(1)
-
     def target_spread(self, sums: Tensor) -> float:
         """Root mean square of the targets' distances from the mean of their output."""
         if not sums.numel():
             return math.nan
-        count, total, squares = sums
-        inside = (squares - total.square() / count).sum() / count.sum()
-        return math.sqrt(max(0.0, float(inside)))
+        count, _, inside = sums
+        return math.sqrt(float(inside.sum() / count.sum()))
 
     def uninformed(self, y: Tensor, f: Tensor) -> tuple[Tensor, Tensor] | None:
         """The targets' mean by output, `VAGUE` times as wide as their spread; None at spread 0."""

@@ -11,10 +11,10 @@ from torch.types import _size
 from typing_extensions import Self
 
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.likelihoods.likelihood import Likelihood
+from kfac_laplace.likelihoods.moments import Moments
 
 
-class Heteroscedastic(Likelihood):
+class Heteroscedastic(Moments):
     """Gaussians in natural parameters: p(y | η) ∝ exp(η₁ y + η₂ y²), η₁ = a, η₂ = −½ e^s.
 
     The 2C outputs of a row are a for each of C targets, then s for each: the precision of y is e^s,
@@ -55,6 +55,13 @@ class Heteroscedastic(Likelihood):
         residual = (s / 2).exp() * y - (-s / 2).exp() * a
         terms = 0.5 * (s - residual.square() - math.log(2 * math.pi))
         return terms.flatten(1).sum(1)
+
+    def constant_log_likelihood(self, sums: Tensor) -> float:
+        """That of N(ȳ, s²) with a spread for each target."""
+        if not sums.numel():
+            return math.nan
+        count, _, inside = sums
+        return float(-0.5 * (count * (1 + (2 * math.pi * inside / count).log())).sum())
 
     def score(self, f: Tensor, y: Tensor) -> Tensor:
         """(μ − y, ½ (e^s (y² − μ²) − 1))."""

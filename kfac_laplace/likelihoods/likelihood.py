@@ -97,6 +97,18 @@ class Likelihood(ABC):
         """
         return torch.zeros(0, dtype=torch.float64)
 
+    def joined_sums(self, one: Tensor, other: Tensor) -> Tensor:
+        """`target_sums` of two sets of data together, of as many outputs; their sum by default."""
+        return one + other
+
+    def pooled_sums(self, sums: Tensor) -> Tensor:
+        """`target_sums` with all outputs as one, (k, 1), to join those of other outputs."""
+        return sums.sum(1, keepdim=True)
+
+    def scaled_sums(self, sums: Tensor, weight: float) -> Tensor:
+        """`target_sums` of data that each count as much as a weight."""
+        return weight * sums
+
     def constant_log_likelihood(self, sums: Tensor) -> float:
         """log p(D | f, σ) at the best outputs that do not depend on x, and the best σ.
 

@@ -28,6 +28,18 @@ class Poisson(Likelihood):
         """Σ y f − e^f − log y!, shape (n,); also where the rate underflows."""
         return (y * f - f.exp() - torch.lgamma(y + 1)).flatten(1).sum(1)
 
+    def target_sums(self, y: Tensor, f: Tensor) -> Tensor:
+        """Number, Σ y and Σ log y! by output, (3, c)."""
+        y = y.double().flatten(0, -2)
+        return torch.stack([torch.ones_like(y), y, torch.lgamma(y + 1)]).sum(1)
+
+    def constant_log_likelihood(self, sums: Tensor) -> float:
+        """That of the mean count of each output."""
+        if not sums.numel():
+            return math.nan
+        count, total, factorials = sums
+        return float((torch.special.xlogy(total, total / count) - total - factorials).sum())
+
     def score(self, f: Tensor, y: Tensor) -> Tensor:
         """e^f − y."""
         return f.exp() - y

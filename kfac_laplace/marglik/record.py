@@ -16,10 +16,11 @@ class Record:
 
     Args:
         epoch: epoch after which it took place.
-        evidence: log q(D) at the new hyperparameters, in nats over the whole data.
+        evidence: log q(D) at the new hyperparameters, in nats over the whole data; parameters
+            without effect on the outputs have no part in it.
         log_likelihood: Σ log p(y | f, σ), before division by T.
         log_det_ratio: log det P − log det P₀.
-        scatter: (θ − μ)ᵀ P₀ (θ − μ).
+        scatter: (θ − μ)ᵀ P₀ (θ − μ), likewise.
         hyperparameters: detached values by name.
         objective: what the round maximised: the evidence unless the tuner was given another.
         seconds: duration of the whole round.
@@ -49,7 +50,7 @@ class Record:
         """The record of a posterior at the hyperparameters that a round chose.
 
         Args:
-            posterior: at these hyperparameters.
+            posterior: at these hyperparameters, `apart_from_unused`.
             objective: what the round maximised.
             epoch: epoch after which it took place.
             seconds: duration of the whole round, and of the curvature pass within it.

@@ -297,7 +297,7 @@ class MarglikTuner:
         hyper, moments, bounds = self._improved(la.posterior, moments)
         with torch.no_grad():
             record = Record.of(
-                la.posterior.at(hyper),
+                la.posterior.apart_from_unused.at(hyper),
                 self.objective,
                 epoch=epoch,
                 seconds=(time.perf_counter() - start, curvature_seconds),

@@ -80,7 +80,7 @@ class Bounds:
                 high[name] = torch.maximum(first[name] * REACH, now[name])
         unused, evidence = posterior.unused_precisions, objective is log_marginal_likelihood
         none = torch.zeros_like(unused)
-        blind = _without_curvature(posterior) & ~unused if evidence else none
+        blind = (posterior.expansion.curvature == 0) & ~unused if evidence else none
         bounds = cls(low, high, unused, blind, none, evidence)
         return bounds.moved_on(posterior, LITTLE) or bounds
 
@@ -153,8 +153,8 @@ class Bounds:
         return replace(self, low=low, high=high, settled=settled) if changed else None
 
     def without_gain(self, posterior: Posterior) -> Tensor:
-        """Precisions at an end of the range, or settled, that have next to nothing to gain."""
-        found = self.settled
+        """Precisions that have next to nothing to gain: settled, at an end, of rounding alone."""
+        found = self.settled | _of_rounding(posterior)
         for name, below, above in self.ends(posterior.hyperparameters):
             if name == "prior_precision":
                 found = found | below | above
@@ -209,7 +209,7 @@ def no_residuals(posterior: Posterior) -> bool:
     return left <= (NO_RESIDUALS * spread) ** 2 if spread > 0 else left == 0
 
 
-def _without_curvature(posterior: Posterior) -> Tensor:
-    """Precisions of parameters in which the log-likelihood is flat, (length of the prior,)."""
+def _of_rounding(posterior: Posterior) -> Tensor:
+    """Precisions of parameters whose curvature may be rounding alone, (length of the prior,)."""
     by_entry = posterior.expansion.curvature / posterior.prior.counts
     return by_entry <= NO_CURVATURE * by_entry.max()

@@ -17,8 +17,10 @@ log = logging.getLogger("kfac_laplace")
 NEARLY_ALL = 0.9
 #: A squared noise may exceed the targets' variance by this over their number: what chance does.
 LEEWAY = 5.0
-#: A network that gains no more than this over a constant, in nats a row, predicts as a constant.
-NO_GAIN = 0.01
+#: Log-likelihoods within this of each other, beside their size, are the same.
+ROUNDING = 1e-9
+#: Rounds in which a tuner's network may not have learned anything.
+EARLY = 4
 #: Rounds after which a tuner's network should have learned something.
 LATE = 10
 
@@ -54,7 +56,7 @@ def claims(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
         bounds: how far the search could go.
     """
     yield from _without_maximum(posterior.apart_from_unused, bounds)
-    yield from _beyond_the_data(posterior)
+    yield from _beyond_the_data(posterior, "sigma_noise" in bounds.high)
     if "sigma_noise" in bounds.high:
         yield from _beyond_the_spread(posterior)
 
@@ -68,33 +70,38 @@ def round_claims(posterior: Posterior, bounds: Bounds, rounds: int) -> Iterator[
         rounds: how many rounds there were.
     """
     yield from _without_maximum(posterior.apart_from_unused, bounds)
-    yield from _beyond_the_data(posterior)
+    yield from _beyond_the_data(posterior, "sigma_noise" in bounds.high)
     if "sigma_noise" in bounds.high and (rounds >= LATE or _taken_back(posterior, bounds)):
         yield from _beyond_the_spread(posterior)
     yield from _no_better_than_a_constant(posterior, rounds)
 
 
 def _no_better_than_a_constant(posterior: Posterior, rounds: int) -> Iterator[Claim]:
-    """A network that its prior holds down; one that begins is not, as data determine much of it."""
+    """A network that predicts as a constant does, or worse, when it should have learned."""
     ggn, temperature = posterior.ggn, float(posterior.hyperparameters.temperature)
     constant = ggn.likelihood.constant_log_likelihood(ggn.targets)
-    if not math.isfinite(constant):
+    if not math.isfinite(constant) or rounds <= EARLY:
         return
     fit, gamma, outputs = float(posterior.log_likelihood), _gamma(posterior), len(ggn.targets[0])
-    if fit > constant + NO_GAIN * ggn.n_outputs / outputs:
+    if fit > constant + ROUNDING * abs(constant):
         return
     if gamma > outputs and rounds < LATE:  # more directions than a constant has
         return
     evidence, nothing = float(posterior.log_marginal_likelihood), constant / temperature
+    held = _held_down(posterior)
+    remedy = (
+        f"The prior outweighs the data in {held}: begin anew with a smaller prior_precision or a "
+        "longer n_epochs_burnin, unless there is nothing to learn"
+        if held
+        else "Train further, and look at the scale of the data, unless there is nothing to learn"
+    )
     yield Claim(
         "dead",
         (),
         f"the network predicts no better than a constant: log-likelihood {fit:.6g}, the best "
         f"constant's {constant:.6g}; evidence {evidence:.6g}, "
         f"{'below' if evidence < nothing else 'near'} the constant predictor's {nothing:.6g}. "
-        f"The data determine {gamma:.2g} of its directions, the prior the rest. The largest "
-        f"precisions are those of {_largest(posterior)}. Begin anew with a smaller "
-        "prior_precision or a longer n_epochs_burnin, unless there is nothing to learn",
+        f"The data determine {gamma:.2g} of its directions. {remedy}",
     )
 
 
@@ -141,22 +148,21 @@ def _noise_at_an_end(posterior: Posterior, name: str) -> str:
     return f"the search met the end of its range in {name}, {sigma:.3g}"
 
 
-def _beyond_the_data(posterior: Posterior) -> Iterator[Claim]:
-    """γ near the number of directions that the data can determine."""
-    ggn, gamma = posterior.ggn, _gamma(posterior)
-    possible = ggn.likelihood.determined(ggn.targets, ggn.n_outputs)
-    if not gamma > NEARLY_ALL * possible:
+def _beyond_the_data(posterior: Posterior, noise: bool) -> Iterator[Claim]:
+    """γ near the number of directions that the data can determine, where it is no exact count."""
+    ggn, structure = posterior.ggn, posterior.ggn.options.hessian_structure
+    gamma, possible = _gamma(posterior), ggn.likelihood.determined(ggn.targets, ggn.n_outputs)
+    if structure == "full" or not gamma > NEARLY_ALL * possible:
         return
-    structure = ggn.options.hessian_structure
-    full = "" if structure == "full" else "hessian_structure='full', "
-    noise = "fix_sigma_noise=True, " if ggn.likelihood.has_noise else ""
+    fix = "fix_sigma_noise=True, " if noise else ""
     yield Claim(
         "gamma",
         (),
         f"'{structure}' curvature claims that the data determine "
         f"{gamma:.6g} directions, where {possible:.6g} are possible: evidence, precisions"
         f"{' and noise' if noise else ''} rest on no count of degrees of freedom. Take fewer "
-        f"weights (subset_of_weights), {full}{noise}or calibrate(val_loader, method='validation')",
+        f"weights (subset_of_weights), hessian_structure='full', {fix}or calibrate(val_loader, "
+        "method='validation')",
     )
 
 
@@ -179,13 +185,14 @@ def _beyond_the_spread(posterior: Posterior) -> Iterator[Claim]:
     if not spread > 0 or sigma**2 <= spread**2 * (1 + LEEWAY / ggn.n_outputs):
         return
     left = math.sqrt(float(ggn.statistic) / ggn.n_outputs)
+    full = "" if ggn.options.hessian_structure == "full" else " or hessian_structure='full'"
     yield Claim(
         "noise",
         (),
         f"sigma_noise={sigma:.3g} is beyond the spread of the targets, {spread:.3g}; that of the "
         f"residuals is {left:.3g}. Train the model further where that is large; otherwise the "
         "curvature claims more directions than the data have: use fix_sigma_noise=True, fewer "
-        "weights (subset_of_weights) or hessian_structure='full'",
+        f"weights (subset_of_weights){full}",
     )
 
 
@@ -194,12 +201,19 @@ def _gamma(posterior: Posterior) -> float:
         return float(posterior.effective_dimensions().sum())
 
 
-def _largest(posterior: Posterior, count: int = 3) -> str:
-    """The groups of largest precisions, with these."""
-    deltas = posterior.prior.by_group(posterior.hyperparameters.prior_precision.detach())
-    largest = {name: float(delta.max()) for name, delta in deltas.items()}
-    order = sorted(largest, key=largest.__getitem__, reverse=True)
-    return ", ".join(f"{name} ({largest[name]:.3g})" for name in order[:count])
+def _held_down(posterior: Posterior, count: int = 3) -> str:
+    """The groups of largest precisions among those of which data determine no direction."""
+    with torch.no_grad():
+        deltas = posterior.prior.by_group(posterior.hyperparameters.prior_precision)
+        gammas = posterior.effective_dimensions()
+    index = posterior.prior.index
+    held = {
+        name: float(delta.max())
+        for name, delta in deltas.items()
+        if float(gammas[index[name].flatten().unique()].sum()) < 1
+    }
+    order = sorted(held, key=held.__getitem__, reverse=True)
+    return ", ".join(f"{name} ({held[name]:.3g})" for name in order[:count])
 
 
 def _groups_of(posterior: Posterior, mask: Tensor) -> dict[str, tuple[int, int]]:

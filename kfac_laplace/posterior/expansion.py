@@ -60,7 +60,8 @@ class Expansion:
                 return self.prior.shared_sums(self.prior.layouts.pack_vector(self.dense.diagonal()))
             spectra = {name: block.spectrum for name, block in self.ggn.blocks.items()}
             # v/(v + c) is v/c for c far above all v, and exactly zero with v.
-            c = torch.cat([each.logs.logs for each in spectra.values()]).max().exp() * 1e18
+            logs = torch.cat([each.logs.logs for each in spectra.values()])
+            c = torch.cat([logs, logs.new_zeros(1)]).max().exp() * 1e18
             one = torch.ones_like(c)
             shares = {name: each.effective_dimensions(one, c) for name, each in spectra.items()}
             return c * self.prior.shared_sums(shares)

@@ -29,6 +29,9 @@ log = logging.getLogger("kfac_laplace")
 #: Candidates for κ before the search is refined between them; 0 and 1 are always among them.
 GRID = torch.logspace(-6, 3, 46, dtype=torch.float64).tolist()
 
+#: Losses within this of each other are the same.
+ROUNDING = 1e-6
+
 
 def held_out_points(
     posterior: Posterior,
@@ -81,13 +84,17 @@ def adopted_scale(
     best, at_end = _search(likelihood, points, sigma)
     if method == "validation":
         if at_end and best > 0:
-            log.warning("κ stopped at the end of its range, %.0f: the points fit no scale", best)
+            log.warning(
+                "κ stopped at the end of its range, %.3g: the points fit no scale. Look at the "
+                "data and at sigma_noise, train further, or take more points",
+                best,
+            )
         return best
     left_out = negative_log_likelihood(likelihood, points, sigma, best)
     nothing = _uninformed_loss(likelihood, points)
     reason = ""
-    if left_out > nothing:
-        reason = f"its best NLL, {left_out:.4g}, is worse than {nothing:.4g} of a constant"
+    if left_out > nothing + ROUNDING * max(1.0, abs(nothing)):
+        reason = f"its best NLL, {left_out:.6g}, is worse than {nothing:.6g} of a constant"
     elif at_end:
         reason = f"its best κ, {best:.3g}, is an end of the range"
     if not reason:
@@ -125,10 +132,11 @@ def _search(likelihood: Likelihood, points: HeldOut, sigma: Tensor) -> tuple[flo
         return best, True
     at_end = best in (GRID[0], GRID[-1])
     centre, step = math.log(best), math.log(GRID[1] / GRID[0])
-    found = minimize_scalar(
-        loss, bounds=(centre - step, centre + step), method="bounded", options={"xatol": 1e-4}
-    )
-    return (math.exp(found.x) if float(found.fun) < losses[best] else best), at_end
+    bounds = max(centre - step, math.log(GRID[0])), min(centre + step, math.log(GRID[-1]))
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4})
+    if float(found.fun) < losses[best]:
+        return math.exp(found.x), False
+    return best, at_end
 
 
 def _uninformed_loss(likelihood: Likelihood, points: HeldOut) -> float:
