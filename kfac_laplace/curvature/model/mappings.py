@@ -31,8 +31,20 @@ def of_mapping(model: nn.Module, x: Mapping[str, Any]) -> Any:
     Raises:
         InvalidType: neither form fits.
     """
-    if not _takes_whole(unwrapped(model).forward, x):
-        return model(**x)
+    forward = unwrapped(model).forward
+    if not _takes_whole(forward, x):
+        try:
+            return model(**x)
+        except (TypeError, AttributeError, IndexError, KeyError) as error:
+            if not _may_want_whole(forward, x, error):
+                raise
+            raise InvalidType(
+                "the model fails on the entries of the mapping by name, as one does that takes the "
+                "mapping as a whole",
+                where="x",
+                got=f"{list(x)}, and of the model {type(error).__name__}: {error}",
+                remedy="If so, pass forward_fn=lambda model, x: model(x)",
+            ) from error
     try:
         return model(x)
     except (TypeError, AttributeError) as error:
@@ -44,6 +56,35 @@ def of_mapping(model: nn.Module, x: Mapping[str, Any]) -> Any:
             got=f"{list(x)}, and of the model {error}",
             remedy=REMEDY,
         ) from error
+
+
+#: What Python and torch say of tensors that are taken for mappings.
+TAKEN_FOR_MAPPINGS = (
+    "invalid data type 'str'",
+    "indices must be integers",
+    "only integers",
+    "object is not a mapping",
+    "object has no attribute 'get'",
+    "object has no attribute 'items'",
+    "object has no attribute 'keys'",
+    "object has no attribute 'values'",
+)
+
+
+def _may_want_whole(forward: Callable[..., Any], x: Mapping[str, Any], error: Exception) -> bool:
+    """Whether a forward that failed on entries by name could take the mapping as a whole."""
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # not written in Python
+        return False
+    in_order = [p for p in parameters if p.kind in IN_ORDER]
+    required = [p for p in parameters if p.default is p.empty and p.kind in (*IN_ORDER, *BY_NAME)]
+    if not in_order or len(required) > 1 or required not in ([], in_order[:1]):
+        return False
+    first = in_order[0]
+    if first.name not in x or first.kind not in BY_NAME:
+        return bool(required) and f"argument: '{first.name}'" in str(error)
+    return any(words in str(error) for words in TAKEN_FOR_MAPPINGS)
 
 
 def without(x: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -83,6 +124,7 @@ def _takes_whole(forward: Callable[..., Any], x: Mapping[str, Any]) -> bool:
     alone = required or [p for p in parameters if p.kind in IN_ORDER]
     if len(alone) == 1 and alone[0].kind in IN_ORDER and alone[0].name not in x:
         return True
+    names += [f"*{p.name}" for p in parameters if p.kind == inspect.Parameter.VAR_POSITIONAL]
     wrong = [f"does not know {unknown}"] if unknown else []
     wrong += [f"asks for {missing}"] if missing else []
     raise InvalidType(
