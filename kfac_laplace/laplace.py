@@ -23,7 +23,7 @@ from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Likelihood, check_finite
-from kfac_laplace.options import check_positive, check_whole
+from kfac_laplace.options import check_iterable, check_positive, check_text, check_whole
 from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate import scale as calibration
 from kfac_laplace.posterior.calibrate.prior_grid import grid_search
@@ -142,6 +142,7 @@ class Laplace:
         self.curvature = Curvature.of(model, self.options)
         self._structure = copy.deepcopy(prior_structure)  # the caller's mapping may change
         self._mean = checked_mean(prior_mean)
+        check_text("dict_key_y", dict_key_y)
         self.dict_key_y = dict_key_y
         device = self.curvature.network.device
         delta, self._patterns = starting_precision(prior_precision, device)
@@ -149,7 +150,7 @@ class Laplace:
         self._hyper = Hyperparameters(
             delta,
             self._checked_sigma(sigma_noise),
-            one_number(positive(temperature, "temperature", device), "temperature").detach(),
+            _checked_temperature(temperature, device),
         )
         self._scale = torch.ones((), dtype=torch.float64, device=device)
         self._mode: dict[str, Tensor] = {}
@@ -311,6 +312,10 @@ class Laplace:
         """T, float64, shape ()."""
         return self._hyper.temperature
 
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        self._move(temperature=_checked_temperature(value, self.curvature.network.device))
+
     @property
     def posterior_scale(self) -> Tensor:
         """κ ≥ 0, which multiplies the covariance of predictives and never enters the evidence."""
@@ -452,6 +457,8 @@ class Laplace:
             method: "loo" predicts each training point without itself, linearised; "validation"
                 predicts a loader.
         """
+        if loader is not None:
+            check_iterable("loader", loader)
         loaders = self._data.loaders if loader is None and method == "loo" else [loader]
         points = calibration.held_out_points(
             self.posterior, method, loaders, self.dict_key_y, self.options.seed
@@ -675,6 +682,11 @@ class Laplace:
         self._hyper = dataclass_replace(self._hyper, **changed)
         if self._posterior is not None:
             self._posterior = self.posterior.at(self._hyper)
+
+
+def _checked_temperature(value: float | Tensor, device: torch.device) -> Tensor:
+    """T > 0, float64, shape ()."""
+    return one_number(positive(value, "temperature", device), "temperature").detach()
 
 
 def _checked_scale(value: float | Tensor, device: torch.device) -> Tensor:

@@ -36,6 +36,26 @@ def check_whole(where: str, value: object, least: int | None = None) -> None:
         raise InvalidValue(f"must be at least {least}", where=where, got=value)
 
 
+def check_text(where: str, value: object) -> None:
+    """Raise `InvalidType` unless a value is a string."""
+    if not isinstance(value, str):
+        raise InvalidType("not a string", where=where, got=repr(value), remedy="Pass a string")
+
+
+def check_iterable(where: str, value: object, what: str = "batches") -> None:
+    """Raise `InvalidType` unless a value can be read one after another.
+
+    Args:
+        where: name of the argument.
+        value: what was passed.
+        what: what is wanted of it.
+    """
+    if not isinstance(value, Iterable):
+        remedy = f"Pass a {'DataLoader or a ' if what == 'batches' else ''}list of {what}"
+        got = type(value).__name__
+        raise InvalidType(f"not an iterable of {what}", where=where, got=got, remedy=remedy)
+
+
 def check_seed(seed: object) -> None:
     """Raise `InvalidType` or `InvalidValue` unless torch's generators take a seed."""
     check_whole("seed", seed)

@@ -23,12 +23,9 @@ from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.curvature.state import ggn_from_state, ggn_to_state
-from kfac_laplace.errors import (
-    InvalidType,
-    InvalidValue,
-    NotFitted,
-)
+from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.options import check_iterable, check_text
 from kfac_laplace.states.plain import check_seal, sealed
 from kfac_laplace.states.stored import FORMAT, opened, refusing_damage
 
@@ -229,13 +226,8 @@ class Curvature:
             check: called after the first batch, when the groups are known; what it raises ends
                 the pass.
         """
-        if not isinstance(loader, Iterable):
-            raise InvalidType(
-                "not an iterable of batches",
-                where="train_loader",
-                got=type(loader).__name__,
-                remedy="Pass a DataLoader or a list of batches",
-            )
+        check_iterable("train_loader", loader)
+        check_text("key_y", key_y)
         options = self.options
         self.network.check_none_new(
             self.ggn.knowledge, options.subset_of_weights, options.uncovered_stay_out

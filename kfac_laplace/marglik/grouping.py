@@ -114,12 +114,19 @@ class Grouping:
         Args:
             several: whether there are several initial precisions.
         """
-        several |= not isinstance(self.mean, float | Mapping) and self.mean.numel() > 1
+        means = not isinstance(self.mean, float | Mapping) and self.mean.numel() > 1
         options = self.options
-        if several or options.subset_of_weights == "last_layer" or options.uncovered == "freeze":
+        if (
+            several
+            or means
+            or options.subset_of_weights == "last_layer"
+            or options.uncovered == "freeze"
+        ):
+            only_means = means and not several
+            what, where = ("mean", "prior_mean") if only_means else ("precision", "prior_precision")
             raise InvalidValue(
-                "which parameters belong to which precision shows only when the model is used",
-                where="prior_precision",
+                f"which parameters belong to which {what} shows only when the model is used",
+                where=where,
                 got="a loss before the first batch was seen",
                 remedy="Call tuner.prepare(loader) once before training",
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
-from kfac_laplace.errors import InvalidType
+from kfac_laplace.options import check_iterable
 
 #: Enough to tell which rows of a layer belong to which example.
 FEW = 4
@@ -39,13 +39,7 @@ class KeepsFirst:
     """
 
     def __init__(self, loader: Iterable[Any]):
-        if not isinstance(loader, Iterable):
-            raise InvalidType(
-                "not an iterable of batches",
-                where="loader",
-                got=type(loader).__name__,
-                remedy="Pass a DataLoader or a list of batches",
-            )
+        check_iterable("loader", loader)
         self._loader = loader
         self._first: Any = None
 

@@ -19,7 +19,7 @@ from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.tuner import MarglikTuner
-from kfac_laplace.options import check_whole
+from kfac_laplace.options import check_iterable, check_text, check_whole
 from kfac_laplace.posterior.objectives import Objective
 from kfac_laplace.posterior.prior import Given
 from kfac_laplace.posterior.sharing import PriorStructure
@@ -101,6 +101,8 @@ def marglik_training(
             remedy="Leave it out; set prior_prec_init instead",
         )
     check_whole("n_epochs", n_epochs, 0)
+    check_text("dict_key_y", dict_key_y)
+    check_iterable("train_loader", train_loader)
     # What is refused is refused before data are read.
     Laplace(model, likelihood, hessian_structure=hessian_structure, **curvature)
     n_data = sum(_count(batch, dict_key_y, curvature.get("batch_fn")) for batch in train_loader)

@@ -103,7 +103,9 @@ def _check_alone(where: str, plain: Mapping[str, Any]) -> None:
         raise InvalidValue(
             "the state holds an option that there is not here",
             where=where,
-            got=error if isinstance(error, KfacLaplaceError) else shown(error),
+            got=f"{error}".replace(f". {REMEDY}", "")
+            if isinstance(error, KfacLaplaceError)
+            else shown(error),
             remedy=REMEDY,
         ) from error
 
@@ -111,7 +113,7 @@ def _check_alone(where: str, plain: Mapping[str, Any]) -> None:
 def check_names(overrides: Iterable[str], known: Collection[str]) -> None:
     """Raise `InvalidType` for what is no option, `InvalidValue` for the file's hyperparameters."""
     for name in overrides:
-        if name in Hyperparameters.rows():
+        if name in {*Hyperparameters.rows(), "posterior_scale"}:
             raise InvalidValue(
                 "the file holds this already",
                 where=name,

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 import stat
@@ -36,7 +37,7 @@ def write(state: Any, file: File) -> None:
     """
     check_plain(state)
     if not isinstance(file, str | os.PathLike):
-        if not hasattr(file, "write"):
+        if not hasattr(file, "write") or _is_text(file):
             raise _no_file(file)
         _save(state, file)
         return
@@ -148,7 +149,7 @@ def read(file: File) -> Any:
     if isinstance(file, str | os.PathLike):
         with open(file, "rb") as opened:
             return _loaded(opened, os.fspath(file))
-    if not hasattr(file, "read"):
+    if not hasattr(file, "read") or _is_text(file):
         raise _no_file(file)
     return _loaded(file, "file")
 
@@ -171,7 +172,15 @@ def _loaded(file: Any, where: str) -> Any:
     )
 
 
+def _is_text(file: object) -> bool:
+    """Whether a file is open for text, perhaps inside the wrapper of a temporary one."""
+    return isinstance(getattr(file, "file", file), io.TextIOBase)
+
+
 def _no_file(file: object) -> InvalidType:
     return InvalidType(
-        "neither a path nor a file open for bytes", where="path", got=type(file).__name__
+        "neither a path nor a file open for bytes",
+        where="path",
+        got=type(file).__name__,
+        remedy="Pass a path, or a file such as open(path, 'wb') or io.BytesIO()",
     )

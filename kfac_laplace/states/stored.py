@@ -16,6 +16,12 @@ from kfac_laplace.states.plain import CHECKSUM
 FORMAT = 5
 #: Sizes and counts beyond are those of no model.
 LARGEST = 2**48
+#: Entries by which the states of each kind are told from the others.
+MARKS = {
+    "a Laplace posterior": {"mode", "posterior_scale"},
+    "a tuner": {"history", "adam"},
+    "a curvature": {"ggn", "draws"},
+}
 REMEDY = "The state is damaged or was changed: use another copy, or fit and save again"
 
 
@@ -148,6 +154,16 @@ def opened(state: object, names: Collection[str], kind: str) -> dict[str, Stored
     Raises:
         InvalidValue: not such a state, or one of another version.
     """
+    others = {known: marks for known, marks in MARKS.items() if known != kind}
+    if isinstance(state, Mapping) and not MARKS.get(kind, set(names)) & state.keys():
+        for other, marks in others.items():
+            if marks <= state.keys():
+                raise InvalidValue(
+                    f"not the state of {kind}",
+                    where="state",
+                    got=f"the state of {other}",
+                    remedy=f"Let {other} read it, or pass what {kind} saved",
+                )
     if not isinstance(state, Mapping) or len({*names, "format"} & {*state}) < 2:
         got = shown(sorted(map(str, state))) if isinstance(state, Mapping) else shown(state)
         remedy = "Pass what state_dict() or save() made"

@@ -225,3 +225,16 @@ def test_options_of_a_wrong_kind(name, value, error):
     options = {"n_data": 7, name: value}
     with pytest.raises(error, match=name):
         MarglikTuner(case.model, case.likelihood, **options)
+
+
+def test_a_mean_for_each_parameter_is_called_by_its_name():
+    case = build("mlp-tanh")
+    mean = torch.zeros(sum(p.numel() for p in case.model.parameters()), dtype=torch.float64)
+    tuner = MarglikTuner(case.model, "classification", 7, prior_mean=mean)
+    with pytest.raises(InvalidValue, match="^prior_mean: which parameters belong to which mean"):
+        tuner.loss(case.model(case.x), case.y)
+    wrong = MarglikTuner(case.model, "classification", 7, prior_mean=torch.ones(5))
+    with pytest.raises(InvalidValue, match="^prior_mean"):
+        wrong.prepare(case.batches)
+    with pytest.raises(InvalidValue, match="^prior_mean"):
+        wrong.loss(case.model(case.x), case.y)

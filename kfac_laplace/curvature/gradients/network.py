@@ -285,8 +285,8 @@ def learn_groups(passed: ForwardPass, subset: Subset, joint_bias: bool) -> Knowl
         for name in names
     }
     shapes = {name: passed.params[name].shape for name in tracked}
-    layers = [use.layer for use in recording.uses]
-    entries = sum(prod(la.inputs.lead) * la.matrix[0] * la.matrix[1] for la in layers)
+    every = [use.layer for use in recording.uses]
+    entries = sum(prod(la.inputs.lead) * la.matrix[0] * la.matrix[1] for la in every)
     return replace(
         known,
         tracked=tracked,

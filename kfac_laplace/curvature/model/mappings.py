@@ -34,8 +34,9 @@ def of_mapping(model: nn.Module, x: Mapping[str, Any]) -> Any:
     Raises:
         InvalidType: neither form fits.
     """
-    if not _takes_whole(unwrapped(model).forward, x):
-        return _by_entries(model, x)
+    forward = unwrapped(model).forward
+    if not _takes_whole(forward, x):
+        return _by_entries(model, forward, x)
     try:
         return model(x)
     except (TypeError, AttributeError) as error:
@@ -49,23 +50,57 @@ def of_mapping(model: nn.Module, x: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def _by_entries(model: nn.Module, x: Mapping[str, Any]) -> Any:
+def _by_entries(model: nn.Module, forward: Callable[..., Any], x: Mapping[str, Any]) -> Any:
     """What a model returns for entries as keywords, which its signature may not tell to be wrong.
 
     Raises:
-        InvalidType: a wrapper hands them on to a model that does not know them.
+        InvalidType: it fails as one does that takes the mapping as a whole, or a wrapper hands the
+            entries on to a model that does not know them.
     """
     try:
         return model(**x)
-    except TypeError as error:
-        if not any(phrase in str(error) for phrase in MISFITS):
+    except (TypeError, AttributeError, IndexError, KeyError) as error:
+        whole = _may_want_whole(forward, x, error)
+        if not whole and not any(phrase in str(error) for phrase in MISFITS):
             raise
         raise InvalidType(
-            "the model does not take the entries of the mapping by name",
+            "the model fails on the entries of the mapping by name, as one does that takes the "
+            "mapping as a whole"
+            if whole
+            else "the model does not take the entries of the mapping by name",
             where="x",
-            got=f"{list(x)}, and of the model {error}",
+            got=f"{list(x)}, and of the model {type(error).__name__}: {error}",
             remedy="Pass forward_fn=lambda model, x: model(x) if it takes the mapping as a whole",
         ) from error
+
+
+#: What Python and torch say of tensors that are taken for mappings.
+TAKEN_FOR_MAPPINGS = (
+    "invalid data type 'str'",
+    "indices must be integers",
+    "only integers",
+    "object is not a mapping",
+    "object has no attribute 'get'",
+    "object has no attribute 'items'",
+    "object has no attribute 'keys'",
+    "object has no attribute 'values'",
+)
+
+
+def _may_want_whole(forward: Callable[..., Any], x: Mapping[str, Any], error: Exception) -> bool:
+    """Whether a forward that failed on entries by name could take the mapping as a whole."""
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # not written in Python
+        return False
+    in_order = [p for p in parameters if p.kind in IN_ORDER]
+    required = [p for p in parameters if p.default is p.empty and p.kind in (*IN_ORDER, *BY_NAME)]
+    if not in_order or len(required) > 1 or required not in ([], in_order[:1]):
+        return False
+    first = in_order[0]
+    if first.name not in x or first.kind not in BY_NAME:
+        return bool(required) and f"argument: '{first.name}'" in str(error)
+    return any(words in str(error) for words in TAKEN_FOR_MAPPINGS)
 
 
 def without(x: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -96,8 +131,8 @@ def _takes_whole(forward: Callable[..., Any], x: Mapping[str, Any]) -> bool:
         return False
     required = [p for p in parameters if p.default is p.empty and p.kind in (*IN_ORDER, *BY_NAME)]
     if any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters):
-        alone = len(required) == 1 and required[0].kind in IN_ORDER
-        return alone and required[0].name not in x
+        one = len(required) == 1 and required[0].kind in IN_ORDER
+        return one and required[0].name not in x
     names = [p.name for p in parameters if p.kind in BY_NAME]
     unknown = [key for key in x if key not in names]
     missing = [p.name for p in required if p.name not in x or p.kind not in BY_NAME]
@@ -106,6 +141,7 @@ def _takes_whole(forward: Callable[..., Any], x: Mapping[str, Any]) -> bool:
     alone = required or [p for p in parameters if p.kind in IN_ORDER]
     if len(alone) == 1 and alone[0].kind in IN_ORDER and alone[0].name not in x:
         return True
+    names += [f"*{p.name}" for p in parameters if p.kind == inspect.Parameter.VAR_POSITIONAL]
     wrong = [f"does not know {unknown}"] if unknown else []
     wrong += [f"asks for {missing}"] if missing else []
     raise InvalidType(

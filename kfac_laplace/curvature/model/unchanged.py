@@ -70,6 +70,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     fastpath = torch.backends.mha.get_fastpath_enabled()
+    stand_ins = _StandIns(model)
     try:
         evaluate_afresh(model)
         # The fused attention of evaluation mode has no derivative.
@@ -86,7 +87,33 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         _restore_modes(model, modes)
+        stand_ins.take_out()
         kept.put_back()  # after `train`, in which many forget what they kept
+
+
+class _StandIns:
+    """Copies in place of a model's buffers that were made in inference mode.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        copies: dict[int, Tensor] = {}
+        self._slots = [
+            (module._buffers, key, buffer, copies.setdefault(id(buffer), outside_inference(buffer)))
+            for module in model.modules()
+            for key, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_inference()
+        ]
+        for buffers, key, _, copy in self._slots:
+            buffers[key] = copy
+
+    def take_out(self) -> None:
+        """Put the buffers back, but for those that the model has replaced."""
+        for buffers, key, buffer, copy in self._slots:
+            if buffers.get(key) is copy:
+                buffers[key] = buffer
 
 
 def evaluate_afresh(model: nn.Module) -> None:

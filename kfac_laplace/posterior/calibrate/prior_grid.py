@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.errors import InvalidValue
+from kfac_laplace.options import check_iterable
 from kfac_laplace.posterior.calibrate.held_out import (
     negative_log_likelihood,
     validation_points,
@@ -39,6 +40,9 @@ def grid_search(
             got=None,
             remedy="Pass a loader, or use method='marglik'",
         )
+    check_iterable("val_loader", loader)
+    if grid is not None:
+        check_iterable("grid", grid, "prior precisions")
     values = torch.logspace(-4, 4, 21, dtype=torch.float64).tolist() if grid is None else list(grid)
     candidates = [positive(value, "grid", posterior.device) for value in values]
     if not candidates:

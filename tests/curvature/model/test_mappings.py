@@ -214,7 +214,7 @@ class TwoInOrder(Two):
 MISFITS = {
     Needs: r"takes \['p', 'q', 'mask'\].*asks for \['mask'\]",
     Lacks: r"takes \['p', 'mask'\].*does not know \['q'\]",
-    NoName: r"takes \[\].*does not know \['p', 'q'\]",
+    NoName: r"takes \['\*inputs'\].*does not know \['p', 'q'\]",
     TwoInOrder: r"does not know \['p', 'q'\] and asks for \['a', 'b'\]",
 }
 
@@ -259,3 +259,39 @@ def test_errors_of_a_model_that_takes_the_whole_are_its_own():
 def test_a_function_of_ones_own_gets_the_mapping():
     la = Laplace(made(Lacks), forward_fn=lambda m, x: m.both(x["p"], x["q"])).fit(entries())
     assert_same_blocks(dense_blocks(la.curvature), reference(), 0)
+
+
+class Indexes(Two):
+    def forward(self, p):
+        return self.a(p["p"])
+
+
+class IndexesBeside(Two):
+    def forward(self, p, **options):
+        return self.a(p["p"])
+
+
+class IndexesAnother(Two):
+    def forward(self, x, **options):
+        return self.a(x["p"])
+
+
+@pytest.mark.parametrize("kind", [Indexes, IndexesBeside, IndexesAnother])
+def test_a_whole_that_cannot_be_told_from_an_entry(kind):
+    """By its signature the model takes an entry by name, and then it asks for more in it."""
+    loader = [{"p": batch["p"], "labels": batch["labels"]} for batch in entries()]
+    with pytest.raises(InvalidType, match=r"^x: .*as a whole.*forward_fn=lambda") as caught:
+        Laplace(made(kind)).fit(loader)
+    assert isinstance(caught.value.__cause__, TypeError)
+    Laplace(made(kind), forward_fn=lambda model, x: model(x)).fit(loader)
+
+
+def test_errors_of_a_model_that_takes_an_entry_are_its_own():
+    class Raises(Two):
+        def forward(self, p):
+            raise KeyError("no such thing")
+
+    with pytest.raises(KeyError, match="no such thing"):
+        Laplace(made(Raises)).fit(
+            [{"p": batch["p"], "labels": batch["labels"]} for batch in entries()]
+        )

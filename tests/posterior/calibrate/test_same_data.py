@@ -1,4 +1,4 @@
-"""Leave-one-out is over the data of the fit: others of the same number show by their targets."""
+"""Leave-one-out is over the data of the fit: others, as many, are told by their targets."""
 
 from __future__ import annotations
 
