@@ -32,6 +32,7 @@ curvature/options
 curvature/ggn
 curvature/accumulate
 curvature/plain_groups
+curvature/state_checks
 curvature/state
 curvature/backend
 posterior/__init__

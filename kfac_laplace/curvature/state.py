@@ -24,9 +24,13 @@ from kfac_laplace.curvature.plain_groups import (
     with_rows,
 )
 from kfac_laplace.curvature.rows.layout import Layout
+from kfac_laplace.curvature.state_checks import check_unused, checked_counts, checked_targets
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.states.plain import same
 from kfac_laplace.states.stored import Stored, shown
+
+#: Gradient rows of one example hold no more: they would fill a memory of terabytes.
+MOST_ENTRIES = 2**40
 
 
 def ggn_to_state(ggn: GGN) -> dict[str, Any]:
@@ -100,15 +104,17 @@ def ggn_from_state(stored: Stored, network: Network, options: CurvatureOptions) 
         told=unused,
         class_axis=-1 if axis is None else axis,
         axis_known=axis is not None,
-        row_entries=found["row_entries"].whole(1),
+        row_entries=found["row_entries"].whole(1, MOST_ENTRIES),
         interface=_interface(found["interface"]),
     )
+    rank = known.interface.output_rank
+    if axis is not None and axis >= rank > 0:
+        raise found["class_axis"].fault(f"no axis of outputs that have {rank}")
     blocks = _blocks(found, known, options, network.device)
-    counts = {name: found[name].count() for name in ("n_data", "n_rows", "n_outputs")}
-    if not blocks and any(counts.values()):
-        raise found["blocks"].fault("data without blocks", f"{counts['n_data']} examples")
-    statistic = found["statistic"].tensor().to(network.device)
-    targets = found["targets"].tensor().to(network.device)
+    counts = checked_counts(found, blocks)
+    check_unused(found["unused"], known, blocks)
+    statistic = found["statistic"].tensor(()).to(network.device)
+    targets = checked_targets(found["targets"], options.likelihood, counts).to(network.device)
     settings = _settings(found, groups)
     return GGN(options, known, settings, blocks, statistic, targets=targets, **counts)
 

@@ -1,6 +1,7 @@
 """What a tuner's state holds, checked as it is read: records, Adam's moments, groups."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -102,6 +103,8 @@ def _start(stored: Stored, device: torch.device) -> tuple[Tensor | dict[str, flo
         given = given_precision(numbers, device)
     else:
         given = given_precision(delta.tensor(), device)
+        if delta.value.ndim > 1 or not delta.value.numel():
+            raise delta.fault("one precision, or a list of them", tuple(delta.value.shape))
     return given, positive(sigma.tensor(()), "sigma_noise", device)
 
 
@@ -118,6 +121,8 @@ def _record(stored: Stored, likelihood: Likelihood) -> Record:
             values[field.name] = one.texts()
         else:
             values[field.name] = one.whole() if field.type in (int, "int") else one.number()
+            if math.isnan(values[field.name]):
+                raise one.fault("not a number")
     return Record(**values)
 
 
@@ -129,6 +134,7 @@ def _adam(stored: Stored, hyper: Hyperparameters, tuned: Sequence[str]) -> dict[
     (group,) = found["param_groups"].entries(1)
     if [*group.items()["params"].wholes()] != [*range(len(tuned))]:
         raise group.fault("not the hyperparameters that were tuned")
+    _check_adam_options(group)
     moments = found["state"].value
     # Those of precisions may be missing: where some are new, as after unfreezing.
     every = [*range(len(tuned))]
@@ -145,6 +151,20 @@ def _adam(stored: Stored, hyper: Hyperparameters, tuned: Sequence[str]) -> dict[
         if bool((own["exp_avg_sq"].tensor(shape) < 0).any()) or float(own["step"].value) < 0:
             raise own["exp_avg_sq"].fault("steps and means of squares are ≥ 0")
     return copy.deepcopy(stored.value)
+
+
+def _check_adam_options(group: Stored) -> None:
+    """Raise `InvalidValue` unless Adam's options are some."""
+    options = group.items()
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        if name not in options:
+            raise group.fault("an entry is missing", f"no {name}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0 <= options[name].number() < math.inf:
+            raise options[name].fault("must be ≥ 0 and finite")
+    for beta in options["betas"].entries(2):
+        if not 0 <= beta.number() < 1:
+            raise beta.fault("must be ≥ 0 and below 1")
 
 
 def name_of(objective: Objective) -> str | None:

@@ -101,12 +101,12 @@ class Stored:
             raise self.fault("neither True nor False")
         return self.value
 
-    def whole(self, least: int = 0) -> int:
-        """A whole number that is no less than `least`."""
+    def whole(self, least: int = 0, most: int = LARGEST) -> int:
+        """A whole number from `least` to `most`."""
         if isinstance(self.value, bool) or not isinstance(self.value, int):
             raise self.fault("not a whole number")
-        if not least <= self.value <= LARGEST:
-            raise self.fault(f"a whole number from {least} to {LARGEST} is needed")
+        if not least <= self.value <= most:
+            raise self.fault(f"a whole number from {least} to {most} is needed")
         return self.value
 
     def wholes(self, least: int = 0) -> tuple[int, ...]:

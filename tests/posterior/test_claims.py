@@ -197,12 +197,12 @@ def test_the_best_constant(kind):
         likelihood.target_sums(part, part.new_zeros(*part.shape[:2], c).double())
         for part in (y[:4], y[4:])
     ]
-    got = likelihood.constant_log_likelihood(halves[0] + halves[1])
+    got = likelihood.constant_log_likelihood(likelihood.joined_sums(*halves))
     assert got == pytest.approx(constant_of(kind, y, likelihood), rel=1e-8)
 
 
 def test_likelihoods_without_one_make_no_claim():
-    la = Laplace(mlp(1, 1, 4), "poisson")
+    la = Laplace(mlp(1, 1, 4), "studentt")
     la.fit([(sine(6)[0], torch.ones(6, 1, dtype=torch.float64))])
     assert math.isnan(la.likelihood.constant_log_likelihood(la.curvature.ggn.targets))
     la.optimize_prior()
@@ -240,7 +240,10 @@ def test_a_network_killed_by_its_start(kind, method, caplog):
         tuner.step([(x, y)])
     said = [text for text in warned(caplog) if "no better than a constant" in text]
     assert len(said) == 1
-    assert "4.weight (" in said[0]
+    if method == "marglik":
+        assert "4.weight (" in said[0]
+    else:  # its fixed point has let go of the layers by now, which have yet to learn
+        assert "Train further" in said[0]
     if kind == "classification":
         frequencies = torch.bincount(y) / len(y)
         assert f"constant's {float(60 * (frequencies * frequencies.log()).sum()):.6g}" in said[0]

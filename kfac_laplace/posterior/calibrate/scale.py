@@ -29,8 +29,8 @@ log = logging.getLogger("kfac_laplace")
 #: Candidates for κ before the search is refined between them; 0 and 1 are always among them.
 GRID = torch.logspace(-6, 3, 46, dtype=torch.float64).tolist()
 
-#: Losses within this of each other are the same.
-ROUNDING = 1e-6
+#: Losses within this of each other, beside their size, are the same, as four digits are said.
+ROUNDING = 1e-3
 
 
 def held_out_points(
@@ -94,7 +94,7 @@ def adopted_scale(
     nothing = _uninformed_loss(likelihood, points)
     reason = ""
     if left_out > nothing + ROUNDING * max(1.0, abs(nothing)):
-        reason = f"its best NLL, {left_out:.6g}, is worse than {nothing:.6g} of a constant"
+        reason = f"its best NLL, {left_out:.4g}, is worse than {nothing:.4g} of a constant"
     elif at_end:
         reason = f"its best κ, {best:.3g}, is an end of the range"
     if not reason:

@@ -84,6 +84,17 @@ def test_an_end_of_the_range(error, variance, caplog):
         assert not warned(caplog)  # the mode
 
 
+def test_the_lower_end_is_said_as_it_is(caplog):
+    """Targets so near the mean ask for a κ that no digit after the point would show."""
+    y = torch.linspace(-100, 100, 12).double()[:, None]
+    error = math.sqrt(1 + 1e-7)  # κv = r² − σ², v = 1: below the grid, above 0
+    left_out = points(y, (y + error)[:, None], 1.0)
+    got = adopted_scale(Gaussian(), left_out, ONE, method="validation", before=0.7)
+    assert got == pytest.approx(1e-6)
+    (said,) = warned(caplog)
+    assert ", 1e-06: the points fit no scale" in said
+
+
 def test_a_good_scale_is_adopted(caplog):
     """−log N(r | 0, κv + σ²) is least at κ = (r² − σ²)/v."""
     y = torch.linspace(-1, 1, 12).double()[:, None]

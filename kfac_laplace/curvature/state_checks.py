@@ -1,0 +1,90 @@
+"""Whether the parts of a stored GGN agree with one another."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.curvature.estimate.blocks import Block
+from kfac_laplace.curvature.gradients.knowledge import Knowledge
+from kfac_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kfac_laplace.states.stored import Stored
+
+#: Likelihoods by how many sums over targets they keep, of which the first and the last are ≥ 0.
+COUNTED: dict[type[Likelihood], int] = {Gaussian: 3, Bernoulli: 2, Categorical: 2}
+
+
+def checked_counts(found: Mapping[str, Stored], blocks: Mapping[str, Block]) -> dict[str, float]:
+    """Numbers of examples, rows and outputs, which are there together, and with curvature alone.
+
+    Args:
+        found: the entries of the state.
+        blocks: its curvature.
+    """
+    counts = {name: found[name].count() for name in ("n_data", "n_rows", "n_outputs")}
+    if not blocks and any(counts.values()):
+        raise found["blocks"].fault("data without blocks", f"{counts['n_data']} examples")
+    if len({count > 0 for count in counts.values()}) > 1:
+        got = ", ".join(f"{name}={count}" for name, count in counts.items())
+        raise found["n_data"].fault("examples, rows and outputs are there together or not", got)
+    if counts["n_outputs"] < counts["n_rows"]:
+        raise found["n_outputs"].fault("a row has an output at the least")
+    if not counts["n_data"] and any(map(_is_nonzero, blocks.values())):
+        raise found["n_data"].fault("blocks without data")
+    return counts
+
+
+def _is_nonzero(block: Block) -> bool:
+    return any(bool(tensor.any()) for tensor in block.tensors().values())
+
+
+def checked_targets(stored: Stored, likelihood: Likelihood, counts: Mapping[str, float]) -> Tensor:
+    """Sums over the targets: none, or a matrix with columns for the outputs of a row, or for one.
+
+    Args:
+        stored: the sums.
+        likelihood: that they are of.
+        counts: numbers of examples or nodes, and of outputs.
+    """
+    sums = stored.tensor()
+    if not sums.numel():
+        return sums
+    if sums.ndim != 2:
+        raise stored.fault("not sums by output", tuple(sums.shape))
+    own = [n for kind, n in COUNTED.items() if type(likelihood).target_sums is kind.target_sums]
+    if not own:  # of a user's own, which may be any
+        return sums
+    if not counts["n_rows"]:  # all that there was, with weight zero
+        return sums
+    most = counts["n_outputs"] / counts["n_rows"]
+    # Fewer where examples have several rows, and one where these have several widths.
+    if len(sums) != own[0] or sums.shape[1] > most * (1 + 1e-6):
+        raise stored.fault(f"shape ({own[0]}, {most:g} or less) is needed", tuple(sums.shape))
+    if bool((sums[[0, -1]] < 0).any()):
+        raise stored.fault("numbers of targets and sums of squares are ≥ 0")
+    return sums
+
+
+def check_unused(stored: Stored, known: Knowledge, blocks: Mapping[str, Block]) -> None:
+    """Raise `InvalidValue` where parameters without effect have curvature.
+
+    Args:
+        stored: their names.
+        known: the groups.
+        blocks: of the groups, or one "full".
+    """
+    unused = {*known.unused}
+    for group in known.groups:
+        params = group.layout.params
+        if unused.issuperset(params) and group.name in blocks:
+            sums = blocks[group.name].tensors()
+            # Of Kronecker factors one suffices: what layers get says nothing of their effect.
+            told = {k: v for k, v in sums.items() if not k.startswith("input_")}
+            if any(bool(tensor.any()) for tensor in told.values()):
+                raise stored.fault("parameters without effect have curvature", ", ".join(params))
+    if "full" in blocks and unused:
+        sizes = {name: shape.numel() for name, shape in known.shapes.items()}
+        flags = torch.cat([torch.full((n,), name in unused) for name, n in sizes.items()])
+        diagonal = blocks["full"].tensors()["matrix"].diagonal()
+        if bool(diagonal[flags.to(diagonal.device)].any()):
+            raise stored.fault("parameters without effect have curvature")
