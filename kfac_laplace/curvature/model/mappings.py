@@ -96,8 +96,8 @@ def _takes_whole(forward: Callable[..., Any], x: Mapping[str, Any]) -> bool:
         return False
     required = [p for p in parameters if p.default is p.empty and p.kind in (*IN_ORDER, *BY_NAME)]
     if any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters):
-        alone = len(required) == 1 and required[0].kind in IN_ORDER
-        return alone and required[0].name not in x
+        one = len(required) == 1 and required[0].kind in IN_ORDER
+        return one and required[0].name not in x
     names = [p.name for p in parameters if p.kind in BY_NAME]
     unknown = [key for key in x if key not in names]
     missing = [p.name for p in required if p.name not in x or p.kind not in BY_NAME]
