@@ -272,8 +272,8 @@ def learn_groups(passed: ForwardPass, subset: Subset, joint_bias: bool) -> Knowl
     tracked = known.tracked
     if subset == "last_layer":
         chosen = last_layer(recording)
-        layers = [use for use in recording.uses if use.layer.kronecker]
-        behind = leaves_behind(recording.output.grad_fn, layers[-1].edge.node)
+        last = [use for use in recording.uses if use.layer.kronecker][-1]
+        behind = leaves_behind(recording.output.grad_fn, last.edge.node)
         named = passed.forward.model.named_parameters()
         # A complex scale behind it is no layer, as a real one is none.
         check_real({n: p for n, p in named if id(p) in behind and p.ndim > 1})
