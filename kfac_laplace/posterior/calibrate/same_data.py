@@ -1,6 +1,7 @@
 """Whether data are those of the fit, as far as their targets tell."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -24,15 +25,15 @@ def check_same_targets(posterior: Posterior, sums: Sequence[Tensor]) -> None:
     stored = posterior.ggn.targets
     if not stored.numel():
         return
-    parts = [part.to(stored.device) for part in sums]
+    likelihood, parts = posterior.ggn.likelihood, [part.to(stored.device) for part in sums]
     if any(part.shape != stored.shape for part in parts):  # outputs of several widths
-        stored, *parts = (part.sum(1, keepdim=True) for part in (stored, *parts))
-    total = torch.stack(parts).sum(0)
+        stored, *parts = (likelihood.pooled_sums(part) for part in (stored, *parts))
+    total = reduce(likelihood.joined_sums, parts)
     double = all(value.dtype == torch.float64 for value in posterior.mode_for_model.values())
     eps = torch.finfo(torch.float64 if double else torch.float32).eps
-    # Targets rounded to the outputs' precision, which is float32 at the least, move Σ y by at most
-    # eps √(n Σ y²): n is the first of these sums, and Σ y² the last.
-    size = torch.maximum(stored.abs(), (stored[0] * stored[-1]).abs().sqrt())
+    # Targets are rounded to the outputs' precision, which is float32 at the least: that moves sums
+    # by so much of themselves, and of what their largest terms are.
+    size = stored.abs() + (stored[0] * stored[-1]).abs().sqrt() * (1 + stored.abs().amin(0))
     if bool(((total - stored).abs() > (4 * eps + ROUNDING) * size).any()):
         raise other_data("as many examples, with other targets")
 

@@ -276,7 +276,14 @@ class IndexesAnother(Two):
         return self.a(x["p"])
 
 
-@pytest.mark.parametrize("kind", [Indexes, IndexesBeside, IndexesAnother])
+def test_a_whole_beside_further_keywords():
+    """The one argument that it asks for is no entry: it is the mapping."""
+    loader = [{"p": batch["p"], "labels": batch["labels"]} for batch in entries()]
+    la = Laplace(made(IndexesAnother)).fit(loader)
+    assert la.n_data == sum(len(batch["p"]) for batch in loader)
+
+
+@pytest.mark.parametrize("kind", [Indexes, IndexesBeside])
 def test_a_whole_that_cannot_be_told_from_an_entry(kind):
     """By its signature the model takes an entry by name, and then it asks for more in it."""
     loader = [{"p": batch["p"], "labels": batch["labels"]} for batch in entries()]
