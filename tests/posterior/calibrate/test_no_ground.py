@@ -87,8 +87,8 @@ def test_an_end_of_the_range(error, variance, caplog):
 def test_the_lower_end_is_said_as_it_is(caplog):
     """Targets so near the mean ask for a κ that no digit after the point would show."""
     y = torch.linspace(-100, 100, 12).double()[:, None]
-    error = math.sqrt(1 + 1e-7)  # κv = r² − σ², v = 1: below the grid, above 0
-    left_out = points(y, (y + error)[:, None], 1.0)
+    error = math.sqrt(1 + 8e-3)  # κ = (r² − σ²)/v = 8e-7: below the grid, above 0
+    left_out = points(y, (y + error)[:, None], 1e4)
     got = adopted_scale(Gaussian(), left_out, ONE, method="validation", before=0.7)
     assert got == pytest.approx(1e-6)
     (said,) = warned(caplog)
