@@ -113,7 +113,9 @@ def ggn_from_state(stored: Stored, network: Network, options: CurvatureOptions) 
     blocks = _blocks(found, known, options, network.device)
     counts = checked_counts(found, blocks)
     check_unused(found["unused"], known, blocks)
-    statistic = found["statistic"].tensor(()).to(network.device)
+    likelihood = options.likelihood
+    one = not likelihood.has_noise or likelihood.has_gaussian_noise  # others keep all residuals
+    statistic = found["statistic"].tensor(() if one else None).to(network.device)
     targets = checked_targets(found["targets"], options.likelihood, counts).to(network.device)
     settings = _settings(found, groups)
     return GGN(options, known, settings, blocks, statistic, targets=targets, **counts)

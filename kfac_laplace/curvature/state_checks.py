@@ -7,11 +7,8 @@ from torch import Tensor
 
 from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
-from kfac_laplace.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.states.stored import Stored
-
-#: Likelihoods by how many sums over targets they keep, of which the first and the last are ≥ 0.
-COUNTED: dict[type[Likelihood], int] = {Gaussian: 3, Bernoulli: 2, Categorical: 2}
 
 
 def checked_counts(found: Mapping[str, Stored], blocks: Mapping[str, Block]) -> dict[str, float]:
@@ -51,15 +48,15 @@ def checked_targets(stored: Stored, likelihood: Likelihood, counts: Mapping[str,
         return sums
     if sums.ndim != 2:
         raise stored.fault("not sums by output", tuple(sums.shape))
-    own = [n for kind, n in COUNTED.items() if type(likelihood).target_sums is kind.target_sums]
-    if not own:  # of a user's own, which may be any
+    rows = likelihood.target_rows
+    if rows is None:  # of a user's own, which may be any
         return sums
     if not counts["n_rows"]:  # all that there was, with weight zero
         return sums
     most = counts["n_outputs"] / counts["n_rows"]
     # Fewer where examples have several rows, and one where these have several widths.
-    if len(sums) != own[0] or sums.shape[1] > most * (1 + 1e-6):
-        raise stored.fault(f"shape ({own[0]}, {most:g} or less) is needed", tuple(sums.shape))
+    if len(sums) != rows or sums.shape[1] > most * (1 + 1e-6):
+        raise stored.fault(f"shape ({rows}, {most:g} or less) is needed", tuple(sums.shape))
     if bool((sums[[0, -1]] < 0).any()):
         raise stored.fault("numbers of targets and sums of squares are ≥ 0")
     return sums

@@ -91,6 +91,8 @@ class Bernoulli(Likelihood):
         """The summed statistic."""
         return statistic
 
+    target_rows = 2
+
     def target_sums(self, y: Tensor, f: Tensor) -> Tensor:
         """Σ w y and Σ 1 − y by output, (2, c)."""
         y = y.double().flatten(0, -2)

@@ -166,6 +166,8 @@ class Categorical(Likelihood):
         """The summed statistic."""
         return statistic
 
+    target_rows = 2
+
     def target_sums(self, y: Tensor, f: Tensor) -> Tensor:
         """Labels that count, and Σ q, by class, (2, c)."""
         kept, labels = self.kept(y)

@@ -34,6 +34,8 @@ class Likelihood(ABC):
     has_noise = False
     #: whether y | f ~ N(f, σ² I): MacKay's formula for σ holds, and the moments of f say all
     has_gaussian_noise = False
+    #: number of rows of `target_sums`, the first and last of them ≥ 0; None where it is not known
+    target_rows: int | None = None
 
     # --- the density -------------------------------------------------------------------------
 

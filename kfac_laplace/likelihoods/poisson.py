@@ -28,6 +28,8 @@ class Poisson(Likelihood):
         """Σ y f − e^f − log y!, shape (n,); also where the rate underflows."""
         return (y * f - f.exp() - torch.lgamma(y + 1)).flatten(1).sum(1)
 
+    target_rows = 3
+
     def target_sums(self, y: Tensor, f: Tensor) -> Tensor:
         """Number, Σ y and Σ log y! by output, (3, c)."""
         y = y.double().flatten(0, -2)
