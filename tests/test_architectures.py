@@ -11,6 +11,7 @@ from architectures.table import as_lines, committed, layer_rows, network_rows
 from zoo.fitting import BUILDERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_rows_of_a_layer(kind):
     """Also: dense and diagonal blocks are exact, or there is no row to compare."""

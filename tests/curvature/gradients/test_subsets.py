@@ -110,6 +110,7 @@ def expected(block, whole: Curvature, example: Case, structure: str) -> Tensor:
     return exact.diagonal().diag() if "diag" in (structure, block.kind) else exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_freezing_some_leaves_the_others_as_they_were(name, structure):
