@@ -14,7 +14,28 @@ from zoo.case import BUILDERS, ZooCase, build
 
 from kfac_laplace import Laplace
 
-zoo_law = pytest.mark.parametrize("name", BUILDERS)
+#: Networks whose like is among the others, or that take longest: their laws are slow tests.
+SLOW = frozenset(
+    {
+        "bert-sequence",
+        "bert-token",
+        "convnext",
+        "gat-graph",
+        "gin-node",
+        "gpt2-language",
+        "llama-language",
+        "swin",
+        "t5-language",
+        "t5-sequence",
+        "transformer-decoder",
+        "unet",
+    }
+)
+
+zoo_law = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in BUILDERS],
+)
 
 
 @cache
