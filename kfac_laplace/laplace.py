@@ -33,7 +33,7 @@ from kfac_laplace.posterior.claims import claims, tell
 from kfac_laplace.posterior.expansion import Expansion
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters, one_number, positive, real
-from kfac_laplace.posterior.objectives import Objective, resolve_objective
+from kfac_laplace.posterior.objectives import AnyObjective, Data, on_data, resolve_objective
 from kfac_laplace.posterior.optimum import Search
 from kfac_laplace.posterior.predict.predictive import Predictive
 from kfac_laplace.posterior.predict.predictor import Predictor
@@ -392,8 +392,9 @@ class Laplace:
         self,
         method: str = "marglik",
         *,
-        objective: str | Objective = "auto",
+        objective: str | AnyObjective = "auto",
         val_loader: Iterable[Any] | None = None,
+        loader: Iterable[Any] | None = None,
         fix_sigma_noise: bool = False,
         n_steps: int = 500,
         tolerance: float = 1e-5,
@@ -408,8 +409,11 @@ class Laplace:
         Args:
             method: "marglik" maximises the objective by L-BFGS, "mackay" the evidence by a fixed
                 point; "gridsearch" takes the scalar δ of least validation NLL.
-            objective: "auto" or "kron" for the evidence, or a function of a `Posterior`.
+            objective: "auto" or "kron" for the evidence; "exact", "columns" or "bounds" for that of
+                the exact curvature, with a pass over the training data; or a function of a
+                `Posterior`.
             val_loader: validation data, for "gridsearch".
+            loader: training data, for objectives that need them; by default what `fit` read.
             fix_sigma_noise: leave σ alone.
             n_steps: most iterations. A warning is logged where they do not suffice.
             tolerance: largest component of the gradient, in nats per unit of log δ or log σ.
@@ -436,7 +440,8 @@ class Laplace:
             return self
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         free = Hyperparameters.tuned(self.likelihood, fixed)
-        search = Search(chosen, free, n_steps, tolerance)
+        goal = on_data(chosen, posterior, self._data_from(loader))
+        search = Search(goal, free, n_steps, tolerance)
         found = optimise(posterior, method, search)
         values = found.hyperparameters.values().items()
         self._move(**{name: value for name, value in values if name in free})
@@ -444,6 +449,13 @@ class Laplace:
         return self
 
     optimize_prior_precision = optimize_prior
+
+    def _data_from(self, loader: Iterable[Any] | None) -> Data:
+        """The training data: a loader, or those that `fit` read."""
+        if loader is not None:
+            check_iterable("loader", loader)
+        loaders = self._data.loaders if loader is None else (loader,)
+        return Data(loaders, self.dict_key_y, self.options.seed)
 
     def calibrate(self, loader: Iterable[Any] | None = None, method: str = "loo") -> Self:
         """Set `posterior_scale` κ to the value of least predictive NLL.

@@ -47,6 +47,7 @@ posterior/block
 posterior/log_table
 posterior/expansion
 posterior/gaussian
+posterior/passes
 posterior/objectives
 posterior/bounds
 posterior/optimum

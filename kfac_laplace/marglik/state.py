@@ -17,7 +17,7 @@ from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.record import Record
 from kfac_laplace.options import check_choice
 from kfac_laplace.posterior.hyperparameters import Hyperparameters, positive
-from kfac_laplace.posterior.objectives import Objective
+from kfac_laplace.posterior.objectives import AnyObjective
 from kfac_laplace.posterior.objectives.registry import NAMED
 from kfac_laplace.posterior.prior import given_precision, starting_precision
 from kfac_laplace.posterior.state import hyperparameters_from_state
@@ -167,12 +167,12 @@ def _check_adam_options(group: Stored) -> None:
             raise beta.fault("must be ≥ 0 and below 1")
 
 
-def name_of(objective: Objective) -> str | None:
+def name_of(objective: AnyObjective) -> str | None:
     """What an objective is called, or None for a function of the user's own."""
     return next((name for name, known in NAMED.items() if known is objective), None)
 
 
-def check_goal(found: Mapping[str, Stored], tuned: Sequence[str], objective: Objective) -> None:
+def check_goal(found: Mapping[str, Stored], tuned: Sequence[str], objective: AnyObjective) -> None:
     """Raise `InvalidValue` where a state tuned other things, or by another objective.
 
     Records of different objectives have no best, and Adam's moments belong to what they moved.

@@ -20,7 +20,7 @@ from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.tuner import MarglikTuner
 from kfac_laplace.options import check_iterable, check_text, check_whole
-from kfac_laplace.posterior.objectives import Objective
+from kfac_laplace.posterior.objectives import AnyObjective
 from kfac_laplace.posterior.prior import Given
 from kfac_laplace.posterior.sharing import PriorStructure
 
@@ -48,7 +48,7 @@ def marglik_training(
     temperature: float = 1.0,
     fix_sigma_noise: bool = False,
     method: str = "marglik",
-    objective: str | Objective = "auto",
+    objective: str | AnyObjective = "auto",
     progress_bar: bool = False,
     dict_key_y: str = "labels",
     **curvature: Unpack[CurvatureKeywords],

@@ -37,7 +37,13 @@ from kfac_laplace.posterior.claims import round_claims, tell
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.mackay import check_objective, mackay_steps
-from kfac_laplace.posterior.objectives import Objective, resolve_objective
+from kfac_laplace.posterior.objectives import (
+    AnyObjective,
+    Data,
+    Objective,
+    on_data,
+    resolve_objective,
+)
 from kfac_laplace.posterior.optimum import Search
 from kfac_laplace.posterior.prior import (
     Given,
@@ -104,7 +110,7 @@ class MarglikTuner:
         n_hypersteps: int = 10,
         lr_hyp: float = 0.1,
         method: str = "marglik",
-        objective: str | Objective = "auto",
+        objective: str | AnyObjective = "auto",
         **options: Unpack[CurvatureKeywords],
     ):
         at_least = {
@@ -294,11 +300,13 @@ class MarglikTuner:
         self._check_count(la.curvature.n_rows)
         self._synchronise()
         curvature_seconds = time.perf_counter() - start
-        hyper, moments, bounds = self._improved(la.posterior, moments)
+        data = Data((loader,), self._key_y, options.seed)
+        goal = on_data(self.objective, la.posterior, data)
+        hyper, moments, bounds = self._improved(la.posterior, moments, goal)
         with torch.no_grad():
             record = Record.of(
                 la.posterior.apart_from_unused.at(hyper),
-                self.objective,
+                goal,
                 epoch=epoch,
                 seconds=(time.perf_counter() - start, curvature_seconds),
             )
@@ -357,12 +365,12 @@ class MarglikTuner:
             torch.cuda.synchronize(self._network.device)
 
     def _improved(
-        self, posterior: Posterior, moments: dict[str, Any] | None
+        self, posterior: Posterior, moments: dict[str, Any] | None, goal: Objective
     ) -> tuple[Hyperparameters, dict[str, Any] | None, Bounds]:
         """The hyperparameters after this round's steps, Adam's state, and how far they could go."""
         posterior = posterior.apart_from_unused
-        bounds = Bounds.of(posterior, self.objective, self._free, self._start_of(posterior))
-        search = Search(self.objective, self._free, self.n_hypersteps, bounds=bounds)
+        bounds = Bounds.of(posterior, goal, self._free, self._start_of(posterior))
+        search = Search(goal, self._free, self.n_hypersteps, bounds=bounds)
         if self.method == "mackay":
             return mackay_steps(posterior, search), None, bounds
         return *adam(posterior, search, lr=self.lr_hyp, state=moments), bounds

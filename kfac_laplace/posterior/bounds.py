@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
-from kfac_laplace.posterior.objectives import Objective
-from kfac_laplace.posterior.objectives.evidence import log_marginal_likelihood
+from kfac_laplace.posterior.objectives import CountsDimensions, Objective
+from kfac_laplace.posterior.objectives.evidence import dimensions_of
 
 #: A positive hyperparameter goes at first so many times as far up, or down, as where it started.
 REACH = 1e8
@@ -42,8 +42,8 @@ class Bounds:
         unused: precisions of parameters without effect, (length of the prior,). They stay.
         blind: precisions of other parameters without curvature, likewise. They stay.
         settled: precisions that have nothing to gain where they are. They stay.
-        of_evidence: whether the evidence is what is maximised: only of it is known what there is to
-            gain.
+        dimensions: what counts directions, where an evidence is what is maximised: only of it is
+            known what there is to gain.
     """
 
     low: Mapping[str, Tensor]
@@ -51,7 +51,12 @@ class Bounds:
     unused: Tensor
     blind: Tensor
     settled: Tensor
-    of_evidence: bool
+    dimensions: CountsDimensions | None
+
+    @property
+    def of_evidence(self) -> bool:
+        """Whether an evidence is what is maximised."""
+        return self.dimensions is not None
 
     @classmethod
     def of(
@@ -78,10 +83,10 @@ class Bounds:
             if transform is not None and transform.positive:
                 low[name] = torch.minimum(first[name] / REACH, now[name])
                 high[name] = torch.maximum(first[name] * REACH, now[name])
-        unused, evidence = posterior.unused_precisions, objective is log_marginal_likelihood
+        unused, counts = posterior.unused_precisions, dimensions_of(objective)
         none = torch.zeros_like(unused)
-        blind = (posterior.expansion.curvature == 0) & ~unused if evidence else none
-        bounds = cls(low, high, unused, blind, none, evidence)
+        blind = none if counts is None else (counts.curvature(posterior) == 0) & ~unused
+        bounds = cls(low, high, unused, blind, none, counts)
         return bounds.moved_on(posterior, LITTLE) or bounds
 
     @property
@@ -154,19 +159,30 @@ class Bounds:
 
     def without_gain(self, posterior: Posterior) -> Tensor:
         """Precisions that have next to nothing to gain: settled, at an end, of rounding alone."""
-        found = self.settled | _of_rounding(posterior)
+        found = self.settled | self._of_rounding(posterior)
         for name, below, above in self.ends(posterior.hyperparameters):
             if name == "prior_precision":
                 found = found | below | above
         return found & self._flat(posterior, LITTLE) & ~self.unused & ~self.blind
 
-    @staticmethod
-    def _flat(posterior: Posterior, little: float) -> Tensor:
+    def gamma(self, posterior: Posterior) -> Tensor:
+        """γ under what is maximised, (length of the prior,)."""
+        assert self.dimensions is not None
+        with torch.no_grad():
+            return self.dimensions.effective_dimensions(posterior)
+
+    def _flat(self, posterior: Posterior, little: float) -> Tensor:
         """Precisions with next to nothing to gain, (length of the prior,)."""
         delta = posterior.prior.full(posterior.hyperparameters.prior_precision.detach())
         with torch.no_grad():
-            gamma, pull = posterior.effective_dimensions(), delta * posterior.squares
-            return 0.5 * torch.maximum(gamma, pull) <= little
+            pull = delta * posterior.squares
+            return 0.5 * torch.maximum(self.gamma(posterior), pull) <= little
+
+    def _of_rounding(self, posterior: Posterior) -> Tensor:
+        """Precisions of parameters whose curvature may be rounding alone, (length of the prior,)."""
+        assert self.dimensions is not None
+        by_entry = self.dimensions.curvature(posterior) / posterior.prior.counts
+        return by_entry <= NO_CURVATURE * by_entry.max()
 
     def inside(self, moved: Hyperparameters, before: Hyperparameters) -> Hyperparameters:
         """Values inside the range; what stays is as it was before."""
@@ -207,9 +223,3 @@ def no_residuals(posterior: Posterior) -> bool:
         return True  # not known: the range is an end
     left, spread = float(ggn.statistic) / ggn.n_outputs, ggn.likelihood.target_spread(ggn.targets)
     return left <= (NO_RESIDUALS * spread) ** 2 if spread > 0 else left == 0
-
-
-def _of_rounding(posterior: Posterior) -> Tensor:
-    """Precisions of parameters whose curvature may be rounding alone, (length of the prior,)."""
-    by_entry = posterior.expansion.curvature / posterior.prior.counts
-    return by_entry <= NO_CURVATURE * by_entry.max()

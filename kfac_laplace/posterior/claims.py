@@ -113,7 +113,7 @@ def _without_maximum(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
         still, squares = bounds.without_gain(posterior), posterior.squares
         with torch.no_grad():
             pull = posterior.hyperparameters.prior_precision * squares
-            near = posterior.effective_dimensions() >= pull
+            near = bounds.gamma(posterior) >= pull
         reasons += [
             (none, still & (squares == 0), "its mode equals the prior mean"),
             (little, still & near & (squares > 0), "its mode nearly equals the prior mean"),

@@ -9,8 +9,8 @@ from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.posterior.bounds import Bounds
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
-from kfac_laplace.posterior.objectives import Objective
-from kfac_laplace.posterior.objectives.evidence import log_marginal_likelihood
+from kfac_laplace.posterior.objectives import AnyObjective, DataObjective, Objective
+from kfac_laplace.posterior.objectives.evidence import dimensions_of, log_marginal_likelihood
 from kfac_laplace.posterior.optimum import Optimum, Search
 
 
@@ -27,7 +27,7 @@ def mackay(posterior: Posterior, search: Search) -> Optimum:
         UnsupportedUse: a free noise that is not Gaussian.
     """
     with torch.no_grad():
-        step, here = 0, FixedPoint(posterior, search.free, search.within(posterior))
+        step, here = 0, FixedPoint.within(posterior, search)
         while step < search.n_steps and here.slope > search.tolerance:
             step += 1
             before, here = here, here.next()
@@ -45,15 +45,15 @@ def mackay_steps(posterior: Posterior, search: Search) -> Hyperparameters:
         search: how many steps, in what, and how far.
     """
     with torch.no_grad():
-        place = FixedPoint(posterior, search.free, search.within(posterior))
+        place = FixedPoint.within(posterior, search)
         for _ in range(search.n_steps):
             place = place.next()
     return place.posterior.hyperparameters
 
 
-def check_objective(objective: Objective) -> None:
-    """Raise `InvalidValue` for any objective but the evidence, whose fixed point it is."""
-    if objective is not log_marginal_likelihood:
+def check_objective(objective: AnyObjective) -> None:
+    """Raise `InvalidValue` for any objective but an evidence, whose fixed point it is."""
+    if not (isinstance(objective, DataObjective) or dimensions_of(objective)):
         raise InvalidValue(
             "MacKay's fixed point is that of the evidence",
             where="method",
@@ -69,12 +69,19 @@ class FixedPoint:
         posterior: at the present hyperparameters.
         free: names of the hyperparameters that move.
         bounds: how far they go; around the posterior's own by default.
+        objective: the evidence whose fixed point it is.
 
     Raises:
         UnsupportedUse: a free noise that is not Gaussian, or other free hyperparameters.
     """
 
-    def __init__(self, posterior: Posterior, free: tuple[str, ...], bounds: Bounds | None = None):
+    def __init__(
+        self,
+        posterior: Posterior,
+        free: tuple[str, ...],
+        bounds: Bounds | None = None,
+        objective: Objective = log_marginal_likelihood,
+    ):
         likelihood = posterior.ggn.likelihood
         noise = "sigma_noise" in free
         if noise and not likelihood.has_gaussian_noise:
@@ -95,10 +102,15 @@ class FixedPoint:
         delta = posterior.prior.full(hyper.prior_precision)
         self.posterior = posterior.at(replace(hyper, prior_precision=delta))
         self.free, self.noise = free, noise
-        self.bounds = bounds or Bounds.of(self.posterior, log_marginal_likelihood, free)
-        self.evidence = float(self.posterior.log_marginal_likelihood)
-        self._gamma = self.posterior.effective_dimensions()
+        self.bounds = bounds or Bounds.of(self.posterior, objective, free)
+        self.objective, self.evidence = objective, float(objective(self.posterior))
+        self._gamma = self.bounds.gamma(self.posterior)
         self._squares = posterior.squares
+
+    @classmethod
+    def within(cls, posterior: Posterior, search: Search) -> "FixedPoint":
+        """The place of a posterior under what a search maximises, in what, and how far."""
+        return cls(posterior, search.free, search.within(posterior), search.objective)
 
     @property
     def _free_outputs(self) -> Tensor:
@@ -152,6 +164,6 @@ class FixedPoint:
     def _at(self, hyper: Hyperparameters) -> "FixedPoint | None":
         """Another place, or None where the posterior precision has no factor in float64."""
         try:
-            return FixedPoint(self.posterior.at(hyper), self.free, self.bounds)
+            return FixedPoint(self.posterior.at(hyper), self.free, self.bounds, self.objective)
         except InvalidValue:
             return None

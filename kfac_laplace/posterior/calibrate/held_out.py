@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
+from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Latent, Likelihood, aligned_target
 from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.passes import counted
 from kfac_laplace.posterior.predict.glm import output_gaussian
 
 
@@ -98,12 +99,6 @@ def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -
             remedy="A generator can be read only once: pass a loader",
         )
     return HeldOut.joined(parts)
-
-
-def counted(posterior: Posterior, x: Any, y: Tensor) -> AnyBatch:
-    """Inputs as examples, as many as there are targets."""
-    n = len(y) if y.ndim else None
-    return posterior.network.batch(x, n, posterior.ggn.knowledge.interface)
 
 
 def negative_log_likelihood(

@@ -22,9 +22,10 @@ from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.errors import UnsupportedUse
 from kfac_laplace.likelihoods import aligned_target
-from kfac_laplace.posterior.calibrate.held_out import HeldOut, counted
+from kfac_laplace.posterior.calibrate.held_out import HeldOut
 from kfac_laplace.posterior.calibrate.same_data import check_same_targets, other_data
 from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.passes import counted
 from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
 
 log = logging.getLogger("kfac_laplace")

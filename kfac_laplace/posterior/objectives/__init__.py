@@ -4,7 +4,14 @@ An objective takes a posterior at some hyperparameters and returns one number, i
 whole data, differentiable in them. One file an objective; importing it here registers its names.
 """
 
+from kfac_laplace.posterior.objectives import columns as columns
 from kfac_laplace.posterior.objectives import evidence as evidence
+from kfac_laplace.posterior.objectives import exact as exact
+from kfac_laplace.posterior.objectives.registry import AnyObjective as AnyObjective
+from kfac_laplace.posterior.objectives.registry import CountsDimensions as CountsDimensions
+from kfac_laplace.posterior.objectives.registry import Data as Data
+from kfac_laplace.posterior.objectives.registry import DataObjective as DataObjective
 from kfac_laplace.posterior.objectives.registry import Objective as Objective
 from kfac_laplace.posterior.objectives.registry import objective as objective
+from kfac_laplace.posterior.objectives.registry import on_data as on_data
 from kfac_laplace.posterior.objectives.registry import resolve_objective as resolve_objective

@@ -1,15 +1,70 @@
-"""Names of objectives."""
+"""Names of objectives, and what an objective is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from kfac_laplace.errors import InvalidType
+from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.options import unknown
 from kfac_laplace.posterior.gaussian import Posterior
 
+#: In nats over the whole data, differentiable in `posterior.hyperparameters`.
 Objective = Callable[[Posterior], Tensor]
-NAMED: dict[str, Objective] = {}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training data for objectives that look at them once more.
+
+    Args:
+        loaders: as `fit` read them, one after another.
+        key_y: name of the targets where batches are mappings.
+        seed: seed of what is drawn.
+    """
+
+    loaders: tuple[Iterable[Any], ...]
+    key_y: str
+    seed: int
+
+    def batches(self) -> Iterable[Any]:
+        """All batches.
+
+        Raises:
+            InvalidValue: there is no loader.
+        """
+        if not self.loaders:
+            raise InvalidValue(
+                "this objective needs the training data once more",
+                where="objective",
+                got="no loader, as after loading a file",
+                remedy="Pass loader=, the training data, or use objective='kron'",
+            )
+        return (batch for loader in self.loaders for batch in loader)
+
+
+@runtime_checkable
+class DataObjective(Protocol):
+    """What becomes an objective by one pass over the training data."""
+
+    def on(self, posterior: Posterior, data: Data) -> Objective:
+        """The objective of a posterior's expansion, at any hyperparameters."""
+
+
+@runtime_checkable
+class CountsDimensions(Protocol):
+    """What an evidence knows beside its value; bounds and fixed points rest on it."""
+
+    def curvature(self, posterior: Posterior) -> Tensor:
+        """Σ H_kk over the entries that share a precision, at σ = T = 1, (length of the prior,)."""
+
+    def effective_dimensions(self, posterior: Posterior) -> Tensor:
+        """γ by shared precision, (length of the prior,)."""
+
+
+AnyObjective = Objective | DataObjective
+NAMED: dict[str, AnyObjective] = {}
 
 
 def objective(*names: str) -> Callable[[Objective], Objective]:
@@ -26,7 +81,7 @@ def objective(*names: str) -> Callable[[Objective], Objective]:
     return register
 
 
-def resolve_objective(choice: str | Objective) -> Objective:
+def resolve_objective(choice: str | AnyObjective) -> AnyObjective:
     """The objective of a name, or the function itself.
 
     Raises:
@@ -35,7 +90,7 @@ def resolve_objective(choice: str | Objective) -> Objective:
     """
     if isinstance(choice, str) and choice in NAMED:
         return NAMED[choice]
-    if callable(choice):
+    if callable(choice) or isinstance(choice, DataObjective):
         return choice
     if isinstance(choice, str):
         raise unknown("objective", choice, NAMED, "pass a function of a Posterior")
@@ -45,3 +100,14 @@ def resolve_objective(choice: str | Objective) -> Objective:
         got=repr(choice),
         remedy="Pass a function of a Posterior",
     )
+
+
+def on_data(choice: AnyObjective, posterior: Posterior, data: Data) -> Objective:
+    """An objective as a function of a posterior, after its pass over the data if it makes one.
+
+    Args:
+        choice: what `resolve_objective` gave.
+        posterior: at its mode.
+        data: its training data.
+    """
+    return choice.on(posterior, data) if isinstance(choice, DataObjective) else choice

@@ -20,13 +20,13 @@ from kfac_laplace.curvature.gradients.by_group import (
 )
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
-from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
-from kfac_laplace.curvature.model.batches import AnyBatch, check_rows
+from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.posterior.block import BlockNormal, SpectralNormal
 from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.passes import recorded
 from kfac_laplace.posterior.predict.finite import COVARIANCE, INPUTS, finite
 from kfac_laplace.posterior.predict.products import covariance, factored_covariance
 
@@ -64,11 +64,11 @@ def output_gaussian(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
     """
     with undisturbed(posterior.network.model):
         parts = [
-            _moments(posterior, _recorded(posterior, piece))
+            _moments(posterior, recorded(posterior, piece))
             for piece in batch.split(_inputs_at_once(posterior, batch))
         ]
         if len({part[0].shape[1:] for part in parts}) > 1:  # sequences as long as the longest
-            parts = [_moments(posterior, _recorded(posterior, batch))]
+            parts = [_moments(posterior, recorded(posterior, batch))]
     means, covariances, shapes = zip(*parts, strict=True)
     mean = finite(torch.cat(means), "outputs of the model", INPUTS)
     spread = finite(torch.cat(covariances), "covariance of the outputs", COVARIANCE)
@@ -83,19 +83,12 @@ def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
         batch: the inputs.
     """
     with undisturbed(posterior.network.model):
-        passed = _recorded(posterior, batch)
+        passed = recorded(posterior, batch)
         vectors = _unit_vectors(passed.outputs)
         return [
             _by_row(passed, normal.features(found).movedim(1, 0)).flatten(0, 1)
             for normal, found in _matrices(posterior, passed, vectors)
         ]
-
-
-def _recorded(posterior: Posterior, batch: AnyBatch) -> ForwardPass:
-    """A pass at the mode, with the layouts of its rows known."""
-    passed = posterior.network.record(batch, posterior.ggn.knowledge, posterior.mode_for_model)
-    check_rows(passed.recording.output, batch)
-    return passed.knowing(learn_row_layouts(passed))
 
 
 def _by_row(passed: ForwardPass, features: Tensor) -> Tensor:
