@@ -1,7 +1,7 @@
 """Which parameters of a model are trained, and how they are grouped: told anew when they change."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Size, nn
@@ -12,7 +12,9 @@ from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError, UnsupportedUse
 from kfac_laplace.marglik.loss import undivided_prior
+from kfac_laplace.marglik.roles import Roles, Tune, check_tune, root_mean_squares
 from kfac_laplace.marglik.sample import Examples
+from kfac_laplace.marglik.training_mode import Modes, TrainingMode
 from kfac_laplace.posterior.prior import Given, Prior, layouts_of
 from kfac_laplace.posterior.sharing import PriorStructure, resolve_sharing
 
@@ -30,6 +32,9 @@ class Grouping:
         shapes: the trained parameters that the options admit.
         prior: over the groups; None before a batch was seen.
         examples: a few of the data, None before a batch was seen.
+        tune: which precisions are tuned.
+        began: root mean squares of the parameters when the tuner was made.
+        training: what is special about training mode, None while it was not looked at.
     """
 
     model: nn.Module
@@ -40,14 +45,61 @@ class Grouping:
     shapes: Mapping[str, Size]
     prior: Prior | None = None
     examples: Examples | None = None
+    tune: Tune = "auto"
+    began: Mapping[str, float] = field(default_factory=dict)
+    training: TrainingMode | None = None
 
     @classmethod
     def of(
-        cls, model: nn.Module, options: CurvatureOptions, structure: PriorStructure, mean: Given
+        cls,
+        model: nn.Module,
+        options: CurvatureOptions,
+        structure: PriorStructure,
+        mean: Given,
+        tune: Tune,
     ) -> "Grouping":
         """That of a model of which no batch was seen."""
         curvature = Curvature.of(model, options)
-        return cls(model, options, structure, mean, curvature.ggn.knowledge, _shapes(curvature))
+        known, shapes = curvature.ggn.knowledge, _shapes(curvature)
+        tune = check_tune(tune, curvature.network.shapes)
+        began = root_mean_squares(curvature.network.parameters(known.tracked))
+        return cls(model, options, structure, mean, known, shapes, tune=tune, began=began)
+
+    @property
+    def roles(self) -> Roles:
+        """Which precisions are tuned, of the groups that were found."""
+        network, groups = Curvature.of(self.model, self.options).network, self.known.groups
+        params = tuple(name for group in groups for name in group.layout.params)
+        now = root_mean_squares(network.parameters(params))
+        return Roles.of(groups, self.tune, self.training or TrainingMode(), (self.began, now))
+
+    @property
+    def coverage(self) -> dict[str, str]:
+        """How each parameter is treated, and whether its precision is tuned, or why it is not."""
+        held = self.roles.held
+        said = {
+            name: f"held: {held[group.name]}" if group.name in held else "tuned"
+            for group in self.known.groups
+            for name in group.layout.params
+        }
+        treated = self.curvature().coverage if self.known.groups else {}
+        return {name: f"{how}, {said.get(name, 'not tuned')}" for name, how in treated.items()}
+
+    def looked_at(self, modes: Modes) -> "Grouping":
+        """With what training mode is like, where that matters and is not known.
+
+        Args:
+            modes: modes of the model's modules in training; empty where none was seen.
+        """
+        if self.training is not None or not modes or self.tune != "auto" or self.examples is None:
+            return self
+        if not any(modes.values()):
+            return self
+        network = Curvature.of(self.model, self.options).network
+        batch = network.batch(self.examples.x, len(self.examples.y), self.known.interface)
+        candidates = [g for g in self.known.groups if g.factored and g.role != "bias"]
+        training = TrainingMode.of(network, candidates, batch, modes)
+        return replace(self, training=training)
 
     def curvature(self, options: CurvatureOptions | None = None) -> Curvature:
         """A curvature of no data, which knows how rows and outputs lie."""
@@ -69,7 +121,7 @@ class Grouping:
         shapes = _shapes(curvature)
         if [*shapes.items()] != [*self.shapes.items()]:
             known = self.known.axis_alone(tuple(shapes))
-            return replace(self, known=known, shapes=shapes, prior=None)
+            return replace(self, known=known, shapes=shapes, prior=None, training=None)
         if self.prior is not None and self.prior.device != curvature.network.device:
             return self.grouped(self.known)
         return self

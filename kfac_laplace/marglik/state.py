@@ -14,7 +14,10 @@ from kfac_laplace.curvature.plain_groups import groups_from_plain
 from kfac_laplace.curvature.state import axis_of
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.marglik.burn_in import BurnIn
 from kfac_laplace.marglik.record import Record
+from kfac_laplace.marglik.roles import Tune
+from kfac_laplace.marglik.training_mode import TrainingMode
 from kfac_laplace.options import check_choice
 from kfac_laplace.posterior.hyperparameters import Hyperparameters, positive
 from kfac_laplace.posterior.objectives import AnyObjective
@@ -29,6 +32,7 @@ KEYS = (
     "sharing",
     "hyperparameters",
     "tuned",
+    "tune",
     "objective",
     "adam",
     "epoch",
@@ -37,6 +41,9 @@ KEYS = (
     "patterns",
     "class_axis",
     "start",
+    "burn_in",
+    "began",
+    "training",
 )
 
 
@@ -53,6 +60,9 @@ class Resumed:
         patterns: δ by patterns, before that.
         class_axis: that of the outputs, or None while no batch has settled it.
         start: δ, or patterns of it, and σ with which the tuner began.
+        burn_in: how far the training loss has settled.
+        began: root mean squares of the parameters when the tuner was made.
+        training: what is special about training mode, None where it was not looked at.
     """
 
     hyper: Hyperparameters
@@ -63,6 +73,9 @@ class Resumed:
     patterns: dict[str, float] | None
     class_axis: int | None
     start: tuple[Tensor | dict[str, float], Tensor]
+    burn_in: BurnIn
+    began: dict[str, float]
+    training: TrainingMode | None
 
 
 def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.device) -> Resumed:
@@ -92,7 +105,34 @@ def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.d
         patterns,
         axis_of(found["class_axis"]),
         _start(found["start"], device),
+        _burn_in(found["burn_in"], device),
+        {name: one.number() for name, one in found["began"].items().items()},
+        _training(found["training"]),
     )
+
+
+def training_to_plain(training: TrainingMode | None) -> dict[str, Any] | None:
+    """What is special about training mode, as plain data."""
+    if training is None:
+        return None
+    mixed, free = training.batch_statistics, sorted(training.scale_free)
+    return {"batch_statistics": mixed, "scale_free": free}
+
+
+def _training(stored: Stored) -> TrainingMode | None:
+    """The inverse of `training_to_plain`."""
+    if stored.value is None:
+        return None
+    found = stored.fields(("batch_statistics", "scale_free"))
+    return TrainingMode(found["batch_statistics"].flag(), frozenset(found["scale_free"].texts()))
+
+
+def _burn_in(stored: Stored, device: torch.device) -> BurnIn:
+    """How far the training loss has settled."""
+    found = stored.fields([field.name for field in fields(BurnIn)])
+    total = None if found["total"].value is None else found["total"].tensor(()).to(device)
+    epochs = tuple(one.number() for one in found["epochs"].entries())
+    return BurnIn(epochs, total, found["count"].whole(), found["over"].flag())
 
 
 def _start(stored: Stored, device: torch.device) -> tuple[Tensor | dict[str, float], Tensor]:
@@ -172,25 +212,32 @@ def name_of(objective: AnyObjective) -> str | None:
     return next((name for name, known in NAMED.items() if known is objective), None)
 
 
-def check_goal(found: Mapping[str, Stored], tuned: Sequence[str], objective: AnyObjective) -> None:
+def check_goal(
+    found: Mapping[str, Stored], tuned: Sequence[str], tune: Tune, objective: AnyObjective
+) -> None:
     """Raise `InvalidValue` where a state tuned other things, or by another objective.
 
     Records of different objectives have no best, and Adam's moments belong to what they moved.
     """
-    remedy = "Make the tuner with the options of the state's"
     if [*found["tuned"].texts()] != [*tuned]:
-        got = f"{[*found['tuned'].texts()]} tuned in the state, {[*tuned]} here"
-        raise InvalidValue(
-            "the state was made with another option",
-            where="fix_sigma_noise",
-            got=got,
-            remedy=remedy,
-        )
+        theirs = [*found["tuned"].texts()]
+        raise _other("fix_sigma_noise", f"{theirs} tuned in the state, {[*tuned]} here")
+    if found["tune"].value != tune:
+        raise _other("tune", f"{found['tune'].value!r} in the state, {tune!r} here")
     theirs, mine = found["objective"].value, name_of(objective)
     if theirs is not None:
         check_choice("state.objective", theirs, NAMED)
     if theirs != mine:
-        got = f"{theirs or 'a function'} in the state, {mine or 'a function'} here"
-        raise InvalidValue(
-            "the state was made with another option", where="objective", got=got, remedy=remedy
+        raise _other(
+            "objective", f"{theirs or 'a function'} in the state, {mine or 'a function'} here"
         )
+
+
+def _other(option: str, got: str) -> InvalidValue:
+    """The error for a state of another option."""
+    return InvalidValue(
+        "the state was made with another option",
+        where=option,
+        got=got,
+        remedy="Make the tuner with the options of the state's",
+    )

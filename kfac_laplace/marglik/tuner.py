@@ -24,12 +24,14 @@ from kfac_laplace.curvature.plain_groups import groups_to_plain, knowledge_of_gr
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, settled_axis
+from kfac_laplace.marglik.burn_in import BurnIn
 from kfac_laplace.marglik.grouping import Grouping, difference
 from kfac_laplace.marglik.live import LiveParameters
 from kfac_laplace.marglik.loss import looked_at, mean_log_likelihood, output_and_target
 from kfac_laplace.marglik.record import Record, best_of
+from kfac_laplace.marglik.roles import Roles, Tune
 from kfac_laplace.marglik.sample import Examples, KeepsFirst
-from kfac_laplace.marglik.state import KEYS, check_goal, name_of, resumed
+from kfac_laplace.marglik.state import KEYS, check_goal, name_of, resumed, training_to_plain
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.bounds import Bounds
 from kfac_laplace.posterior.carry import carried
@@ -59,6 +61,8 @@ from kfac_laplace.states.stored import FORMAT, opened, refusing_damage
 log = logging.getLogger("kfac_laplace")
 
 METHODS = ("marglik", "mackay")
+#: Weight decay of the loss of one example, in the initial precision.
+DECAY = 1e-4
 
 
 class MarglikTuner:
@@ -70,7 +74,8 @@ class MarglikTuner:
         n_data: number of training examples (of nodes, where each node has an output), by which the
             loss weighs the prior.
         prior_structure: how δ is shared; as for `Laplace`, with all its forms.
-        prior_precision: initial δ; as for `Laplace`.
+        prior_precision: initial δ; as for `Laplace`. None: 10⁻⁴ for each training
+            example, which is a common weight decay, and at most 1.
         prior_mean: μ; as for `Laplace`.
         sigma_noise: initial σ, of likelihoods with a noise.
         temperature: T, the same in the loss and in the posterior.
@@ -78,13 +83,17 @@ class MarglikTuner:
         kfac_approx: as for `Laplace`; so are fisher, hessian_structure, subset_of_weights,
             joint_bias, uncovered, seed, factor_dtype, memory_budget, dict_key_y, class_axis,
             forward_fn and batch_fn.
-        n_epochs_burnin: no round before this epoch (epochs count from 1).
+        n_epochs_burnin: no round before this epoch (epochs count from 1). "auto": rounds from the
+            first, in which hyperparameters stay until the training loss has settled.
         marglik_frequency: a round in every epoch that is a multiple of it.
         n_hypersteps: steps in each round.
         lr_hyp: Adam's learning rate on log δ and log σ ("marglik").
         method: "marglik" for Adam on the objective, "mackay" for the evidence's fixed point.
         objective: what rounds maximise: "auto" or "kron" for the evidence, or a function of a
             `Posterior`. Records hold the evidence beside it.
+        tune: which precisions are tuned: "auto" for those of the matrices of layers, where the
+            evidence chooses well (`coverage` says which, and why not the others); "all"; or
+            patterns of parameter names. The others stay at their initial value.
 
     Raises:
         InvalidValue: an option out of range.
@@ -98,24 +107,25 @@ class MarglikTuner:
         n_data: int,
         *,
         prior_structure: PriorStructure = "layerwise",
-        prior_precision: Given = 1.0,
+        prior_precision: Given | None = None,
         prior_mean: Given = 0.0,
         sigma_noise: float | Tensor = 1.0,
         temperature: float = 1.0,
         fix_sigma_noise: bool = False,
         hessian_structure: Structure = "kron",
         dict_key_y: str = "labels",
-        n_epochs_burnin: int = 0,
+        n_epochs_burnin: int | str = "auto",
         marglik_frequency: int = 1,
         n_hypersteps: int = 10,
         lr_hyp: float = 0.1,
         method: str = "marglik",
         objective: str | AnyObjective = "auto",
+        tune: Tune = "auto",
         **options: Unpack[CurvatureKeywords],
     ):
         at_least = {
             "n_data": (n_data, 1),
-            "n_epochs_burnin": (n_epochs_burnin, 0),
+            "n_epochs_burnin": (0 if n_epochs_burnin == "auto" else n_epochs_burnin, 0),
             "marglik_frequency": (marglik_frequency, 1),
             "n_hypersteps": (n_hypersteps, 1),
         }
@@ -140,7 +150,7 @@ class MarglikTuner:
             model,
             likelihood,
             hessian_structure=hessian_structure,
-            prior_precision=prior_precision,
+            prior_precision=1.0 if prior_precision is None else prior_precision,
             sigma_noise=sigma_noise,
             temperature=temperature,
             **self._fixed,
@@ -149,18 +159,20 @@ class MarglikTuner:
         self.options = blank.options
         self.likelihood = blank.likelihood
         structure = self._fixed["prior_structure"]
-        self._groups = Grouping.of(model, self.options, structure, mean)
+        self._groups = Grouping.of(model, self.options, structure, mean, tune)
         self._network = blank.curvature.network
         self._penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
         self._live = LiveParameters(self._network.model, ())
-        delta, self._patterns = starting_precision(prior_precision, self._network.device)
+        given = min(1.0, DECAY * n_data) if prior_precision is None else prior_precision
+        delta, self._patterns = starting_precision(given, self._network.device)
         self._take(Hyperparameters(delta, blank.sigma_noise, blank.temperature))
         self._start = self._patterns or self._hyper.prior_precision, self._hyper.sigma_noise
         self._said: set[tuple[str, str]] = set()
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         self._free = Hyperparameters.tuned(self.likelihood, fixed)
         self._adam: dict[str, Any] | None = None
-        self._epoch = 0
+        self._epoch, self._burn_in = 0, BurnIn(over=n_epochs_burnin != "auto")
+        self._modes: dict[nn.Module, bool] = {}
         self.history: list[Record] = []
 
     # --- the loss ----------------------------------------------------------------------------
@@ -193,6 +205,8 @@ class MarglikTuner:
             prior = self._groups.prior or self._groups.first_prior(several)
             self._live = LiveParameters(self._network.model, prior.layouts.params)
             self._penalty = prior.penalty(hyper.prior_precision / (2 * self.n_data))
+            self._modes = {module: module.training for module in self._network.model.modules()}
+        self._burn_in = self._burn_in.with_batch(-fit, len(output))
         settled = known.with_axis(axis, output.ndim)
         if settled is not self._groups.known:
             self._groups = replace(self._groups, known=settled)
@@ -282,8 +296,9 @@ class MarglikTuner:
         """
         epoch = self._epoch + 1 if epoch is None else epoch
         check_whole("epoch", epoch, 0)
-        if epoch < self.n_epochs_burnin or epoch % self.marglik_frequency:
-            self._epoch = epoch
+        burn_in, first = self._burn_in.ended(), self.n_epochs_burnin
+        if epoch < (0 if isinstance(first, str) else first) or epoch % self.marglik_frequency:
+            self._epoch, self._burn_in = epoch, burn_in
             return None
         if loader is None:
             raise InvalidValue(
@@ -296,13 +311,15 @@ class MarglikTuner:
         # Another seed each round, so that Monte-Carlo labels are not the same ones again.
         options = self.options.seeded(self.options.seed + epoch)
         la, groups, moments = self._fitted(seen, options)
-        groups = replace(groups, examples=self._few(seen))
+        groups = replace(groups, examples=self._few(seen)).looked_at(self._modes)
         self._check_count(la.curvature.n_rows)
         self._synchronise()
         curvature_seconds = time.perf_counter() - start
         data = Data((loader,), self._key_y, options.seed)
         goal = on_data(self.objective, la.posterior, data)
-        hyper, moments, bounds = self._improved(la.posterior, moments, goal)
+        roles = groups.roles
+        steps = 0 if burn_in.waits else self.n_hypersteps
+        hyper, moments, bounds = self._improved(la.posterior, moments, goal, (roles, steps))
         with torch.no_grad():
             record = Record.of(
                 la.posterior.apart_from_unused.at(hyper),
@@ -312,8 +329,9 @@ class MarglikTuner:
             )
         self._groups, self._patterns = groups, None
         self._take(hyper)
-        self._adam, self._epoch = moments, epoch
+        self._adam, self._epoch, self._burn_in = moments, epoch, burn_in
         self.history.append(record)
+        tell(roles.claims(), self._said)
         tell(round_claims(la.posterior.at(hyper), bounds, len(self.history)), self._said)
         return record
 
@@ -365,12 +383,19 @@ class MarglikTuner:
             torch.cuda.synchronize(self._network.device)
 
     def _improved(
-        self, posterior: Posterior, moments: dict[str, Any] | None, goal: Objective
+        self,
+        posterior: Posterior,
+        moments: dict[str, Any] | None,
+        goal: Objective,
+        how: tuple[Roles, int],
     ) -> tuple[Hyperparameters, dict[str, Any] | None, Bounds]:
         """The hyperparameters after this round's steps, Adam's state, and how far they could go."""
-        posterior = posterior.apart_from_unused
-        bounds = Bounds.of(posterior, goal, self._free, self._start_of(posterior))
-        search = Search(goal, self._free, self.n_hypersteps, bounds=bounds)
+        posterior, (roles, steps) = posterior.apart_from_unused, how
+        held, start = roles.precisions(posterior.prior), self._start_of(posterior)
+        bounds = Bounds.of(posterior, goal, self._free, start, held)
+        search = Search(goal, self._free, steps, bounds=bounds)
+        if not steps:
+            return posterior.hyperparameters.detached(), moments, bounds
         if self.method == "mackay":
             return mackay_steps(posterior, search), None, bounds
         return *adam(posterior, search, lr=self.lr_hyp, state=moments), bounds
@@ -403,6 +428,14 @@ class MarglikTuner:
         return self._hyper.named(self.likelihood)
 
     @property
+    def coverage(self) -> dict[str, str]:
+        """How each parameter is treated, and whether its precision is tuned, or why it is not.
+
+        Empty before the first round (or `prepare`).
+        """
+        return self._groups.coverage
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """Names of the groups in the order of the layerwise precisions; empty before the first."""
         prior = self._groups.prior
@@ -430,6 +463,7 @@ class MarglikTuner:
             "sharing": None if prior is None else prior.digest,
             "hyperparameters": asdict(self._hyper),
             "tuned": list(self._free),
+            "tune": self._groups.tune,
             "objective": name_of(self.objective),
             "adam": copy.deepcopy(self._adam),
             "epoch": self._epoch,
@@ -438,6 +472,9 @@ class MarglikTuner:
             "patterns": self._patterns,
             "class_axis": known.axis,
             "start": list(self._start),
+            "burn_in": asdict(self._burn_in),
+            "began": dict(self._groups.began),
+            "training": training_to_plain(self._groups.training),
         }
         return sealed(content)
 
@@ -464,7 +501,7 @@ class MarglikTuner:
             found = opened(state, KEYS, "a tuner")
             remedy = "Make the tuner with the stored options"
             check_options(found["options"], self._plain_options(), remedy)
-            check_goal(found, self._free, self.objective)
+            check_goal(found, self._free, self._groups.tune, self.objective)
             read = resumed(found, self.likelihood, device)
             if read.groups is not None:
                 now = now.grouped(knowledge_of_groups(read.groups, self._network, self.options))
@@ -475,7 +512,10 @@ class MarglikTuner:
         known = now.known
         if read.class_axis is not None:
             known = replace(known, class_axis=read.class_axis, axis_known=True)
-        self._groups = replace(now, known=known.with_rows_of(rows))
+        self._groups = replace(
+            now, known=known.with_rows_of(rows), began=read.began, training=read.training
+        )
         self._take(read.hyper)
         self._epoch, self.history, self._patterns = read.epoch, read.history, read.patterns
         self._adam, self._start = read.adam, read.start
+        self._burn_in = read.burn_in if self.n_epochs_burnin == "auto" else BurnIn(over=True)

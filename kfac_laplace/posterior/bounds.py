@@ -42,6 +42,7 @@ class Bounds:
         unused: precisions of parameters without effect, (length of the prior,). They stay.
         blind: precisions of other parameters without curvature, likewise. They stay.
         settled: precisions that have nothing to gain where they are. They stay.
+        held: precisions that are not to be tuned. They stay.
         dimensions: what counts directions, where an evidence is what is maximised: only of it is
             known what there is to gain.
     """
@@ -51,6 +52,7 @@ class Bounds:
     unused: Tensor
     blind: Tensor
     settled: Tensor
+    held: Tensor
     dimensions: CountsDimensions | None
 
     @property
@@ -65,6 +67,7 @@ class Bounds:
         objective: Objective,
         free: tuple[str, ...],
         start: Hyperparameters | None = None,
+        held: Tensor | None = None,
     ) -> "Bounds":
         """Bounds around a start, and beyond where the posterior sits at an end that is none.
 
@@ -73,6 +76,8 @@ class Bounds:
             objective: what is maximised.
             free: names of the hyperparameters that move.
             start: where tuning began; the posterior's hyperparameters by default.
+            held: mask (length of the prior,) of precisions that are not to be tuned; none by
+                default.
         """
         now = posterior.hyperparameters.detached().values()
         first = now if start is None else start.detached().values()
@@ -86,13 +91,19 @@ class Bounds:
         unused, counts = posterior.unused_precisions, dimensions_of(objective)
         none = torch.zeros_like(unused)
         blind = none if counts is None else (counts.curvature(posterior) == 0) & ~unused
-        bounds = cls(low, high, unused, blind, none, counts)
+        held = none if held is None else held & ~unused
+        bounds = cls(low, high, unused, blind & ~held, none, held, counts)
         return bounds.moved_on(posterior, LITTLE) or bounds
 
     @property
     def stays(self) -> Tensor:
         """The precisions that do not move."""
-        return self.unused | self.blind | self.settled
+        return self.fixed | self.settled
+
+    @property
+    def fixed(self) -> Tensor:
+        """Those that no search moves, whatever there is to gain."""
+        return self.unused | self.blind | self.held
 
     def begun(self, posterior: Posterior, tolerance: float) -> tuple[Posterior, "Bounds"]:
         """The posterior with those precisions in their places of which these are known.
@@ -108,10 +119,10 @@ class Bounds:
         if not self.of_evidence or "prior_precision" not in self.high:
             return posterior, self
         with torch.no_grad():
-            equal = (posterior.squares == 0) & ~self.unused & ~self.blind
+            equal = (posterior.squares == 0) & ~self.fixed
             # Searches end where slopes are below ten tolerances.
             flat = torch.where(equal, self._flat(posterior, 10 * tolerance), False)
-            flat |= self._flat(posterior, tolerance) & ~self.unused & ~self.blind
+            flat |= self._flat(posterior, tolerance) & ~self.fixed
             raised, high = equal & ~flat, self.high["prior_precision"].clone()
             bounds = replace(self, settled=flat | raised)
             while True:
@@ -163,7 +174,7 @@ class Bounds:
         for name, below, above in self.ends(posterior.hyperparameters):
             if name == "prior_precision":
                 found = found | below | above
-        return found & self._flat(posterior, LITTLE) & ~self.unused & ~self.blind
+        return found & self._flat(posterior, LITTLE) & ~self.fixed
 
     def gamma(self, posterior: Posterior) -> Tensor:
         """γ under what is maximised, (length of the prior,)."""

@@ -231,7 +231,8 @@ def test_patterns_that_divide_a_block_leave_the_tuner_as_it_was():
 
 def test_means_by_pattern_need_no_batch():
     case = build("vit")
-    tuner = MarglikTuner(case.model, "classification", N, prior_mean={"norm.weight": 1, "*": 0})
+    means = {"norm.weight": 1, "*": 0}
+    tuner = MarglikTuner(case.model, "classification", N, prior_mean=means, prior_precision=1.0)
     squares = sum(
         (p - float(name == "norm.weight")).square().sum()
         for name, p in trainable(case.model).items()

@@ -47,6 +47,7 @@ COMPARED = {
     "joint_bias": False,
     "uncovered": "freeze",
     "fix_sigma_noise": True,
+    "tune": "all",
     "objective": lambda posterior: posterior.log_marginal_likelihood,
 }
 #: The tuner's own, in effect from then on.

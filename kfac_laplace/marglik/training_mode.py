@@ -1,0 +1,117 @@
+"""What a network computes in training mode, of which curvature in evaluation mode knows nothing.
+
+Batch norm in training mode divides by the spread of the batch: the outputs of an example depend on
+the others, and the scale of the weights before it changes no output. The evidence, of evaluation
+mode, sees neither.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kfac_laplace.curvature.gradients.groups import Group
+from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.model.failures import ran_out_of_memory
+from kfac_laplace.curvature.model.forward import substituted
+from kfac_laplace.curvature.model.kept import without_trace
+from kfac_laplace.curvature.model.unchanged import undisturbed
+
+log = logging.getLogger("kfac_laplace")
+
+#: Doubling a weight changes outputs by less than this share of what zeroing it changes, where its
+#: scale does not matter: norms add a small number to the spread, so that some is left.
+SHARE = 1e-2
+#: Outputs within this of each other, beside their size, are the same up to rounding.
+SAME = 1e-3
+
+Modes = Mapping[nn.Module, bool]
+
+
+@dataclass(frozen=True)
+class TrainingMode:
+    """What is special about the outputs of training mode.
+
+    Args:
+        batch_statistics: whether the outputs of an example depend on the others in its batch.
+        scale_free: names of groups whose scale changes no output.
+    """
+
+    batch_statistics: bool = False
+    scale_free: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(
+        cls, network: Network, groups: Iterable[Group], batch: AnyBatch, modes: Modes
+    ) -> "TrainingMode":
+        """Found by running the model on a few examples; it is left as it was.
+
+        Args:
+            network: the model.
+            groups: those that might be scale-free.
+            batch: a few examples.
+            modes: modes of its modules while it was trained.
+        """
+        run = _Runs(network, modes)
+        typed = any(mode and isinstance(module, _BatchNorm) for module, mode in modes.items())
+        try:
+            with without_trace(network.model), undisturbed(network.model), torch.no_grad():
+                mixes = run.mixes_examples(batch)
+                scale_free = frozenset(g.name for g in groups if run.is_scale_free(g, batch))
+        except Exception as error:  # models raise what they like on a few examples
+            if ran_out_of_memory(error):
+                raise
+            log.debug("training mode fails on a few examples: %r", error)
+            return cls(typed)
+        return cls(typed if mixes is None else mixes, scale_free)
+
+
+class _Runs:
+    """Runs of a model in its modes of training, with the same random numbers each.
+
+    Args:
+        network: the model.
+        modes: the modes.
+    """
+
+    def __init__(self, network: Network, modes: Modes):
+        self._network, self._modes = network, modes
+
+    def _output(self, batch: AnyBatch, params: Mapping[str, Tensor]) -> Tensor:
+        with substituted(self._network.model, params):
+            for module, training in self._modes.items():
+                module.training = training
+            torch.default_generator.manual_seed(0)
+            if self._network.device.type == "cuda":
+                with torch.cuda.device(self._network.device):
+                    torch.cuda.manual_seed(0)
+            return self._network.forward(batch.copied().x).double()
+
+    def mixes_examples(self, batch: AnyBatch) -> bool | None:
+        """Whether an example's outputs depend on the others; None where that cannot be seen."""
+        if batch.segments or batch.n < 3:
+            return None
+        few = min(batch.n - 1, 3)
+        one = batch.select(torch.arange(few))
+        other = batch.select(torch.tensor([*range(few - 1), few]))
+        outputs = [self._output(some, {}) for some in (one, one, other)]
+        if outputs[0].ndim < 1 or len(outputs[0]) != few:
+            return None
+        first, again, without = (output[0] for output in outputs)
+        if not torch.equal(first, again):  # random numbers of its own
+            return None
+        return bool((first - without).norm() > SAME * first.norm())
+
+    def is_scale_free(self, group: Group, batch: AnyBatch) -> bool:
+        """Whether a weight (with its bias) may be doubled, and not left out, without effect."""
+        own = self._network.parameters(group.layout.params)
+        as_it_is = self._output(batch, {})
+        gone = (self._output(batch, {n: 0 * p for n, p in own.items()}) - as_it_is).norm()
+        if gone <= SAME * as_it_is.norm():  # no effect at all
+            return False
+        doubled = self._output(batch, {n: 2 * p for n, p in own.items()}) - as_it_is
+        return bool(doubled.norm() <= SHARE * gone)
