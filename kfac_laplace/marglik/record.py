@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kfac_laplace.posterior.gaussian import Posterior
@@ -28,6 +29,11 @@ class Record:
         n_data: number of examples (of nodes, where each has an output) that the evidence is over.
         groups: names of the groups, in the order of layerwise precisions.
         parameters: number of scalar parameters in the posterior.
+        effective_dimensions: γ of each group at these hyperparameters, float64 (groups,): how many
+            directions the data determine, by the curvature of the evidence.
+        constant_evidence: log-likelihood of the best constant prediction over T: an evidence below
+            it says that log-determinants, not data, choose the precisions. NaN where a likelihood
+            does not know it.
     """
 
     epoch: int
@@ -42,6 +48,8 @@ class Record:
     n_data: int
     groups: tuple[str, ...]
     parameters: int
+    effective_dimensions: Tensor
+    constant_evidence: float
 
     @classmethod
     def of(
@@ -68,6 +76,8 @@ class Record:
             n_data=int(posterior.ggn.n_rows),
             groups=tuple(posterior.prior.layouts.groups),
             parameters=posterior.prior.size,
+            effective_dimensions=posterior.effective_dimensions_by_group(),
+            constant_evidence=posterior.constant_evidence,
         )
 
 
@@ -89,3 +99,9 @@ def best_of(history: Sequence[Record], n_data: int) -> Record | None:
     sizes = [record.n_data for record in alike]
     size = n_data if n_data in sizes else sizes[0]
     return max((r for r in alike if r.n_data == size), key=lambda record: record.objective)
+
+
+def rounds_that_moved(history: Sequence[Record]) -> int:
+    """How many rounds left other precisions than the round before."""
+    deltas = [record.hyperparameters["prior_precision"] for record in history]
+    return sum(not torch.equal(a, b) for a, b in zip(deltas, deltas[1:], strict=False))

@@ -159,9 +159,11 @@ def _record(stored: Stored, likelihood: Likelihood) -> Record:
             values[field.name] = {name: inner.tensor().clone() for name, inner in tuned.items()}
         elif field.name == "groups":
             values[field.name] = one.texts()
+        elif field.name == "effective_dimensions":
+            values[field.name] = one.tensor((len(found["groups"].texts()),)).clone()
         else:
             values[field.name] = one.whole() if field.type in (int, "int") else one.number()
-            if math.isnan(values[field.name]):
+            if math.isnan(values[field.name]) and field.name != "constant_evidence":
                 raise one.fault("not a number")
     return Record(**values)
 

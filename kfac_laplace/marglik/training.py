@@ -18,8 +18,9 @@ from kfac_laplace.curvature.options import CurvatureKeywords, spelled
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.marglik.roles import Tune
 from kfac_laplace.marglik.tuner import MarglikTuner
-from kfac_laplace.options import check_iterable, check_text, check_whole
+from kfac_laplace.options import check_choice, check_iterable, check_text, check_whole
 from kfac_laplace.posterior.objectives import AnyObjective
 from kfac_laplace.posterior.prior import Given
 from kfac_laplace.posterior.sharing import PriorStructure
@@ -39,16 +40,19 @@ def marglik_training(
     n_epochs: int = 300,
     lr_hyp: float = 0.1,
     prior_structure: PriorStructure = "layerwise",
-    n_epochs_burnin: int = 0,
-    n_hypersteps: int = 10,
+    n_epochs_burnin: int | str = "auto",
+    n_hypersteps: int | None = None,
     marglik_frequency: int = 1,
-    prior_prec_init: Given = 1.0,
+    prior_prec_init: Given | None = None,
     prior_mean: Given = 0.0,
     sigma_noise_init: float = 1.0,
     temperature: float = 1.0,
     fix_sigma_noise: bool = False,
     method: str = "marglik",
     objective: str | AnyObjective = "auto",
+    tune: Tune = "auto",
+    loss_units: str = "nats",
+    keep: str = "last",
     progress_bar: bool = False,
     dict_key_y: str = "labels",
     **curvature: Unpack[CurvatureKeywords],
@@ -67,10 +71,10 @@ def marglik_training(
         n_epochs: training epochs.
         lr_hyp: Adam's learning rate on the log-hyperparameters.
         prior_structure: how δ is shared; as for `Laplace`, with all its forms.
-        n_epochs_burnin: no hyperparameter steps before this epoch.
-        n_hypersteps: steps in each round.
+        n_epochs_burnin: no hyperparameter steps before this epoch; "auto" as for `MarglikTuner`.
+        n_hypersteps: steps in each round; None as for `MarglikTuner`.
         marglik_frequency: a round in every epoch that is a multiple of it.
-        prior_prec_init: initial prior precision; as `prior_precision` of `Laplace`.
+        prior_prec_init: initial prior precision; as `prior_precision` of `MarglikTuner`.
         prior_mean: μ; as for `Laplace`.
         sigma_noise_init: initial observation noise.
         temperature: T, the same in the loss and in the posterior.
@@ -78,6 +82,11 @@ def marglik_training(
         method: "marglik" for Adam on the objective, "mackay" for the evidence's fixed point.
         objective: what rounds maximise: "auto" or "kron" for the evidence, or a function of a
             `Posterior`.
+        tune: which precisions are tuned; as for `MarglikTuner`.
+        loss_units: as for `MarglikTuner`.
+        keep: "last" for the weights at the end, "best" for those of the round of highest objective.
+            Training raises the joint of data and weights, not the evidence, which may be highest
+            while a network still underfits: "best" is no early stopping.
         progress_bar: show one, an epoch a step.
         dict_key_y: name of the targets where batches are mappings.
         curvature: further options of `Curvature` by their names: kfac_approx, fisher,
@@ -85,7 +94,7 @@ def marglik_training(
             forward_fn, batch_fn.
 
     Returns:
-        The posterior at the weights and hyperparameters of highest objective, the model with those
+        The posterior at the weights and hyperparameters that `keep` says, the model with those
         weights, the negative log evidence of each round, and the mean loss of each epoch.
 
     Raises:
@@ -102,6 +111,7 @@ def marglik_training(
         )
     check_whole("n_epochs", n_epochs, 0)
     check_text("dict_key_y", dict_key_y)
+    check_choice("keep", keep, ("last", "best"))
     check_iterable("train_loader", train_loader)
     # What is refused is refused before data are read.
     Laplace(model, likelihood, hessian_structure=hessian_structure, **curvature)
@@ -127,6 +137,8 @@ def marglik_training(
         lr_hyp=lr_hyp,
         method=method,
         objective=objective,
+        tune=tune,
+        loss_units=loss_units,
     )
     tuner.prepare(train_loader)
     optimiser = optimizer_cls([p for p in model.parameters() if p.requires_grad], **options)
@@ -139,7 +151,7 @@ def marglik_training(
         for epoch in trange(1, n_epochs + 1, disable=not progress_bar, desc="marglik training"):
             losses.append(_train_epoch(tuner, train_loader, optimiser, scheduler))
             record = tuner.step(train_loader, epoch)
-            if record is not None and record is tuner.best:
+            if keep == "best" and record is not None and record is tuner.best:
                 best = {
                     "model": copy.deepcopy(model.state_dict()),
                     "tuner": copy.deepcopy(tuner.state_dict()),

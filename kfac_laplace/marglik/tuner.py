@@ -28,7 +28,7 @@ from kfac_laplace.marglik.burn_in import BurnIn
 from kfac_laplace.marglik.grouping import Grouping, difference
 from kfac_laplace.marglik.live import LiveParameters
 from kfac_laplace.marglik.loss import looked_at, mean_log_likelihood, output_and_target
-from kfac_laplace.marglik.record import Record, best_of
+from kfac_laplace.marglik.record import Record, best_of, rounds_that_moved
 from kfac_laplace.marglik.roles import Roles, Tune
 from kfac_laplace.marglik.sample import Examples, KeepsFirst
 from kfac_laplace.marglik.state import KEYS, check_goal, name_of, resumed, training_to_plain
@@ -61,6 +61,9 @@ from kfac_laplace.states.stored import FORMAT, opened, refusing_damage
 log = logging.getLogger("kfac_laplace")
 
 METHODS = ("marglik", "mackay")
+UNITS = ("nats", "residuals")
+#: Hyperparameter steps for each epoch between rounds.
+STEPS = 10
 #: Weight decay of the loss of one example, in the initial precision.
 DECAY = 1e-4
 
@@ -86,7 +89,7 @@ class MarglikTuner:
         n_epochs_burnin: no round before this epoch (epochs count from 1). "auto": rounds from the
             first, in which hyperparameters stay until the training loss has settled.
         marglik_frequency: a round in every epoch that is a multiple of it.
-        n_hypersteps: steps in each round.
+        n_hypersteps: steps in each round. None: ten for each epoch between rounds, at most fifty.
         lr_hyp: Adam's learning rate on log δ and log σ ("marglik").
         method: "marglik" for Adam on the objective, "mackay" for the evidence's fixed point.
         objective: what rounds maximise: "auto" or "kron" for the evidence, or a function of a
@@ -94,6 +97,8 @@ class MarglikTuner:
         tune: which precisions are tuned: "auto" for those of the matrices of layers, where the
             evidence chooses well (`coverage` says which, and why not the others); "all"; or
             patterns of parameter names. The others stay at their initial value.
+        loss_units: "nats", or "residuals" for the loss times σ² where the noise is Gaussian: its
+            scale, to which optimisers such as Adam adapt slowly, does not move then as σ does.
 
     Raises:
         InvalidValue: an option out of range.
@@ -116,30 +121,33 @@ class MarglikTuner:
         dict_key_y: str = "labels",
         n_epochs_burnin: int | str = "auto",
         marglik_frequency: int = 1,
-        n_hypersteps: int = 10,
+        n_hypersteps: int | None = None,
         lr_hyp: float = 0.1,
         method: str = "marglik",
         objective: str | AnyObjective = "auto",
         tune: Tune = "auto",
+        loss_units: str = "nats",
         **options: Unpack[CurvatureKeywords],
     ):
         at_least = {
             "n_data": (n_data, 1),
             "n_epochs_burnin": (0 if n_epochs_burnin == "auto" else n_epochs_burnin, 0),
             "marglik_frequency": (marglik_frequency, 1),
-            "n_hypersteps": (n_hypersteps, 1),
+            "n_hypersteps": (1 if n_hypersteps is None else n_hypersteps, 1),
         }
         for name, (value, least) in at_least.items():
             check_whole(name, value, least)
         check_positive("lr_hyp", lr_hyp)
         check_choice("method", method, METHODS)
+        check_choice("loss_units", loss_units, UNITS)
         self.objective = resolve_objective(objective)
         if method == "mackay":
             check_objective(self.objective)
         self.model = model
         self.n_data = n_data
         self.n_epochs_burnin, self.marglik_frequency = n_epochs_burnin, marglik_frequency
-        self.n_hypersteps, self.lr_hyp, self.method = n_hypersteps, lr_hyp, method
+        self.n_hypersteps = n_hypersteps or STEPS * min(marglik_frequency, 5)
+        self.lr_hyp, self.method = lr_hyp, method
         mean = checked_mean(prior_mean)
         self._fixed: dict[str, Any] = {
             "prior_structure": copy.deepcopy(prior_structure),
@@ -158,6 +166,8 @@ class MarglikTuner:
         )
         self.options = blank.options
         self.likelihood = blank.likelihood
+        gaussian = self.likelihood.has_gaussian_noise
+        self._in_residuals = loss_units == "residuals" and gaussian
         structure = self._fixed["prior_structure"]
         self._groups = Grouping.of(model, self.options, structure, mean, tune)
         self._network = blank.curvature.network
@@ -210,7 +220,9 @@ class MarglikTuner:
         settled = known.with_axis(axis, output.ndim)
         if settled is not self._groups.known:
             self._groups = replace(self._groups, known=settled)
-        return -1 / self._temperature * fit + self._penalty(self._live.found).to(fit.dtype)
+        penalty = self._penalty(self._live.found).to(fit.dtype)
+        loss = -1 / self._temperature * fit + penalty
+        return loss * hyper.sigma_noise.to(fit) ** 2 if self._in_residuals else loss
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The model's output on a batch of a loader, in the model's present mode, and its targets.
@@ -332,7 +344,8 @@ class MarglikTuner:
         self._adam, self._epoch, self._burn_in = moments, epoch, burn_in
         self.history.append(record)
         tell(roles.claims(), self._said)
-        tell(round_claims(la.posterior.at(hyper), bounds, len(self.history)), self._said)
+        rounds = len(self.history), rounds_that_moved(self.history)
+        tell(round_claims(la.posterior.at(hyper), bounds, *rounds), self._said)
         return record
 
     def _check_count(self, count: int) -> None:

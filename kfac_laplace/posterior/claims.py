@@ -61,19 +61,40 @@ def claims(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
         yield from _beyond_the_spread(posterior)
 
 
-def round_claims(posterior: Posterior, bounds: Bounds, rounds: int) -> Iterator[Claim]:
+def round_claims(posterior: Posterior, bounds: Bounds, rounds: int, moved: int) -> Iterator[Claim]:
     """What to say after a round of a tuner, whose network may still be far from trained.
 
     Args:
         posterior: at the hyperparameters of the round.
         bounds: how far its steps could go.
         rounds: how many rounds there were.
+        moved: how many of these moved hyperparameters.
     """
     yield from _without_maximum(posterior.apart_from_unused, bounds)
     yield from _beyond_the_data(posterior, "sigma_noise" in bounds.high)
     if "sigma_noise" in bounds.high and (rounds >= LATE or _taken_back(posterior, bounds)):
         yield from _beyond_the_spread(posterior)
     yield from _no_better_than_a_constant(posterior, rounds)
+    if moved >= LATE:
+        yield from _below_a_constant(posterior)
+
+
+def _below_a_constant(posterior: Posterior) -> Iterator[Claim]:
+    """A trained network whose evidence is below that of a prediction that knows no input."""
+    constant = posterior.constant_evidence
+    if not math.isfinite(constant):
+        return
+    temperature = float(posterior.hyperparameters.temperature)
+    fit = float(posterior.log_likelihood) / temperature
+    evidence = float(posterior.apart_from_unused.log_marginal_likelihood)
+    if fit > constant > evidence:
+        yield Claim(
+            "trust",
+            (),
+            f"the evidence, {evidence:.6g}, is below that of a constant prediction, "
+            f"{constant:.6g}, though the network predicts better, {fit:.6g}: log-determinants, not "
+            "data, choose the precisions. Compare with held-out data before trusting them",
+        )
 
 
 def _no_better_than_a_constant(posterior: Posterior, rounds: int) -> Iterator[Claim]:

@@ -178,15 +178,31 @@ class Posterior:
 
     def effective_dimensions(self) -> Tensor:
         """γ: directions that the data determine, by shared precision, (length of the prior,)."""
+        if self.expansion.log_table is not None:
+            return self.prior.shared_by_block(self.effective_dimensions_by_group())
+        return self.prior.shared_sums(self._directions())
+
+    def effective_dimensions_by_group(self) -> Tensor:
+        """γ by group, (groups,)."""
         table = self.expansion.log_table
         if table is not None:
             share = table.weights * self._log_signals(table).sigmoid()
-            by_block = share.new_zeros(len(self.prior.layouts.groups))
-            return self.prior.shared_by_block(by_block.index_add(0, table.group, share))
+            by_group = share.new_zeros(len(self.prior.layouts.groups))
+            return by_group.index_add(0, table.group, share)
+        found = self._directions()
+        return torch.stack([found[name].sum() for name in self.prior.layouts.groups])
+
+    def _directions(self) -> dict[str, Tensor]:
+        """Share of each direction that the data determine, (b, o, i) by group."""
         found = {name: normal.effective_dimensions() for name, normal in self.blocks.items()}
-        if "full" in found:
-            found = self.prior.layouts.pack_vector(found["full"][0, 0])
-        return self.prior.shared_sums(found)
+        return self.prior.layouts.pack_vector(found["full"][0, 0]) if "full" in found else found
+
+    @property
+    def constant_evidence(self) -> float:
+        """log p(D) of the best constant prediction over T; NaN where it is not known."""
+        ggn = self.ggn
+        constant = ggn.likelihood.constant_log_likelihood(ggn.targets)
+        return constant / float(self.hyperparameters.temperature)
 
     # --- the parameters ----------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ OWN = {
     "n_hypersteps": 3,
     "lr_hyp": 0.3,
     "method": "mackay",
+    "loss_units": "residuals",
     "seed": 5,
     "factor_dtype": torch.float32,
     "memory_budget": 2**20,

@@ -241,6 +241,8 @@ def test_the_tuner_stops_in_time_too(method, caplog):
         method=method,
         n_hypersteps=40,
         lr_hyp=1.0,
+        tune="all",
+        prior_precision=1.0,
     )
     for _ in range(12):
         tuner.step([(rows(), labels())])

@@ -6,7 +6,7 @@ is in expectation at most the exact one; a random subset of the examples, scaled
 
 from dataclasses import dataclass
 
-from kfac_laplace.curvature.estimate.fisher import Fisher, Hybrid, MonteCarlo
+from kfac_laplace.curvature.estimate.fisher import Hybrid
 from kfac_laplace.options import check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.objectives.dual import DualEvidence
