@@ -1,6 +1,6 @@
 """Training data as the rows of a log-determinant: which examples, which vectors, and their Gram."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,9 @@ from kfac_laplace.likelihoods import aligned_target
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.objectives.log_dets import Grams, LogDet, Primal, Wide
 from kfac_laplace.posterior.objectives.registry import Data
-from kfac_laplace.posterior.objectives.rows import Rows, inner_products, rows_of, stacked
+from kfac_laplace.posterior.objectives.rows import Part, Rows, inner_products, rows_of, stacked
 from kfac_laplace.posterior.passes import counted, recorded
+from kfac_laplace.posterior.tiles import pairs_of_tiles
 
 #: Parameters of which a dense GGN is made in place of a Gram matrix of rows.
 MAX_PARAMETERS = 2048
@@ -109,33 +110,36 @@ class Looked:
     Args:
         posterior: the model runs at its mode.
         fisher: which vectors.
+        vectors: how many for each example; None for one for each of its outputs.
     """
 
     posterior: Posterior
     fisher: Fisher
+    vectors: int | None = None
 
-    def rows(self, points: Points) -> list[tuple[int, Mapping[str, Rows]]]:
+    @property
+    def each(self) -> int:
+        """Rows of an example, at the most."""
+        ggn = self.posterior.ggn
+        return self.vectors or max(1, round(ggn.n_outputs / ggn.n_data))
+
+    def rows(self, points: Points) -> list[Part]:
         """Rows of some points, vector by vector."""
         posterior = self.posterior
         with undisturbed(posterior.network.model):
             passed = recorded(posterior, points.batch)
             generator = torch.Generator().manual_seed(points.seed)
-            vectors = self._vectors(passed, points.y, generator)
+            vectors = self._drawn(passed, points.y, generator)
             return rows_of(passed, posterior.ggn.groups, vectors)
 
-    def _vectors(self, passed: ForwardPass, y: Tensor, generator: Generator) -> list[Tensor]:
-        likelihood, axis = passed.likelihood, posterior_axis(self.posterior)
+    def _drawn(self, passed: ForwardPass, y: Tensor, generator: Generator) -> list[Tensor]:
+        likelihood, axis = passed.likelihood, self.posterior.ggn.knowledge.class_axis
         f = passed.output_rows.detach()
         shape = passed.recording.output.shape
         y = aligned_target(likelihood, y.to(f.device), shape, f, axis)
         targets = passed.by_example(y)
         outputs = passed.outputs.detach()
         return [*self.fisher.vectors(likelihood, outputs, targets, generator)]
-
-
-def posterior_axis(posterior: Posterior) -> int:
-    """Axis of the outputs that holds those of one row."""
-    return posterior.ggn.knowledge.class_axis
 
 
 def log_det_of(looked: Looked, points: Sequence[Points], rows: int) -> LogDet:
@@ -172,7 +176,7 @@ def _index(posterior: Posterior) -> Tensor:
     return torch.cat([prior.index[name].expand(la.matrix).flatten() for name, la in groups])
 
 
-def _flat(looked: Looked, parts: Sequence[tuple[int, Mapping[str, Rows]]]) -> Tensor:
+def _flat(looked: Looked, parts: Sequence[Part]) -> Tensor:
     """All parameters side by side, float64 (m, p)."""
     layouts, count = looked.posterior.prior.layouts, sum(m for m, _ in parts)
     own, like = stacked(parts), looked.posterior.mode
@@ -202,8 +206,7 @@ def _primal(looked: Looked, points: Sequence[Points]) -> Primal:
 
 def _grams(looked: Looked, points: Sequence[Points], rows: int) -> Grams:
     """Gram matrices by precision, a tile of points at a time where rows are many."""
-    posterior = looked.posterior
-    prior = posterior.prior
+    prior = looked.posterior.prior
     if prior.length * rows**2 > MAX_GRAMS:
         raise InvalidValue(
             f"{prior.length} Gram matrices of {rows} rows are too many",
@@ -211,25 +214,35 @@ def _grams(looked: Looked, points: Sequence[Points], rows: int) -> Grams:
             got=f"{prior.length} precisions",
             remedy="Use objective='columns', or a prior_structure of fewer precisions",
         )
-    some = next(iter(posterior.mode.values()))
-    limit = posterior.network.budget.features(some)
-    examples = sum(each.batch.n for each in points)
-    each_example = -(-rows // max(1, examples)) * prior.size
-    tiles = [list(points)]
-    if examples * each_example > limit:
-        step = at_once(each_example, limit // 2)  # of two tiles at a time
-        tiles = [[piece] for each in points for piece in each.pieces(step)]
     place = {name: int(index) for name, index in prior.index.items()}
-    pieces: list[list[dict[int, Tensor]]] = []
-    for a, tile in enumerate(tiles):
-        mine = _stacked(looked, tile)
-        pieces.append([_by_place(_stacked(looked, t), mine, place) for t in tiles[:a]])
-        pieces[-1].append(_by_place(mine, mine, place))
-    return _assembled(pieces, [_count(row[-1]) for row in pieces], prior.length, some)
+    found = pairs_of_tiles(
+        _tiles(looked, points),
+        lambda tile: stacked([part for each in tile for part in looked.rows(each)]),
+        lambda one, other: _by_place(one, other, place),
+    )
+    return _assembled(found, looked.posterior)
 
 
-def _stacked(looked: Looked, tile: Sequence[Points]) -> dict[str, Rows]:
-    return stacked([part for each in tile for part in looked.rows(each)])
+def _tiles(looked: Looked, points: Sequence[Points]) -> list[list[Points]]:
+    """Points in tiles, of which two fit in the budget; all of them in one where it fits."""
+    posterior = looked.posterior
+    examples = sum(each.batch.n for each in points)
+    some = next(iter(posterior.mode_for_model.values()))
+    limit = posterior.network.budget.bytes(some) // max(4, some.element_size())
+    if examples * looked.each * posterior.prior.size <= limit:
+        return [list(points)]
+    few = next(points[0].pieces(4))
+    held = sum(rows.entries for _, own in looked.rows(few) for rows in own.values())
+    each_example = -(-held // few.batch.n)
+    if examples * each_example <= limit:
+        return [list(points)]
+    step = at_once(each_example, limit // 2)
+    tiles: list[list[Points]] = [[]]
+    for piece in (piece for each in points for piece in each.pieces(step)):
+        if tiles[-1] and sum(own.batch.n for own in tiles[-1]) + piece.batch.n > step:
+            tiles.append([])
+        tiles[-1].append(piece)
+    return tiles
 
 
 def _by_place(
@@ -243,25 +256,21 @@ def _by_place(
     return found
 
 
-def _count(found: Mapping[int, Tensor]) -> int:
-    return max((len(product) for product in found.values()), default=0)
-
-
 def _assembled(
-    pieces: Sequence[Sequence[Mapping[int, Tensor]]],
-    counts: Sequence[int],
-    length: int,
-    like: Tensor,
+    found: Iterable[tuple[int, int, Mapping[int, Tensor]]], posterior: Posterior
 ) -> Grams:
-    """Whole matrices of their tiles; `pieces[a][b]` is (rows of b, rows of a), b ≤ a."""
-    m = sum(counts)
-    places = sorted({place for row in pieces for piece in row for place in piece})
-    matrices = like.new_zeros(len(places), m, m)
-    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
-    for a, row in enumerate(pieces):
-        for b, piece in enumerate(row):
-            for place, product in piece.items():
-                own = matrices[places.index(place)]
-                own[ends[b] : ends[b + 1], ends[a] : ends[a + 1]] = product
-                own[ends[a] : ends[a + 1], ends[b] : ends[b + 1]] = product.mT
-    return Grams(matrices, torch.tensor(places, dtype=torch.int64, device=like.device), length)
+    """Whole matrices of their tiles."""
+    pieces = [*found]
+    own = {a: next(iter(piece.values())) for a, b, piece in pieces if a == b and piece}
+    ends = torch.tensor([0, *(len(product) for product in own.values())]).cumsum(0).tolist()
+    span = {a: slice(*ends[k : k + 2]) for k, a in enumerate(own)}
+    places = sorted({place for _, _, piece in pieces for place in piece})
+    like = next(iter(posterior.mode.values()))
+    matrices = like.new_zeros(len(places), ends[-1], ends[-1])
+    for a, b, piece in pieces:
+        for place, product in piece.items():
+            matrix = matrices[places.index(place)]
+            matrix[span[a], span[b]] = product
+            matrix[span[b], span[a]] = product.mT
+    index = torch.tensor(places, dtype=torch.int64, device=like.device)
+    return Grams(matrices, index, posterior.prior.length)
