@@ -33,7 +33,14 @@ from kfac_laplace.posterior.claims import claims, tell
 from kfac_laplace.posterior.expansion import Expansion
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters, one_number, positive, real
-from kfac_laplace.posterior.objectives import AnyObjective, Data, on_data, resolve_objective
+from kfac_laplace.posterior.objectives import (
+    AnyObjective,
+    Data,
+    Evidence,
+    evidence_of,
+    on_data,
+    resolve_objective,
+)
 from kfac_laplace.posterior.optimum import Search
 from kfac_laplace.posterior.predict.predictive import Predictive
 from kfac_laplace.posterior.predict.predictor import Predictor
@@ -367,6 +374,21 @@ class Laplace:
         if prior_precision is not None:
             self._starts_at(delta)
         return value
+
+    def evidence(
+        self, objective: str | AnyObjective = "exact", *, loader: Iterable[Any] | None = None
+    ) -> Evidence:
+        """The evidence at today's hyperparameters with what brackets it, as an objective has it.
+
+        Args:
+            objective: "exact", "columns" or "bounds", which look at the training data once more,
+                or "kron", by the posterior's own curvature.
+            loader: training data; by default what `fit` read.
+
+        Raises:
+            InvalidValue: no training data, or more than the objective takes.
+        """
+        return evidence_of(self.posterior, objective, self._data_from(loader))
 
     @property
     def log_likelihood(self) -> Tensor:

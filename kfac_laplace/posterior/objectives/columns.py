@@ -31,6 +31,9 @@ class Columns:
     each: int = 1
     rows: int = 512
 
+    #: Of what it becomes γ is known.
+    evidence = True
+
     def __post_init__(self) -> None:
         """Check both numbers."""
         check_whole("each", self.each, 1)

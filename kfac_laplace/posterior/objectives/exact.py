@@ -22,6 +22,9 @@ MAX_ROWS = 2048
 class ExactGGN:
     """log det(I + s Σ K_l/δ_l) over all output columns, N·(C−1) of softmax and N·C of others."""
 
+    #: Of what it becomes γ is known.
+    evidence = True
+
     def on(self, posterior: Posterior, data: Data) -> DualEvidence:
         """By one pass over the data, and a backward pass for each output.
 

@@ -46,9 +46,13 @@ class Points:
         if self.batch.n <= step or len(self.y) != self.batch.n:
             yield self
             return
-        parts = zip(self.batch.split(step), self.y.split(step), strict=True)
-        for k, (batch, y) in enumerate(parts):
-            yield Points(batch, y, self.seed + 1_000_003 * (k + 1))
+        start = 0
+        batches: Iterator[AnyBatch] = self.batch.split(step)  # graphs that stay whole are one
+        for batch in batches:
+            yield Points(
+                batch, self.y[start : start + batch.n], self.seed + 1_000_003 * (start + 1)
+            )
+            start += batch.n
 
 
 def chosen_points(posterior: Posterior, data: Data, count: int | None = None) -> list[Points]:
