@@ -221,6 +221,8 @@ def rows_of(passed: ForwardPass, groups: Sequence[Group], vectors: Sequence[Tens
     found = []
     for vector in vectors:
         kept = (vector != 0).flatten(1).any(1)
+        if not bool(kept.any()):
+            continue
         known = passed.rows([vector], groups)
         copied = copied_gradients(passed, [vector])
         with without_autocast(vector.device):
