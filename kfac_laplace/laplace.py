@@ -422,7 +422,7 @@ class Laplace:
         tolerance: float = 1e-5,
         grid: Iterable[float] | None = None,
     ) -> Self:
-        """Choose δ, and σ if there is one, on cached eigenvalues; no pass over the training data.
+        """Choose δ, and σ if there is one; without a pass over the data on cached eigenvalues.
 
         What is maximised leaves out the scatter of parameters without effect on the outputs, whose
         integral over the prior is 1: `log_marginal_likelihood`, which has it, may fall where they

@@ -76,8 +76,7 @@ def marglik_training(
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
         method: "marglik" for Adam on the objective, "mackay" for the evidence's fixed point.
-        objective: what rounds maximise: "auto" or "kron" for the evidence, or a function of a
-            `Posterior`.
+        objective: what rounds maximise, by name or as a function; as for `MarglikTuner`.
         progress_bar: show one, an epoch a step.
         dict_key_y: name of the targets where batches are mappings.
         curvature: further options of `Curvature` by their names: kfac_approx, fisher,

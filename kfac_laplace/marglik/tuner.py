@@ -83,8 +83,9 @@ class MarglikTuner:
         n_hypersteps: steps in each round.
         lr_hyp: Adam's learning rate on log δ and log σ ("marglik").
         method: "marglik" for Adam on the objective, "mackay" for the evidence's fixed point.
-        objective: what rounds maximise: "auto" or "kron" for the evidence, or a function of a
-            `Posterior`. Records hold the evidence beside it.
+        objective: what rounds maximise: "auto" or "kron" for the evidence, "exact", "columns" or
+            "bounds" for that of the exact curvature, with a further pass over the loader, or a
+            function of a `Posterior`. Records hold the evidence beside it.
 
     Raises:
         InvalidValue: an option out of range.

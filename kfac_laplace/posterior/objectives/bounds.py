@@ -15,14 +15,9 @@ from kfac_laplace.options import check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.objectives.columns import Columns
 from kfac_laplace.posterior.objectives.dual import DualEvidence
+from kfac_laplace.posterior.objectives.forms import MAX_GRAMS, log_det_of
 from kfac_laplace.posterior.objectives.log_dets import Sum
-from kfac_laplace.posterior.objectives.points import (
-    MAX_GRAMS,
-    Looked,
-    Points,
-    chosen_points,
-    log_det_of,
-)
+from kfac_laplace.posterior.objectives.points import Looked, Points, chosen_points, count_of
 from kfac_laplace.posterior.objectives.registry import NAMED, Data
 
 #: Labels of a batch by which it is divided, at most: each of them costs a pass.
@@ -70,11 +65,13 @@ class Bracket:
         looked, n_data = Looked(posterior, Exact()), int(posterior.ggn.n_data)
         count = max(1, min(n_data, MAX_GRAMS // (self.rows * looked.each * posterior.prior.length)))
         size = max(1, self.rows // looked.each)
-        pieces = [p for each in chosen_points(posterior, data, count) for p in _divided(each, size)]
+        points = chosen_points(posterior, data, count)
+        pieces = [piece for each in points for piece in _divided(each, size)]
+        weight = n_data / count_of(points)
         terms = []
         for block in _blocks(pieces, size):
-            rows = looked.each * sum(each.batch.n for each in block)
-            terms.append((n_data / count, 1.0, log_det_of(looked, block, rows)))
+            part = log_det_of(looked, block, looked.each * count_of(block))
+            terms.append((weight, 1.0, part))
         return Sum(terms)
 
 
@@ -95,7 +92,7 @@ def _blocks(pieces: Sequence[Points], size: int) -> Iterator[list[Points]]:
     """Pieces by label, as many together as there is room for."""
     block: list[Points] = []
     for piece in sorted(pieces, key=lambda each: _label(each.y)):
-        if block and sum(own.batch.n for own in block) + piece.batch.n > size:
+        if block and count_of(block) + piece.batch.n > size:
             yield block
             block = []
         block.append(piece)

@@ -14,8 +14,9 @@ from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.objectives.dual import DualEvidence
+from kfac_laplace.posterior.objectives.forms import log_det_of
 from kfac_laplace.posterior.objectives.log_dets import Sum
-from kfac_laplace.posterior.objectives.points import Looked, chosen_points, log_det_of
+from kfac_laplace.posterior.objectives.points import Looked, chosen_points, count_of
 from kfac_laplace.posterior.objectives.registry import NAMED, Data
 
 
@@ -49,8 +50,10 @@ class Columns:
         n_data = int(posterior.ggn.n_data)
         count = min(n_data, self.rows // self.each)
         looked = Looked(posterior, Signed(self.each), self.each)
-        part = log_det_of(looked, chosen_points(posterior, data, count), count * self.each)
-        scaled = Sum([(1.0, n_data / count, part)])
+        points = chosen_points(posterior, data, count)
+        taken = count_of(points)
+        part = log_det_of(looked, points, taken * self.each)
+        scaled = Sum([(1.0, n_data / taken, part)])
         return DualEvidence("columns", scaled)
 
 

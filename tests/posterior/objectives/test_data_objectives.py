@@ -11,7 +11,7 @@ from torch import nn
 
 from kfac_laplace import Laplace, MarglikTuner, marglik_training
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.posterior.objectives import Columns, ExactGGN, GammaHyperprior, points
+from kfac_laplace.posterior.objectives import Bracket, Columns, ExactGGN, GammaHyperprior, forms
 
 NAMES = ("exact", "columns", "bounds")
 
@@ -87,11 +87,11 @@ def test_other_data_are_refused():
 
 def test_many_precisions_of_many_rows_are_refused(monkeypatch):
     la = CASES["diag-prior"]().fitted()
-    monkeypatch.setattr(points, "MAX_KEPT", 100)
+    monkeypatch.setattr(forms, "MAX_KEPT", 100)
     with pytest.raises(InvalidValue, match="too many to keep.*layerwise"):
         la.evidence("exact")
     la = CASES["vit"]().fitted()
-    monkeypatch.setattr(points, "MAX_GRAMS", 100)
+    monkeypatch.setattr(forms, "MAX_GRAMS", 100)
     with pytest.raises(InvalidValue, match="Gram matrices.*'columns'"):
         la.evidence("exact")
 
@@ -261,5 +261,5 @@ def test_graphs_with_targets_at_nodes():
     want = torch.linalg.slogdet(torch.eye(len(hessian)).double() + hessian)[1]
     goal = ExactGGN().on(la.posterior, la._data_from(None))
     assert float(goal.log_det_ratio(la.posterior)) == pytest.approx(float(want), rel=1e-9)
-    for name in ("columns", "bounds"):
+    for name in ("columns", "bounds", Columns(rows=1), Bracket(rows=1)):  # a mapping stays whole
         assert bool(torch.isfinite(la.evidence(name).value))

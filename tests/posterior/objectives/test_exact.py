@@ -11,8 +11,8 @@ from kfac_laplace.posterior.objectives import (
     Bracket,
     Columns,
     ExactGGN,
+    forms,
     on_data,
-    points,
 )
 from kfac_laplace.posterior.objectives.registry import Data
 
@@ -140,7 +140,7 @@ def test_all_forms_agree(name, monkeypatch):
     la = moved(CASES[name]().fitted())
     found = []
     for parameters in (0, 2048):
-        monkeypatch.setattr(points, "MAX_PARAMETERS", parameters)
+        monkeypatch.setattr(forms, "MAX_PARAMETERS", parameters)
         goal = prepared(la)
         found.append((goal(la.posterior), goal.effective_dimensions(la.posterior)))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=0)
