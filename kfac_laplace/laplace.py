@@ -33,7 +33,14 @@ from kfac_laplace.posterior.claims import claims, tell
 from kfac_laplace.posterior.expansion import Expansion
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters, one_number, positive, real
-from kfac_laplace.posterior.objectives import AnyObjective, Data, on_data, resolve_objective
+from kfac_laplace.posterior.objectives import (
+    AnyObjective,
+    Data,
+    Evidence,
+    evidence_of,
+    on_data,
+    resolve_objective,
+)
 from kfac_laplace.posterior.optimum import Search
 from kfac_laplace.posterior.predict.predictive import Predictive
 from kfac_laplace.posterior.predict.predictor import Predictor
@@ -368,6 +375,21 @@ class Laplace:
             self._starts_at(delta)
         return value
 
+    def evidence(
+        self, objective: str | AnyObjective = "exact", *, loader: Iterable[Any] | None = None
+    ) -> Evidence:
+        """The evidence at today's hyperparameters with what brackets it, as an objective has it.
+
+        Args:
+            objective: "exact", "columns" or "bounds", which look at the training data once more,
+                or "kron", by the posterior's own curvature.
+            loader: training data; by default what `fit` read.
+
+        Raises:
+            InvalidValue: no training data, or more than the objective takes.
+        """
+        return evidence_of(self.posterior, objective, self._data_from(loader))
+
     @property
     def log_likelihood(self) -> Tensor:
         """log p(D | θ*, σ), a sum, before division by T."""
@@ -400,7 +422,7 @@ class Laplace:
         tolerance: float = 1e-5,
         grid: Iterable[float] | None = None,
     ) -> Self:
-        """Choose δ, and σ if there is one, on cached eigenvalues; no pass over the training data.
+        """Choose δ, and σ if there is one; without a pass over the data on cached eigenvalues.
 
         What is maximised leaves out the scatter of parameters without effect on the outputs, whose
         integral over the prior is 1: `log_marginal_likelihood`, which has it, may fall where they

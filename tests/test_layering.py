@@ -48,6 +48,7 @@ posterior/log_table
 posterior/expansion
 posterior/gaussian
 posterior/passes
+posterior/tiles
 posterior/objectives
 posterior/bounds
 posterior/optimum

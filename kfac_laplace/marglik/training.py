@@ -80,8 +80,7 @@ def marglik_training(
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
         method: "marglik" for Adam on the objective, "mackay" for the evidence's fixed point.
-        objective: what rounds maximise: "auto" or "kron" for the evidence, or a function of a
-            `Posterior`.
+        objective: what rounds maximise, by name or as a function; as for `MarglikTuner`.
         tune: which precisions are tuned; as for `MarglikTuner`.
         loss_units: as for `MarglikTuner`.
         keep: "last" for the weights at the end, "best" for those of the round of highest objective.

@@ -92,8 +92,9 @@ class MarglikTuner:
         n_hypersteps: steps in each round. None: ten for each epoch between rounds, at most fifty.
         lr_hyp: Adam's learning rate on log δ and log σ ("marglik").
         method: "marglik" for Adam on the objective, "mackay" for the evidence's fixed point.
-        objective: what rounds maximise: "auto" or "kron" for the evidence, or a function of a
-            `Posterior`. Records hold the evidence beside it.
+        objective: what rounds maximise: "auto" or "kron" for the evidence, "exact", "columns" or
+            "bounds" for that of the exact curvature, with a further pass over the loader, or a
+            function of a `Posterior`. Records hold the evidence beside it.
         tune: which precisions are tuned: "auto" for those of the matrices of layers, where the
             evidence chooses well (`coverage` says which, and why not the others); "all"; or
             patterns of parameter names. The others stay at their initial value.
