@@ -120,11 +120,25 @@ def test_rounds_are_recorded_while_hyperparameters_wait():
 
 def test_a_burn_in_of_the_users_own_is_all_there_is():
     (x, y), model = data(), network()
-    tuner = MarglikTuner(model, "classification", len(x), n_epochs_burnin=3)
+    tuner = MarglikTuner(model, "classification", 24, n_epochs_burnin=3)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     records = [epoch(tuner, optimizer, x, y) for _ in range(5)]
     assert records[:2] == [None, None]
     assert not torch.equal(delta_of(records[3]), delta_of(records[4]))
+
+
+def test_the_round_in_which_they_begin_to_move_takes_five_times_the_steps():
+    """Adam's steps on log δ are at most its rate, and all of it in the same direction."""
+    (x, y), model = data(), network()
+    tuner = MarglikTuner(model, "classification", 24, lr_hyp=1e-3, marglik_frequency=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    deltas = [tuner.hyperparameters()["prior_precision"].expand(2)]
+    for _ in range(110):
+        if epoch(tuner, optimizer, x, y) is not None:
+            deltas.append(tuner.hyperparameters()["prior_precision"])
+    steps = [(b / a).log().abs().max() / 1e-3 for a, b in zip(deltas, deltas[1:], strict=False)]
+    moving = [round(float(step)) for step in steps if step > 0]
+    assert moving[:3] == [50, 10, 10]
 
 
 def test_without_a_loss_there_is_nothing_to_wait_for():
@@ -159,7 +173,7 @@ def test_resumed_in_the_middle_of_an_epoch(when):
 
 @pytest.mark.parametrize("n", [50, 1000, 20000])
 def test_training_begins_at_a_common_weight_decay(n):
-    """10⁻⁴ for each example, so half of it times |θ|² in the loss of one; at most a precision of 1."""
+    """10⁻⁴ for each example, half of it times |θ|² in the loss of one; δ is at most 1."""
     model, (x, y) = network(), data()
     loss = MarglikTuner(model, "classification", n).loss(model(x), y)
     squares = sum(p.square().sum() for p in model.parameters())
@@ -168,7 +182,7 @@ def test_training_begins_at_a_common_weight_decay(n):
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("wrong, error", [(-1, InvalidValue), ("soon", InvalidType)])
+@pytest.mark.parametrize("wrong, error", [(-1, InvalidValue), ("auto", InvalidType)])
 def test_no_burn_in(wrong, error):
     with pytest.raises(error):
         MarglikTuner(network(), "classification", 24, n_epochs_burnin=wrong)
@@ -178,7 +192,7 @@ def test_training_in_one_call_waits_too():
     x, y = data()
     options = {"optimizer_kwargs": {"lr": 1e-4}, "n_epochs": 4}
     la, *_ = marglik_training(network(), [(x, y)], **options)
-    other, *_ = marglik_training(network(), [(x, y)], n_epochs_burnin=0, **options)
+    other, *_ = marglik_training(network(), [(x, y)], n_epochs_burnin=1, **options)
     assert float(other.prior_precision.max()) > 2 * float(la.prior_precision.max())
 
 
