@@ -45,7 +45,7 @@ TUNER = {
 }
 CALL = {
     "pred_type": "glm",
-    "link_approx": "probit",
+    "link_approx": "auto",
     "joint": False,
     "n_samples": 100,
     "generator": None,
