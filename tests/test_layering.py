@@ -55,7 +55,10 @@ posterior/steps
 posterior/claims
 posterior/predict
 posterior/calibrate
+posterior/scores
 posterior/state
+summary
+report
 laplace
 marglik
 __init__
