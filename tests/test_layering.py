@@ -57,7 +57,10 @@ posterior/steps
 posterior/claims
 posterior/predict
 posterior/calibrate
+posterior/scores
 posterior/state
+summary
+report
 laplace
 marglik
 __init__

@@ -46,7 +46,7 @@ TUNER = {
 }
 CALL = {
     "pred_type": "glm",
-    "link_approx": "probit",
+    "link_approx": "auto",
     "joint": False,
     "n_samples": 100,
     "generator": None,

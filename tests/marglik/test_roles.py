@@ -1,6 +1,5 @@
 """Which precisions a tuner tunes, by the way the model uses its parameters."""
 
-
 import pytest
 import torch
 from torch import nn
