@@ -16,8 +16,9 @@ from kfac_laplace.likelihoods import Latent, aligned_target
 from kfac_laplace.likelihoods.predictive import RowPredictive
 from kfac_laplace.options import check_iterable
 from kfac_laplace.posterior.calibrate.choice import Choice
-from kfac_laplace.posterior.calibrate.held_out import counted, validation_points
+from kfac_laplace.posterior.calibrate.held_out import validation_points
 from kfac_laplace.posterior.calibrate.temperature import Criterion
+from kfac_laplace.posterior.passes import counted
 from kfac_laplace.posterior.predict.glm import OutputGaussian, output_gaussian
 from kfac_laplace.posterior.predict.inputs import inputs_of
 from kfac_laplace.posterior.scores import ClassScores, auroc
