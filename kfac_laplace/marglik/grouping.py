@@ -76,14 +76,19 @@ class Grouping:
     @property
     def coverage(self) -> dict[str, str]:
         """How each parameter is treated, and whether its precision is tuned, or why it is not."""
-        held = self.roles.held
-        said = {
-            name: f"held: {held[group.name]}" if group.name in held else "tuned"
-            for group in self.known.groups
-            for name in group.layout.params
-        }
-        treated = self.curvature().coverage if self.known.groups else {}
-        return {name: f"{how}, {said.get(name, 'not tuned')}" for name, how in treated.items()}
+        if not self.known.groups:
+            return {}
+        held, effective = self.roles.held, self.known.effective
+        unused = self.known.unused if effective else ()  # a state does not tell
+        kinds = {"diag": "diag", "full": "dense"}
+        said: dict[str, str] = {}
+        for group in self.known.groups:
+            kind = kinds.get(self.options.hessian_structure, group.treatment)
+            tuned = f"held: {held[group.name]}" if group.name in held else "tuned"
+            said |= dict.fromkeys(group.layout.params, f"{kind}, {tuned}")
+        said |= dict.fromkeys(unused, "unused")
+        shapes = Curvature.of(self.model, self.options).network.shapes
+        return {name: said.get(name, "frozen") for name in shapes}
 
     def looked_at(self, modes: Modes) -> "Grouping":
         """With what training mode is like, where that matters and is not known.

@@ -85,7 +85,8 @@ def test_matrices_of_layers_are_tuned_and_all_else_is_held():
     others = {"token", "position", "norm.weight", "norm.bias", "scale"}
     assert said(tuner, "held: no matrix of a layer") == others
     assert said(tuner, "tuned") == {n for n, _ in model.named_parameters()} - others
-    assert tuner.coverage.keys() == Laplace(model).fit([sequences()]).coverage.keys()
+    treated = {name: how.split(", ")[0] for name, how in tuner.coverage.items()}
+    assert treated == Laplace(model).fit([sequences()]).coverage
 
 
 def test_what_is_held_stays_at_its_initial_value():
@@ -217,3 +218,24 @@ def test_training_in_one_call_takes_the_choice():
     names = [*la.curvature.blocks]
     held = [d for name, d in zip(names, la.prior_precision, strict=True) if name != "head.weight"]
     assert {float(d) for d in held} == {20 * 1e-4}
+
+
+def test_frozen_and_unused_parameters_are_called_so():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare, self.still = (nn.Linear(4, 3) for _ in range(3))
+            self.still.requires_grad_(False)
+
+        def forward(self, x):
+            return self.used(x) + self.still(x)
+
+    tuner = MarglikTuner(made(Spare), "classification", 20)
+    assert tuner.coverage == {}
+    tuner.step([rows()])
+    found = tuner.coverage
+    assert (found["used.weight"], found["spare.bias"], found["still.weight"]) == (
+        "kron, tuned",
+        "unused",
+        "frozen",
+    )
