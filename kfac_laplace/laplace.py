@@ -89,8 +89,8 @@ class Laplace:
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
         prior_precision: δ, one value, one for each precision of the prior structure, or
             {pattern of parameter names: value}, of which the first that matches counts.
-        prior_structure: "layerwise", "scalar", "unit" or "diag" (the last two not with "kron"),
-            {pattern: one of them}, or a `Sharing`.
+        prior_structure: "layerwise", "scalar", "unit", "input" or "diag" (these three not
+            with "kron"), {pattern: one of them}, or a `Sharing`.
         prior_mean: μ, one value, one for each parameter, or {pattern: value}.
         sigma_noise: σ, a standard deviation; of likelihoods with a noise.
         temperature: T; low means a concentrated posterior.

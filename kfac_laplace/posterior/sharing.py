@@ -87,6 +87,24 @@ class Unit(Sharing):
 
 
 @dataclass(frozen=True)
+class Input(Sharing):
+    """One precision for each column of a group's matrices: an input, and the bias as another.
+
+    In a first layer this is automatic relevance determination [MacKay 1992]: an input that does not
+    matter gets a large precision, for all units at once.
+    """
+
+    def index(self, layouts: Layouts) -> dict[str, Tensor]:
+        """Columns of each group, counted on from those before it."""
+        found, start = {}, 0
+        for name, layout in layouts.groups.items():
+            b, _, i = layout.matrix
+            found[name] = (start + torch.arange(b * i)).reshape(b, 1, i)
+            start += b * i
+        return found
+
+
+@dataclass(frozen=True)
 class Diagonal(Sharing):
     """One precision for each entry, in the order of `parameters_to_vector`."""
 
@@ -156,6 +174,7 @@ NAMED: dict[str, Sharing] = {
     "layerwise": Layerwise(),
     "scalar": Scalar(),
     "unit": Unit(),
+    "input": Input(),
     "diag": Diagonal(),
 }
 #: What `prior_structure` may be.

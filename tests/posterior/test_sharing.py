@@ -42,6 +42,7 @@ PLACES = {
     "scalar": [0] * P,
     "layerwise": [2] * 3 + [0] * 8 + [1] * 8,
     "unit": [6] * 3 + [0] * 3 + [1] * 3 + [0, 1] + [2, 2, 3, 3, 4, 4, 5, 5],
+    "input": [8, 9, 10] + [0, 1, 2] * 2 + [3] * 2 + [4, 5] * 2 + [6, 7] * 2,
     "diag": list(range(P)),
     "patterns": [2] * 3 + [0] * 8 + [1] * 8,
     "mixed": [0] * 3 + [1] * 3 + [2] * 3 + [1, 2] + [0] * 8,
@@ -166,3 +167,23 @@ def test_biases_that_share_need_blocks_of_their_own():
     assert la.prior_precision.numel() == 3  # both biases, then each weight
     biases = [case.model[i].bias.detach().square().sum() for i in (0, 2)]
     torch.testing.assert_close(la.posterior.squares[0], sum(biases))
+
+
+@pytest.mark.parametrize("structure", ["diag", "full"])
+def test_inputs_that_do_not_matter_get_large_precisions(structure):
+    """Relevance of inputs: y depends on the first alone, by the evidence of a linear model."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 3, dtype=torch.float64)
+    y = 2 * x[:, :1] + 0.3 * torch.randn(60, 1, dtype=torch.float64)
+    model = torch.nn.Linear(3, 1).double()
+    la = Laplace(model, "regression", prior_structure="input", hessian_structure=structure)
+    for _ in range(5):  # the mode under the precisions, and these at the mode
+        la.fit([(x, y)])
+        la.optimize_prior()
+        delta, sigma = la.prior_precision, la.sigma_noise
+        design = torch.cat([x, torch.ones(60, 1, dtype=torch.float64)], 1)
+        mode = torch.linalg.solve(design.mT @ design / sigma**2 + delta.diag(), design.mT @ y)
+        with torch.no_grad():
+            model.weight.copy_(mode[:3].mT / sigma**2)
+            model.bias.copy_(mode[3] / sigma**2)
+    assert la.prior_precision[0] < 1 < la.prior_precision[1:3].min()
