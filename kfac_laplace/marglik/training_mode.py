@@ -70,6 +70,11 @@ class TrainingMode:
         return cls(typed if mixes is None else mixes, scale_free)
 
 
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    """Whether each module is in training mode."""
+    return {module: module.training for module in model.modules()}
+
+
 class _Runs:
     """Runs of a model in its modes of training, with the same random numbers each.
 

@@ -33,6 +33,7 @@ from kfac_laplace.marglik.record import Record, best_of, rounds_that_moved
 from kfac_laplace.marglik.roles import Roles, Tune
 from kfac_laplace.marglik.sample import Examples, KeepsFirst
 from kfac_laplace.marglik.state import KEYS, check_goal, name_of, resumed, training_to_plain
+from kfac_laplace.marglik.training_mode import modes_of
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.bounds import Bounds
 from kfac_laplace.posterior.carry import carried
@@ -91,7 +92,7 @@ class MarglikTuner:
             batch_fn.
         n_epochs_burnin: no round before this epoch, counted from 1, and hyperparameters move from
             it on. 0: rounds from the first on, in which they stay until the training loss has
-            settled, as far as `loss` was called.
+            settled, as far as `loss` was called with gradients on.
         marglik_frequency: a round in every epoch that is a multiple of it.
         n_hypersteps: steps in each round; five times as many in the one in which hyperparameters
             begin to move after the training loss has settled.
@@ -223,9 +224,11 @@ class MarglikTuner:
             prior = self._groups.prior or self._groups.first_prior(several)
             self._live = LiveParameters(self._network.model, prior.layouts.params)
             self._penalty = prior.penalty(hyper.prior_precision / (2 * self.n_data))
-            self._modes = {module: module.training for module in self._network.model.modules()}
-        self._outputs = output.numel() // len(output)
-        self._burn_in = self._burn_in.with_batch(-fit, len(output))
+            self._modes = {}
+        if fit.requires_grad:  # not a look at held-out data
+            self._modes = self._modes or modes_of(self._network.model)
+            self._outputs = output.numel() // len(output)
+            self._burn_in = self._burn_in.with_batch(-fit, len(output))
         settled = known.with_axis(axis, output.ndim)
         if settled is not self._groups.known:
             self._groups = replace(self._groups, known=settled)

@@ -148,6 +148,23 @@ def test_without_a_loss_there_is_nothing_to_wait_for():
     assert not torch.equal(delta_of(one), delta_of(two))
 
 
+def test_losses_of_held_out_data_do_not_count():
+    """As validation computes them: without gradients, in evaluation mode."""
+    (x, y), found = data(), []
+    for looks in (False, True):
+        model = network()
+        tuner = MarglikTuner(model, "classification", len(x))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(60):
+            epoch(tuner, optimizer, x, y)
+            if looks:
+                with torch.no_grad():
+                    tuner.loss(100 * model.eval()(x), y)
+                model.train()
+        found.append([delta_of(record) for record in tuner.history])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("when", [2, 30, 90])
 def test_resumed_in_the_middle_of_an_epoch(when):
     """The sums so far are part of the state."""
