@@ -91,18 +91,21 @@ class Grouping:
         return {name: said.get(name, "frozen") for name in shapes}
 
     def looked_at(self, modes: Modes) -> "Grouping":
-        """With what training mode is like, where that matters and is not known.
+        """With what training mode is like, where that matters and is not known for these modes.
 
         Args:
-            modes: modes of the model's modules in training; empty where none was seen.
+            modes: modes of the model's modules in training.
         """
-        if self.training is not None or not modes or self.tune != "auto" or self.examples is None:
+        if not modes or self.tune != "auto" or self.examples is None:
             return self
-        if not any(modes.values()):
+        if self.training is not None and self.training.modes == tuple(modes.values()):
             return self
         network = Curvature.of(self.model, self.options).network
         batch = network.batch(self.examples.x, len(self.examples.y), self.known.interface)
-        candidates = [g for g in self.known.groups if g.factored and g.role != "bias"]
+        matrices = [
+            g for g in self.known.groups if g.role != "bias" and g.layout.shapes[0].numel() > 1
+        ]
+        candidates = [g for g in matrices if len(g.layout.shapes[0]) > 1]
         training = TrainingMode.of(network, candidates, batch, modes)
         return replace(self, training=training)
 

@@ -1,10 +1,12 @@
 """The two parts of the training loss: what the data make, and what the prior makes at first."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.first_pass import warn_of_activation
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
@@ -72,6 +74,31 @@ def mean_log_likelihood(
     f = accumulable(likelihood.align(output, axis))
     y = aligned_target(likelihood, target, output.shape, f.detach(), axis)
     return likelihood.log_prob(f, y, sigma.to(f)).mean()
+
+
+def unexplained(likelihood: Likelihood, fit: Tensor, outputs: int, sigma: Tensor) -> Tensor:
+    """What a batch's outputs leave unexplained, whatever σ is: a loss that says how training goes.
+
+    Args:
+        likelihood: p(y | f).
+        fit: mean log-likelihood of its examples at σ.
+        outputs: of an example.
+        sigma: σ, shape ().
+
+    Returns:
+        The negative log-likelihood, and with Gaussian noise the sum of squares, of an example.
+    """
+    if not likelihood.has_gaussian_noise:
+        return -fit
+    variance = sigma.to(fit) ** 2
+    return -variance * (2 * fit + outputs * (2 * math.pi * variance).log())
+
+
+def constant_unexplained(ggn: GGN) -> float:
+    """What the best constant prediction leaves unexplained; NaN where it is not known."""
+    if ggn.likelihood.has_gaussian_noise:
+        return float(ggn.likelihood.target_spread(ggn.targets) ** 2 * ggn.n_outputs / ggn.n_rows)
+    return -ggn.likelihood.constant_log_likelihood(ggn.targets) / float(ggn.n_rows)
 
 
 def looked_at(known: Knowledge, likelihood: Likelihood, output: Tensor, axis: int) -> Knowledge:

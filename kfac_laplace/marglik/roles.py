@@ -68,8 +68,8 @@ class Roles:
         if tune != "auto":
             return cls({g.name: NOT_CHOSEN for g in groups if not _matches(g, tune)})
         reasons = {group.name: _reason(group, training, *sizes) for group in groups}
-        if all(reason in (OTHER, BIAS) for reason in reasons.values()):
-            return cls({})  # a model without layers has nothing else to tune
+        if {*reasons.values()} <= {OTHER, BIAS}:  # a model without layers has nothing else to tune
+            reasons = {name: reason for name, reason in reasons.items() if reason == BIAS}
         return cls({name: reason for name, reason in reasons.items() if reason})
 
     def precisions(self, prior: Prior) -> Tensor:
@@ -142,12 +142,12 @@ def _reason(
     weight = group.layout.params[0]
     if training.batch_statistics:
         return BATCH
+    if group.name in training.scale_free:
+        return SCALE_FREE
     if not group.factored:
         return OTHER
     if group.role == "bias":
         return BIAS
-    if group.name in training.scale_free:
-        return SCALE_FREE
     if group.diagonal:
         return SMALL_TABLE if began.get(weight, now[weight]) < SMALL else ""
     fan_in = group.layout.matrix[2] - (group.role == "joint")

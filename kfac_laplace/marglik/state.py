@@ -32,7 +32,6 @@ KEYS = (
     "sharing",
     "hyperparameters",
     "tuned",
-    "tune",
     "objective",
     "adam",
     "epoch",
@@ -41,11 +40,17 @@ KEYS = (
     "patterns",
     "class_axis",
     "start",
-    "burn_in",
-    "outputs",
-    "began",
-    "training",
 )
+
+#: What was added later, and what a state without has: it tuned all from the first round on.
+LATER: dict[str, Any] = {
+    "tune": "all",
+    "burn_in": {"epochs": [], "sums": None, "over": True},
+    "outputs": None,
+    "left_start": True,
+    "began": {},
+    "training": None,
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Resumed:
         start: δ, or patterns of it, and σ with which the tuner began.
         burn_in: how far the training loss has settled.
         outputs: of an example, None where no loss was computed.
+        left_start: whether hyperparameters have left their start.
         began: root mean squares of the parameters when the tuner was made.
         training: what is special about training mode, None where it was not looked at.
     """
@@ -77,6 +83,7 @@ class Resumed:
     start: tuple[Tensor | dict[str, float], Tensor]
     burn_in: BurnIn
     outputs: int | None
+    left_start: bool
     began: dict[str, float]
     training: TrainingMode | None
 
@@ -110,6 +117,7 @@ def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.d
         _start(found["start"], device),
         _burn_in(found["burn_in"], device),
         None if found["outputs"].value is None else found["outputs"].whole(1),
+        found["left_start"].flag(),
         {name: one.number() for name, one in found["began"].items().items()},
         _training(found["training"]),
     )
@@ -119,24 +127,29 @@ def training_to_plain(training: TrainingMode | None) -> dict[str, Any] | None:
     """What is special about training mode, as plain data."""
     if training is None:
         return None
-    mixed, free = training.batch_statistics, sorted(training.scale_free)
-    return {"batch_statistics": mixed, "scale_free": free}
+    return {
+        "batch_statistics": training.batch_statistics,
+        "scale_free": sorted(training.scale_free),
+        "modes": list(training.modes),
+    }
 
 
 def _training(stored: Stored) -> TrainingMode | None:
     """The inverse of `training_to_plain`."""
     if stored.value is None:
         return None
-    found = stored.fields(("batch_statistics", "scale_free"))
-    return TrainingMode(found["batch_statistics"].flag(), frozenset(found["scale_free"].texts()))
+    found = stored.fields(("batch_statistics", "scale_free", "modes"))
+    modes = tuple(one.flag() for one in found["modes"].entries())
+    free = frozenset(found["scale_free"].texts())
+    return TrainingMode(found["batch_statistics"].flag(), free, modes)
 
 
 def _burn_in(stored: Stored, device: torch.device) -> BurnIn:
     """How far the training loss has settled."""
     found = stored.fields([field.name for field in fields(BurnIn)])
-    total = None if found["total"].value is None else found["total"].tensor(()).to(device)
+    sums = None if found["sums"].value is None else found["sums"].tensor((2,)).to(device)
     epochs = tuple(one.number() for one in found["epochs"].entries())
-    return BurnIn(epochs, total, found["count"].whole(), found["over"].flag())
+    return BurnIn(epochs, sums, found["over"].flag())
 
 
 def _start(stored: Stored, device: torch.device) -> tuple[Tensor | dict[str, float], Tensor]:
@@ -154,6 +167,11 @@ def _start(stored: Stored, device: torch.device) -> tuple[Tensor | dict[str, flo
 
 def _record(stored: Stored, likelihood: Likelihood) -> Record:
     """One record; hyperparameters are positive tensors, all else are numbers."""
+    held = stored.items()
+    if "constant_evidence" not in held:  # an older record
+        none = torch.full((len(held["groups"].texts()),), math.nan, dtype=torch.float64)
+        later = {"effective_dimensions": none, "constant_evidence": math.nan}
+        stored = Stored({**stored.value, **later}, stored.where)
     found = stored.fields([field.name for field in fields(Record)])
     values: dict[str, Any] = {name: one for name, one in found.items()}
     for field in fields(Record):
@@ -164,7 +182,10 @@ def _record(stored: Stored, likelihood: Likelihood) -> Record:
         elif field.name == "groups":
             values[field.name] = one.texts()
         elif field.name == "effective_dimensions":
-            values[field.name] = one.tensor((len(found["groups"].texts()),)).clone()
+            shape = (len(found["groups"].texts()),)
+            if not isinstance(one.value, Tensor) or one.value.shape != shape:
+                raise one.fault("one γ for each group is needed")
+            values[field.name] = one.value.double().clone()  # NaN in older records
         else:
             values[field.name] = one.whole() if field.type in (int, "int") else one.number()
             if math.isnan(values[field.name]) and field.name != "constant_evidence":

@@ -6,8 +6,10 @@ mode, sees neither.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ SHARE = 1e-2
 SAME = 1e-3
 
 Modes = Mapping[nn.Module, bool]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,12 @@ class TrainingMode:
     Args:
         batch_statistics: whether the outputs of an example depend on the others in its batch.
         scale_free: names of groups whose scale changes no output.
+        modes: of the modules, in the model's order, when it was looked at.
     """
 
     batch_statistics: bool = False
     scale_free: frozenset[str] = frozenset()
+    modes: tuple[bool, ...] = ()
 
     @classmethod
     def of(
@@ -56,18 +61,27 @@ class TrainingMode:
             batch: a few examples.
             modes: modes of its modules while it was trained.
         """
-        run = _Runs(network, modes)
         typed = any(mode and isinstance(module, _BatchNorm) for module, mode in modes.items())
-        try:
-            with without_trace(network.model), undisturbed(network.model), torch.no_grad():
-                mixes = run.mixes_examples(batch)
-                scale_free = frozenset(g.name for g in groups if run.is_scale_free(g, batch))
-        except Exception as error:  # models raise what they like on a few examples
-            if ran_out_of_memory(error):
-                raise
-            log.debug("training mode fails on a few examples: %r", error)
-            return cls(typed)
-        return cls(typed if mixes is None else mixes, scale_free)
+        mixes = _on_few(network, partial(_Runs(network, modes).mixes_examples, batch))
+        scale_free = None
+        for tried in (modes, dict.fromkeys(modes, False)):  # where training fails on a few
+            scale_free = _on_few(network, partial(_Runs(network, tried).scale_free, groups, batch))
+            if scale_free is not None:
+                break
+        mixed = typed if mixes is None else mixes
+        return cls(mixed, scale_free or frozenset(), tuple(modes.values()))
+
+
+def _on_few(network: Network, run: Callable[[], Found]) -> Found | None:
+    """What runs of a model on a few examples find; None where it fails on them."""
+    try:
+        with without_trace(network.model), undisturbed(network.model), torch.no_grad():
+            return run()
+    except Exception as error:  # models raise what they like on a few examples
+        if ran_out_of_memory(error):
+            raise
+        log.debug("the model fails on a few examples: %r", error)
+        return None
 
 
 def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
@@ -100,16 +114,23 @@ class _Runs:
         """Whether an example's outputs depend on the others; None where that cannot be seen."""
         if batch.segments or batch.n < 3:
             return None
-        few = batch.n - 1  # the last of them is another in each
-        one = batch.select(torch.arange(few))
-        other = batch.select(torch.tensor([*range(few - 1), few]))
-        outputs = [self._output(some, {}) for some in (one, one, other)]
-        if outputs[0].ndim < 1 or len(outputs[0]) != few:
+        own = max(1, batch.n // 4)
+        company = torch.arange(own, batch.n - batch.n % own).split(own)
+        batches = [batch.select(torch.cat([torch.arange(own), others])) for others in company]
+        outputs = [self._output(some, {}) for some in (batches[0], *batches)]
+        if outputs[0].ndim < 1 or len(outputs[0]) != 2 * own:
             return None
-        first, again, without = (output[: few - 1] for output in outputs)
-        if not torch.equal(first, again):  # random numbers of its own
+        first, *others = (output[:own] for output in outputs)
+        if not torch.equal(first, others[0]):  # random numbers of its own
             return None
-        return bool((first - without).norm() > SAME * first.norm())
+        if any((first - other).norm() > SAME * first.norm() for other in others[1:]):
+            return True
+        alike = all(torch.equal(outputs[1][own:], output[own:]) for output in outputs[2:])
+        return None if alike else False
+
+    def scale_free(self, groups: Iterable[Group], batch: AnyBatch) -> frozenset[str]:
+        """Names of the groups whose scale changes no output."""
+        return frozenset(group.name for group in groups if self.is_scale_free(group, batch))
 
     def is_scale_free(self, group: Group, batch: AnyBatch) -> bool:
         """Whether a weight (with its bias) may be doubled, and not left out, without effect."""

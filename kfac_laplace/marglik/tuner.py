@@ -28,11 +28,17 @@ from kfac_laplace.likelihoods import Likelihood, settled_axis
 from kfac_laplace.marglik.burn_in import BEGINNING, AtMost, BurnIn
 from kfac_laplace.marglik.grouping import Grouping, difference
 from kfac_laplace.marglik.live import LiveParameters
-from kfac_laplace.marglik.loss import looked_at, mean_log_likelihood, output_and_target
+from kfac_laplace.marglik.loss import (
+    constant_unexplained,
+    looked_at,
+    mean_log_likelihood,
+    output_and_target,
+    unexplained,
+)
 from kfac_laplace.marglik.record import Record, best_of, rounds_that_moved
 from kfac_laplace.marglik.roles import Roles, Tune
 from kfac_laplace.marglik.sample import Examples, KeepsFirst
-from kfac_laplace.marglik.state import KEYS, check_goal, name_of, resumed, training_to_plain
+from kfac_laplace.marglik.state import KEYS, LATER, check_goal, name_of, resumed, training_to_plain
 from kfac_laplace.marglik.training_mode import modes_of
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.bounds import Bounds
@@ -191,6 +197,7 @@ class MarglikTuner:
         self._free = Hyperparameters.tuned(self.likelihood, fixed)
         self._adam: dict[str, Any] | None = None
         self._epoch, self._burn_in = 0, BurnIn(over=n_epochs_burnin > 0)
+        self._left_start = False
         self._modes: dict[nn.Module, bool] = {}
         self.history: list[Record] = []
 
@@ -228,7 +235,8 @@ class MarglikTuner:
         if fit.requires_grad:  # not a look at held-out data
             self._modes = self._modes or modes_of(self._network.model)
             self._outputs = output.numel() // len(output)
-            self._burn_in = self._burn_in.with_batch(-fit, len(output))
+            measure = unexplained(self.likelihood, fit, self._outputs, hyper.sigma_noise)
+            self._burn_in = self._burn_in.with_batch(measure, len(output))
         settled = known.with_axis(axis, output.ndim)
         if settled is not self._groups.known:
             self._groups = replace(self._groups, known=settled)
@@ -337,14 +345,17 @@ class MarglikTuner:
         if self._signs and (self._outputs or 0) > FEW_OUTPUTS:
             options = replace(options, fisher=Hybrid(passes=1))
         la, groups, moments = self._fitted(seen, options)
-        groups = replace(groups, examples=self._few(seen)).looked_at(self._modes)
+        modes = self._modes or modes_of(self._network.model)
+        groups = replace(groups, examples=self._few(seen)).looked_at(modes)
+        if burn_in.waits:
+            burn_in = burn_in.judged(constant_unexplained(la.curvature.ggn))
         self._check_count(la.curvature.n_rows)
         self._synchronise()
         curvature_seconds = time.perf_counter() - start
         data = Data((loader,), self._key_y, options.seed)
         goal = on_data(self.objective, la.posterior, data)
         roles = groups.roles
-        away = self.n_epochs_burnin == 0 and burn_in.over and not rounds_that_moved(self.history)
+        away = self.n_epochs_burnin == 0 and burn_in.over and not self._left_start
         steps = 0 if burn_in.waits else self.n_hypersteps * (AWAY if away else 1)
         hyper, moments, bounds = self._improved(la.posterior, moments, goal, (roles, steps))
         with torch.no_grad():
@@ -357,8 +368,12 @@ class MarglikTuner:
         self._groups, self._patterns = groups, None
         self._take(hyper)
         self._adam, self._epoch, self._burn_in = moments, epoch, burn_in
+        self._left_start |= away
         self.history.append(record)
         tell(roles.claims(), self._said)
+        if burn_in.waits and ("waits", "") not in self._said:
+            log.info("hyperparameters stay until the training loss has settled")
+            self._said.add(("waits", ""))
         rounds = len(self.history), rounds_that_moved(self.history)
         tell(round_claims(la.posterior.at(hyper), bounds, *rounds), self._said)
         return record
@@ -502,6 +517,7 @@ class MarglikTuner:
             "start": list(self._start),
             "burn_in": asdict(self._burn_in),
             "outputs": self._outputs,
+            "left_start": self._left_start,
             "began": dict(self._groups.began),
             "training": training_to_plain(self._groups.training),
         }
@@ -527,7 +543,7 @@ class MarglikTuner:
         rows = now.known
         now = replace(now, prior=None)
         with refusing_damage():
-            found = opened(state, KEYS, "a tuner")
+            found = opened(state, KEYS, "a tuner", LATER)
             remedy = "Make the tuner with the stored options"
             check_options(found["options"], self._plain_options(), remedy)
             check_goal(found, self._free, self._groups.tune, self.objective)
@@ -547,5 +563,5 @@ class MarglikTuner:
         self._take(read.hyper)
         self._epoch, self.history, self._patterns = read.epoch, read.history, read.patterns
         self._adam, self._start = read.adam, read.start
-        self._outputs = read.outputs
+        self._outputs, self._left_start = read.outputs, read.left_start
         self._burn_in = read.burn_in if self.n_epochs_burnin == 0 else BurnIn(over=True)
