@@ -88,8 +88,8 @@ class BurnIn:
 
     @property
     def waits(self) -> bool:
-        """Whether a loss was seen that has not settled yet; one epoch alone shows no trend."""
-        return len(self.epochs) > 1 and not self.over
+        """Whether a loss was seen that has not settled yet."""
+        return bool(self.epochs) and not self.over
 
 
 def has_settled(losses: Sequence[float], constant: float = math.nan) -> bool:

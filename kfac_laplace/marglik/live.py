@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -60,3 +61,12 @@ class LiveParameters:
         tensors = self._tensors
         device = tensors[0].device if tensors else None
         return device, [p.requires_grad for p in tensors], [p.shape for p in tensors]
+
+
+def first_entries(model: nn.Module) -> Tensor:
+    """The first entry of each parameter, float64: a look at whether training moved them.
+
+    Not their version counters, which optimisers that write through `.data` leave as they are.
+    """
+    entries = [p.detach().flatten()[:1].abs().double() for p in model.parameters()]
+    return torch.cat(entries) if entries else torch.zeros(0)

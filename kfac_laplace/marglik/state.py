@@ -48,6 +48,7 @@ LATER: dict[str, Any] = {
     "burn_in": {"epochs": [], "sums": None, "over": True},
     "outputs": None,
     "left_start": True,
+    "then": None,
     "began": {},
     "training": None,
 }
@@ -68,7 +69,8 @@ class Resumed:
         start: δ, or patterns of it, and σ with which the tuner began.
         burn_in: how far the training loss has settled.
         outputs: of an example, None where no loss was computed.
-        left_start: whether hyperparameters have left their start.
+        left_start: whether precisions have left their start.
+        then: the first entry of each parameter at the first loss of the epoch.
         began: root mean squares of the parameters when the tuner was made.
         training: what is special about training mode, None where it was not looked at.
     """
@@ -84,6 +86,7 @@ class Resumed:
     burn_in: BurnIn
     outputs: int | None
     left_start: bool
+    then: Tensor | None
     began: dict[str, float]
     training: TrainingMode | None
 
@@ -118,6 +121,7 @@ def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.d
         _burn_in(found["burn_in"], device),
         None if found["outputs"].value is None else found["outputs"].whole(1),
         found["left_start"].flag(),
+        None if found["then"].value is None else found["then"].tensor().to(device),
         {name: one.number() for name, one in found["began"].items().items()},
         _training(found["training"]),
     )

@@ -27,7 +27,7 @@ from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, settled_axis
 from kfac_laplace.marglik.burn_in import BEGINNING, AtMost, BurnIn
 from kfac_laplace.marglik.grouping import Grouping, difference
-from kfac_laplace.marglik.live import LiveParameters
+from kfac_laplace.marglik.live import LiveParameters, first_entries
 from kfac_laplace.marglik.loss import (
     constant_unexplained,
     looked_at,
@@ -43,7 +43,7 @@ from kfac_laplace.marglik.training_mode import modes_of
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.bounds import Bounds
 from kfac_laplace.posterior.carry import carried
-from kfac_laplace.posterior.claims import round_claims, tell
+from kfac_laplace.posterior.claims import round_claims, tell, waiting_claims
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.mackay import check_objective, mackay_steps
@@ -80,7 +80,8 @@ class MarglikTuner:
     """Tunes prior precisions, and the noise of regression, by the evidence while you train.
 
     Args:
-        model: the network in training; never changed, its mode and optimiser are the caller's.
+        model: the network in training; never changed, its mode and optimiser are the caller's. Give
+            the optimiser no weight decay: the loss has the prior.
         likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
         n_data: number of training examples (of nodes, where each node has an output), by which the
             loss weighs the prior.
@@ -97,7 +98,7 @@ class MarglikTuner:
             uncovered, seed, factor_dtype, memory_budget, dict_key_y, class_axis, forward_fn and
             batch_fn.
         n_epochs_burnin: no round before this epoch, counted from 1, and hyperparameters move from
-            it on. 0: rounds from the first on, in which they stay until the training loss has
+            it on. 0: rounds from the first on, in which precisions stay until the training loss has
             settled, as far as `loss` was called with gradients on.
         marglik_frequency: a round in every epoch that is a multiple of it.
         n_hypersteps: steps in each round; five times as many in the one in which hyperparameters
@@ -198,6 +199,7 @@ class MarglikTuner:
         self._adam: dict[str, Any] | None = None
         self._epoch, self._burn_in = 0, BurnIn(over=n_epochs_burnin > 0)
         self._left_start = False
+        self._then: Tensor | None = None  # entries of the weights at the epoch's first loss
         self._modes: dict[nn.Module, bool] = {}
         self.history: list[Record] = []
 
@@ -235,6 +237,8 @@ class MarglikTuner:
         if fit.requires_grad:  # not a look at held-out data
             self._modes = self._modes or modes_of(self._network.model)
             self._outputs = output.numel() // len(output)
+            if self._burn_in.sums is None and not self._burn_in.over:
+                self._then = first_entries(self._network.model)
             measure = unexplained(self.likelihood, fit, self._outputs, hyper.sigma_noise)
             self._burn_in = self._burn_in.with_batch(measure, len(output))
         settled = known.with_axis(axis, output.ndim)
@@ -328,7 +332,11 @@ class MarglikTuner:
         """
         epoch = self._epoch + 1 if epoch is None else epoch
         check_whole("epoch", epoch, 0)
-        burn_in = self._burn_in.ended()
+        moved = self._then is None or not torch.equal(
+            self._then, first_entries(self._network.model)
+        )
+        # Losses between which no weight moved are no training.
+        burn_in = self._burn_in.ended() if moved else replace(self._burn_in, sums=None)
         if epoch < self.n_epochs_burnin or epoch % self.marglik_frequency:
             self._epoch, self._burn_in = epoch, burn_in
             return None
@@ -356,8 +364,9 @@ class MarglikTuner:
         goal = on_data(self.objective, la.posterior, data)
         roles = groups.roles
         away = self.n_epochs_burnin == 0 and burn_in.over and not self._left_start
-        steps = 0 if burn_in.waits else self.n_hypersteps * (AWAY if away else 1)
-        hyper, moments, bounds = self._improved(la.posterior, moments, goal, (roles, steps))
+        steps = self.n_hypersteps * (AWAY if away else 1)
+        how = None if burn_in.waits else roles, steps
+        hyper, moments, bounds = self._improved(la.posterior, moments, goal, how)
         with torch.no_grad():
             record = Record.of(
                 la.posterior.apart_from_unused.at(hyper),
@@ -372,10 +381,11 @@ class MarglikTuner:
         self.history.append(record)
         tell(roles.claims(), self._said)
         if burn_in.waits and ("waits", "") not in self._said:
-            log.info("hyperparameters stay until the training loss has settled")
+            log.info("prior precisions stay until the training loss has settled")
             self._said.add(("waits", ""))
         rounds = len(self.history), rounds_that_moved(self.history)
-        tell(round_claims(la.posterior.at(hyper), bounds, *rounds), self._said)
+        told = waiting_claims if burn_in.waits else round_claims
+        tell(told(la.posterior.at(hyper), bounds, *rounds), self._said)
         return record
 
     def _check_count(self, count: int) -> None:
@@ -430,18 +440,22 @@ class MarglikTuner:
         posterior: Posterior,
         moments: dict[str, Any] | None,
         goal: Objective,
-        how: tuple[Roles, int],
+        how: tuple[Roles | None, int],
     ) -> tuple[Hyperparameters, dict[str, Any] | None, Bounds]:
         """The hyperparameters after this round's steps, Adam's state, and how far they could go."""
         posterior, (roles, steps) = posterior.apart_from_unused, how
-        held, start = roles.precisions(posterior.prior), self._start_of(posterior)
-        bounds = Bounds.of(posterior, goal, self._free, start, held)
+        start, waits = self._start_of(posterior), roles is None
+        held = torch.ones_like(posterior.unused_precisions)
+        if roles is not None:
+            held = roles.precisions(posterior.prior)
+        bounds = Bounds.of(posterior, goal, self._free, start, held).within_spread(posterior)
         search = Search(goal, self._free, steps, bounds=bounds)
-        if not steps:
+        if waits and "sigma_noise" not in self._free:
             return posterior.hyperparameters.detached(), moments, bounds
         if self.method == "mackay":
             return mackay_steps(posterior, search), None, bounds
-        return *adam(posterior, search, lr=self.lr_hyp, state=moments), bounds
+        hyper, after = adam(posterior, search, lr=self.lr_hyp, state=None if waits else moments)
+        return hyper, moments if waits else after, bounds
 
     def _start_of(self, posterior: Posterior) -> Hyperparameters:
         """The hyperparameters that the tuner started from, as those of a posterior."""
@@ -518,6 +532,7 @@ class MarglikTuner:
             "burn_in": asdict(self._burn_in),
             "outputs": self._outputs,
             "left_start": self._left_start,
+            "then": self._then,
             "began": dict(self._groups.began),
             "training": training_to_plain(self._groups.training),
         }
@@ -563,5 +578,5 @@ class MarglikTuner:
         self._take(read.hyper)
         self._epoch, self.history, self._patterns = read.epoch, read.history, read.patterns
         self._adam, self._start = read.adam, read.start
-        self._outputs, self._left_start = read.outputs, read.left_start
+        self._outputs, self._left_start, self._then = read.outputs, read.left_start, read.then
         self._burn_in = read.burn_in if self.n_epochs_burnin == 0 else BurnIn(over=True)

@@ -95,6 +95,22 @@ class Bounds:
         bounds = cls(low, high, unused, blind & ~held, none, held, counts)
         return bounds.moved_on(posterior, LITTLE) or bounds
 
+    def within_spread(self, posterior: Posterior) -> "Bounds":
+        """Bounds under which a Gaussian noise does not rise beyond the spread of the targets.
+
+        While a network is trained γ under small precisions may come near the number of targets, and
+        would have the noise explain all of them.
+
+        Args:
+            posterior: at today's hyperparameters.
+        """
+        spread = posterior.ggn.likelihood.target_spread(posterior.ggn.targets)
+        if "sigma_noise" not in self.high or not spread > 0:
+            return self
+        now = posterior.hyperparameters.sigma_noise.detach()
+        high = torch.minimum(self.high["sigma_noise"], now.clamp_min(spread))
+        return replace(self, high={**self.high, "sigma_noise": high})
+
     @property
     def stays(self) -> Tensor:
         """The precisions that do not move."""

@@ -80,6 +80,13 @@ def round_claims(posterior: Posterior, bounds: Bounds, rounds: int, moved: int) 
         yield from _below_a_constant(posterior)
 
 
+def waiting_claims(
+    posterior: Posterior, bounds: Bounds, rounds: int, moved: int
+) -> Iterator[Claim]:
+    """What to say after a round in which precisions wait: arguments as for `round_claims`."""
+    yield from _no_better_than_a_constant(posterior, rounds)
+
+
 def _below_a_constant(posterior: Posterior) -> Iterator[Claim]:
     """A trained network whose evidence is below that of a prediction that knows no input."""
     constant = posterior.constant_evidence

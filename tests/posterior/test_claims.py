@@ -240,10 +240,7 @@ def test_a_network_killed_by_its_start(kind, method, caplog):
         tuner.step([(x, y)])
     said = [text for text in warned(caplog) if "no better than a constant" in text]
     assert len(said) == 1
-    if method == "marglik":
-        assert "4.weight (" in said[0]
-    else:  # its fixed point has let go of the layers by now, which have yet to learn
-        assert "Train further" in said[0]
+    assert "4.weight (" in said[0]  # precisions wait, whatever the method: nothing was learned
     if kind == "classification":
         frequencies = torch.bincount(y) / len(y)
         assert f"constant's {float(60 * (frequencies * frequencies.log()).sum()):.6g}" in said[0]
