@@ -630,7 +630,8 @@ class Laplace:
             loader: test data.
             path: where to write them as JSON.
             val_loader: held-out data for temperature scaling; by default those that chose κ and τ.
-            ood_loader: strange inputs, for the area under the ROC curve of telling them.
+            ood_loader: strange inputs, for the area under the ROC curve of telling them; targets
+                beside them do not matter.
 
         Returns:
             Rows of plain data, and a table when printed. Classification and binary: accuracy, NLL,

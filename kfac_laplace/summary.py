@@ -24,7 +24,7 @@ def line(curvature: Curvature, scaling: Scaling, *, fitted: bool) -> str:
     if not fitted:
         return f"Laplace({', '.join([*parts, 'not fitted'])})"
     parameters = sum(math.prod(shape) for shape in curvature.ggn.knowledge.shapes.values())
-    parts += [f"{curvature.n_data:g} examples", f"{parameters} parameters"]
+    parts += [f"{curvature.n_data} examples", f"{parameters} parameters"]
     origin = {"default": "", "given": ", given", "loo": ", by leave-one-out"}
     said = origin.get(scaling.source, ", by held-out data")
     parts.append(f"κ = {float(scaling.scale):.4g}{said}")
