@@ -148,7 +148,7 @@ def _ways(choice: Choice, val_loader: Iterable[Any] | None) -> list[Way]:
     """The rows: without logits the mode and the posterior, with their noise."""
     scaling, likelihood = choice.scaling, choice.posterior.ggn.likelihood
     kappa, tau = float(scaling.scale), float(scaling.temperature)
-    link = scaling.link("auto", likelihood, set())
+    link = scaling.auto(likelihood)
     if not likelihood.has_logits:
         return [Way("mode", 0.0, 1.0, link), Way("posterior", kappa, 1.0, link, True)]
     ways = [Way("mode", 0.0, 1.0, "mode")]
