@@ -190,12 +190,13 @@ def test_scales_that_are_given_stay_when_a_fit_starts_anew():
 
 
 def test_they_choose_anew_when_data_are_added():
-    la, case = dense.fit("mlp-tanh")
-    held_out = [data(case)]
-    la.fit(case.batches[:1], held_out)
+    _, case = dense.fit("mlp-regression")
+    held_out = [(case.x + 1, case.y + 0.5)]
+    la = Laplace(case.model, "regression").fit(case.batches[:1], held_out)
+    before = scaling(la)
     la.fit(case.batches[1:], override=False)
-    want = Laplace(case.model).fit(case.batches, held_out)
-    assert scaling(la) == pytest.approx(scaling(want))
+    want = Laplace(case.model, "regression").fit(case.batches, held_out)
+    assert scaling(la) == pytest.approx(scaling(want)) != before
 
 
 @pytest.mark.parametrize("held_out", [3, [], [(torch.zeros(2, 4).double(), torch.tensor([0, 9]))]])
