@@ -209,7 +209,9 @@ class Laplace:
             train_loader: any iterable of batches: pairs (x, y), or mappings with the targets under
                 `dict_key_y` whose other entries go to the model by keyword.
             val_loader: held-out data, which choose κ and a temperature of predictions, as
-                `calibrate` does, now and when the evidence has moved δ in `optimize_prior`.
+                `calibrate` does, now, when the evidence has moved δ in `optimize_prior`, and when
+                data are added. A fit that starts anew without forgets them: κ and τ that data chose
+                are 1 again, those set by hand stay.
             override: start anew; False adds the data to what was seen before.
             progress_bar: show one.
 
@@ -236,7 +238,9 @@ class Laplace:
         try:
             self._adopt(curvature, mode)
             self._data = self._data.with_loader(train_loader, override)
-            return self if val_loader is None else self.calibrate(val_loader, "validation")
+            if val_loader is not None:
+                return self.calibrate(val_loader, "validation")
+            return self._scaled_by(self._choice.after_fit(afresh=not going_on))
         except BaseException:  # held-out data may be wrong
             vars(self).update(before)
             raise
@@ -483,7 +487,7 @@ class Laplace:
                     got=repr(objective),
                     remedy="Leave it out, or use method='marglik'",
                 )
-            delta = grid_search(posterior, val_loader, self.dict_key_y, self._scaling, grid)
+            delta = grid_search(self._choice, val_loader, grid)
             kept = posterior.hyperparameters.prior_precision.detach()
             self._move(prior_precision=delta.where(~posterior.unused_precisions, kept))
             return self
@@ -511,8 +515,8 @@ class Laplace:
 
         Held-out data choose both by the predictive NLL, with log τ ~ N(0, ½²) so that few of them
         do no harm; τ is for classification and binary. By leave-one-out κ alone is chosen, by the
-        probit link, and stays, with a warning, where the left-out NLL is worse than that of a
-        constant prediction or the best κ is an end of the range.
+        probit link and under a τ set by hand, and stays, with a warning, where the left-out NLL is
+        worse than that of a constant prediction or the best κ is an end of the range.
 
         Args:
             loader: held-out data; for "loo" the training data, by default what `fit` read.
@@ -634,7 +638,8 @@ class Laplace:
             loader: test data.
             path: where to write them as JSON.
             val_loader: held-out data for temperature scaling; by default those that chose κ and τ.
-            ood_loader: strange inputs, for the area under the ROC curve of telling them.
+            ood_loader: strange inputs, for the area under the ROC curve of telling them; targets
+                beside them do not matter.
 
         Returns:
             Rows of plain data, and a table when printed. Classification and binary: accuracy, NLL,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.model.batches import split_batch
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.curvature.model.batches import BatchFn, split_batch
+from kfac_laplace.curvature.model.graphs import is_graph
+from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Latent, aligned_target
 from kfac_laplace.likelihoods.predictive import RowPredictive
 from kfac_laplace.options import check_iterable
@@ -99,16 +100,21 @@ def compare(
         choice: the posterior with its κ and τ.
         loader: test data.
         val_loader: held-out data for temperature scaling; by default those that chose κ and τ.
-        ood_loader: batches of strange inputs, or of pairs whose targets do not matter.
+        ood_loader: batches of strange inputs, or of pairs or mappings whose targets do not matter;
+            with `batch_fn`, what that takes.
+
+    Raises:
+        InvalidValue: a loader without a batch, or test data without a label that counts.
+        InvalidType: a loader that is none, or strange inputs of which nothing says what they are.
     """
-    check_iterable("loader", loader)
-    test = [_predicted(choice, raw) for raw in loader]
-    if not test:
-        raise InvalidValue("the loader yielded no batch", where="loader", got="0 batches")
-    strange = []
+    given = {"loader": loader, "val_loader": val_loader, "ood_loader": ood_loader}
+    for name, value in given.items():
+        if name == "loader" or value is not None:
+            check_iterable(name, value)
+    test = _read("loader", loader, lambda raw: _predicted(choice, raw))
+    strange: list[Predicted] = []
     if ood_loader is not None:
-        check_iterable("ood_loader", ood_loader)
-        strange = [_strange(choice, raw) for raw in ood_loader]
+        strange = _read("ood_loader", ood_loader, lambda raw: _strange(choice, raw))
     rows = []
     for way in _ways(choice, val_loader):
         found = [_by(way, choice, part) for part in test]
@@ -123,17 +129,33 @@ def compare(
     return Report(rows, sum(part.outputs.shape[0] for part in test))
 
 
+def _read(
+    name: str, loader: Iterable[Any], predicted: Callable[[Any], Predicted]
+) -> list[Predicted]:
+    """All batches of a loader, predicted."""
+    found = [predicted(raw) for raw in loader]
+    if not found:
+        raise InvalidValue(
+            "the loader yielded no batch",
+            where=name,
+            got="0 batches",
+            remedy="A generator can be read only once: pass a loader",
+        )
+    return found
+
+
 def _ways(choice: Choice, val_loader: Iterable[Any] | None) -> list[Way]:
     """The rows: without logits the mode and the posterior, with their noise."""
     scaling, likelihood = choice.scaling, choice.posterior.ggn.likelihood
     kappa, tau = float(scaling.scale), float(scaling.temperature)
-    link = scaling.link("auto", likelihood, set())
+    link = scaling.auto(likelihood)
     if not likelihood.has_logits:
         return [Way("mode", 0.0, 1.0, link), Way("posterior", kappa, 1.0, link, True)]
     ways = [Way("mode", 0.0, 1.0, "mode")]
-    loader = val_loader or next(iter(choice.held_out.loaders), None)
+    # Not by its truth value: that of a DataLoader is its length, which not all of them have.
+    loader = next(iter(choice.held_out.loaders), None) if val_loader is None else val_loader
     if loader is not None:
-        points = validation_points(choice.posterior, loader, choice.key_y)
+        points = validation_points(choice.posterior, loader, choice.key_y, "val_loader")
         cooled = Criterion(likelihood, points, _sigma(choice), choice.seed).best_temperature()
         ways.append(Way(f"mode, temperature {cooled:.3g}", 0.0, cooled, "mode"))
     name = {"mode": "the network's own", "auto": "averages"}.get(link, link)
@@ -151,10 +173,27 @@ def _predicted(choice: Choice, raw: Any) -> Predicted:
 
 
 def _strange(choice: Choice, raw: Any) -> Predicted:
-    """Inputs alone, or the first of a pair."""
-    x = raw[0] if isinstance(raw, list | tuple) else raw
+    """A batch of strange inputs."""
+    x = _inputs(raw, choice.posterior.ggn.options.batch_fn)
     batch = inputs_of(choice.posterior, x, choice.key_y)
     return Predicted(output_gaussian(choice.posterior, batch).double(), torch.empty(0))
+
+
+def _inputs(raw: Any, batch_fn: BatchFn | None) -> Any:
+    """Inputs of a batch whose targets do not matter: there may be none."""
+    if batch_fn is not None:
+        return batch_fn(raw)[0]
+    # Graph batches may be sequences as well.
+    if not isinstance(raw, Sequence) or isinstance(raw, str) or is_graph(raw):
+        return raw
+    if len(raw) not in (1, 2):  # which of them the model takes, nothing says
+        raise InvalidType(
+            "a batch of strange inputs is inputs alone, a pair (x, y), a mapping, or graphs",
+            where="ood_loader",
+            got=f"{type(raw).__name__} of {len(raw)}",
+            remedy="Yield pairs (x, y), or pass batch_fn to Laplace",
+        )
+    return raw[0]
 
 
 def _sigma(choice: Choice) -> Tensor:
@@ -183,6 +222,13 @@ def _scores(choice: Choice, found: list[RowPredictive], test: list[Predicted]) -
     pairs = [(one, part.target) for one, part in zip(found, test, strict=True)]
     if likelihood.has_logits:
         parts = [likelihood.labelled(one.probs, y) for one, y in pairs]
+        if not any(len(labels) for _, labels in parts):
+            raise InvalidValue(
+                "no target counts",
+                where="target",
+                got="labels that are ignored, all of them",
+                remedy="Pass data with labels that count",
+            )
         return ClassScores.joined([ClassScores.of(*part) for part in parts]).summary()
     rows = sum(y.shape[0] * y.shape[1] for _, y in pairs)
     scores = {"nll": -sum(float(one.log_prob(y).sum()) for one, y in pairs) / rows}

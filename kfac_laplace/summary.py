@@ -10,6 +10,9 @@ from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.scaling import Scaling
 
+#: What is said of where κ comes from; of older files nothing is known.
+ORIGIN = {"given": ", given", "loo": ", by leave-one-out", "validation": ", by held-out data"}
+
 
 def line(curvature: Curvature, scaling: Scaling, *, fitted: bool) -> str:
     """Likelihood, structure, data and scale, on one line.
@@ -24,10 +27,8 @@ def line(curvature: Curvature, scaling: Scaling, *, fitted: bool) -> str:
     if not fitted:
         return f"Laplace({', '.join([*parts, 'not fitted'])})"
     parameters = sum(math.prod(shape) for shape in curvature.ggn.knowledge.shapes.values())
-    parts += [f"{curvature.n_data:g} examples", f"{parameters} parameters"]
-    origin = {"default": "", "given": ", given", "loo": ", by leave-one-out"}
-    said = origin.get(scaling.source, ", by held-out data")
-    parts.append(f"κ = {float(scaling.scale):.4g}{said}")
+    parts += [f"{curvature.n_data} examples", f"{parameters} parameters"]
+    parts.append(f"κ = {float(scaling.scale):.4g}{ORIGIN.get(scaling.source, '')}")
     if float(scaling.temperature) != 1:
         parts.append(f"τ = {float(scaling.temperature):.4g}")
     return f"Laplace({', '.join(parts)})"

@@ -15,7 +15,7 @@ from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidType, InvalidValue, KfacLaplaceError
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
-from kfac_laplace.posterior.predict.scaling import AUTO, Scaling
+from kfac_laplace.posterior.predict.scaling import AUTO, TEMPERATURES, Scaling
 from kfac_laplace.posterior.prior import Prior, checked_mean
 from kfac_laplace.posterior.sharing import resolve_sharing
 from kfac_laplace.states.plain import check_seal, same
@@ -30,8 +30,12 @@ KEYS = (
     "hyperparameters",
     "posterior_scale",
 )
-#: What was added to it later, and what a file without has: its κ was chosen by the probit link.
-LATER = {"predictive_temperature": torch.ones((), dtype=torch.float64), "scale_source": "older"}
+#: What was added to it later, and what a file without has.
+LATER = {
+    "predictive_temperature": torch.ones((), dtype=torch.float64),
+    "scale_source": "older",
+    "temperature_source": "default",
+}
 #: Options on which stored blocks and evidence depend.
 BINDING = (
     "hessian_structure",
@@ -246,18 +250,19 @@ def hyperparameters_from_state(
 
 
 def scaling_to_plain(scaling: Scaling) -> dict[str, Any]:
-    """κ, τ and where κ comes from."""
+    """κ, τ and where they come from."""
     return {
         "posterior_scale": scaling.scale,
         "predictive_temperature": scaling.temperature,
         "scale_source": scaling.source,
+        "temperature_source": scaling.temperature_source,
     }
 
 
 def scaling_from_state(
     found: Mapping[str, Stored], likelihood: Likelihood, device: torch.device
 ) -> Scaling:
-    """κ, τ and where κ comes from, of a state.
+    """κ, τ and where they come from, of a state.
 
     Raises:
         InvalidValue: below zero, not positive, or a temperature of what has no logits.
@@ -268,11 +273,11 @@ def scaling_from_state(
         raise scale.fault("must be ≥ 0", float(kappa))
     if float(temperature) <= 0 or (float(temperature) != 1 and not likelihood.has_logits):
         raise tau.fault("must be above 0, and 1 without logits", float(temperature))
-    source = found["scale_source"].text((*AUTO, "older"))
-    if source == "older":
-        source = "default" if float(kappa) == 1 else "loo"
+    source = found["scale_source"].text((*AUTO,))
+    if source == "older" and float(kappa) == 1:
+        source = "default"
     kappa, temperature = (v.to(device, torch.float64) for v in (kappa, temperature))
-    return Scaling(kappa, temperature, source)
+    return Scaling(kappa, temperature, source, found["temperature_source"].text(TEMPERATURES))
 
 
 def mode_from_state(

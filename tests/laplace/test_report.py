@@ -1,11 +1,13 @@
 """`report`, `summary` and `repr`: numbers by other means, and tables that line up."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import build
 from posterior import dense
+from torch.utils.data import DataLoader, IterableDataset
 
 from kfac_laplace import Laplace
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted
@@ -120,6 +122,108 @@ def test_wrong_loaders():
         la.report(3)
     with pytest.raises(NotFitted):
         Laplace(case.model).report([(case.x, case.y)])
+
+
+class Streamed(IterableDataset):
+    """Examples of which nothing tells how many they are."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __iter__(self):
+        return iter(zip(self.x, self.y, strict=True))
+
+
+def test_held_out_data_without_a_length():
+    la, case = dense.fit("mlp-tanh")
+    batch = case.x, labels(case)
+    streamed = DataLoader(Streamed(*batch), batch_size=7)
+    got = la.report([batch], val_loader=streamed, ood_loader=DataLoader(2 * case.x, batch_size=4))
+    want = la.report([batch], val_loader=[batch], ood_loader=[2 * case.x])
+    assert [row["prediction"] for row in got.rows] == [row["prediction"] for row in want.rows]
+    for one, other in zip(got.rows, want.rows, strict=True):
+        numbers = [{k: v for k, v in r.items() if k != "prediction"} for r in (one, other)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["val_loader", "ood_loader"])
+def test_loaders_beside_the_data_hold_something(name):
+    la, case = dense.fit("mlp-tanh")
+    batch = case.x, labels(case)
+    la.calibrate([batch], "validation")  # what no loader at all would fall back to
+    with pytest.raises(InvalidValue, match=f"no batch.*{name}|{name}.*no batch"):
+        la.report([batch], **{name: []})
+    with pytest.raises(InvalidType, match=name):
+        la.report([batch], **{name: 3})
+
+
+FORMS = {
+    "inputs": lambda x, y: x,
+    "alone in a list": lambda x, y: [x],
+    "pair": lambda x, y: (x, y),
+    "list": lambda x, y: [x, y],
+    "nothing": lambda x, y: (x, None),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_strange_inputs(form):
+    la, case = dense.fit("mlp-tanh")
+    batch, strange = (case.x, labels(case)), 10 * case.x
+    want = la.report([batch], ood_loader=[strange]).rows
+    assert la.report([batch], ood_loader=[FORMS[form](strange, case.y)]).rows == want
+
+
+class Named(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(4, 3).double()
+
+    def forward(self, pixels):
+        return self.layer(pixels)
+
+
+def test_mappings_of_strange_inputs():
+    case = build("mlp-tanh")
+    test = [{"pixels": case.x, "labels": case.y}]
+    la = Laplace(Named()).fit(test)
+    strange = {"pixels": 10 * case.x}
+    with_targets, without = (
+        la.report(test, ood_loader=[each]).rows for each in ({**strange, "labels": case.y}, strange)
+    )
+    assert with_targets == without
+    want = auroc(la.predict(test[0]).ood_score, la.predict(strange).ood_score)
+    assert with_targets[-2]["auroc"] == pytest.approx(want)
+
+
+def test_strange_inputs_by_batch_fn():
+    """Its x, wherever that is: here it comes last of three."""
+    case = build("mlp-tanh")
+    plain = Laplace(case.model).fit(case.batches)
+    la = Laplace(case.model, batch_fn=lambda raw: (raw[2], raw[0]))
+    la.fit([(y, "name", x) for x, y in case.batches])
+    y, strange = labels(case), 10 * case.x
+    got = la.report([(y, "name", case.x)], ood_loader=[(y, "name", strange)])
+    assert got.rows == plain.report([(case.x, y)], ood_loader=[strange]).rows
+    with pytest.raises(InvalidType, match="ood_loader.*batch_fn|batch_fn.*ood_loader"):
+        plain.report([(case.x, y)], ood_loader=[(strange, y, y)])
+
+
+def test_labels_that_count():
+    la, case = dense.fit("mlp-tanh")
+    y = labels(case)
+    nothing = torch.full_like(y, -100)
+    with pytest.raises(InvalidValue, match="no target counts"):
+        la.report([(case.x, nothing)])
+    some = la.report([(case.x, y), (case.x, nothing)])
+    assert some.rows == la.report([(case.x, y)]).rows
+
+
+def test_a_line_has_all_digits_of_the_examples():
+    la, _ = dense.fit("mlp-tanh")
+    la.curvature.ggn = replace(la.curvature.ggn, n_data=1_281_167)
+    assert "1281167 examples" in repr(la)
 
 
 def test_a_line():

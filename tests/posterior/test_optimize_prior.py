@@ -1,6 +1,8 @@
 """Evidence maximisation reaches a stationary point by either road; grids pick their best entry."""
 
+import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,30 +172,68 @@ GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def validation_nll(la, delta, batches):
+    """Of what calling it gives."""
     la.log_marginal_likelihood(prior_precision=torch.tensor(delta, dtype=torch.float64))
-    losses = [-la(x, link_approx="probit").log().gather(1, y[:, None]) for x, y in batches]
+    losses = [-la(x).log().gather(1, y[:, None]) for x, y in batches]
     return float(torch.cat(losses).mean())
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_grid_search_picks_the_best_of_its_grid_every_time(structure):
-    """Validation NLL of each candidate on its own; a peer's metric is never reset."""
+def overconfident(structure):
+    """A posterior, and validation data for which a middle candidate is best."""
     case = build("mlp-tanh")
     with torch.no_grad():
         for p in case.model.parameters():
-            p.mul_(4)  # overconfident, so that a middle candidate is best
+            p.mul_(4)
     la = Laplace(case.model, "classification", hessian_structure=structure).fit(case.batches)
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(30, 4, dtype=torch.float64, generator=draw)
     labels = case.model(x).detach().argmax(1)
     labels[::6] = (labels[::6] + 1) % 3
-    batches = [(x[:20], labels[:20]), (x[20:], labels[20:])]
+    return la, [(x[:20], labels[:20]), (x[20:], labels[20:])]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_grid_search_picks_the_best_of_its_grid_every_time(structure):
+    """Validation NLL of each candidate on its own; a peer's metric is never reset."""
+    la, batches = overconfident(structure)
+    la.posterior_scale = 1.0
     expected = min(GRID, key=lambda delta: validation_nll(la, delta, batches))
     assert expected not in (GRID[0], GRID[-1])
     for _ in range(2):
         assert la.optimize_prior(method="gridsearch", val_loader=batches, grid=GRID) is la
         chosen = la.prior_precision.detach()
         torch.testing.assert_close(chosen, torch.full_like(chosen, expected))
+
+
+def test_grid_search_goes_by_the_link_that_predictions_use():
+    """The probit link, by which it went whatever they use, would have another candidate."""
+    la, batches = overconfident("kron")
+    la.posterior_scale = 1.0
+    fine = torch.logspace(-2, 2, 41).tolist()
+    averages = min(fine, key=lambda delta: validation_nll(la, delta, batches))
+    la._scaling = replace(la._scaling, source="loo")
+    probit = min(fine, key=lambda delta: validation_nll(la, delta, batches))
+    assert averages != probit
+    la.optimize_prior("gridsearch", val_loader=batches, grid=fine)
+    assert float(la.prior_precision[0]) == pytest.approx(probit)
+    la.posterior_scale = 1.0
+    la.optimize_prior("gridsearch", val_loader=batches, grid=fine)
+    assert float(la.prior_precision[0]) == pytest.approx(averages)
+
+
+@pytest.mark.parametrize(("kappa", "says"), [(None, "until a scale is set"), (0.0, "at κ = 0")])
+def test_grid_search_where_predictions_do_not_depend_on_the_precision(kappa, says, caplog):
+    """By averages at κ = 1; the log says what that means."""
+    la, batches = overconfident("kron")
+    if kappa is not None:
+        la.posterior_scale = kappa
+    with caplog.at_level(logging.INFO, logger="kfac_laplace"):
+        la.optimize_prior("gridsearch", val_loader=batches, grid=GRID)
+    (said,) = [r for r in caplog.records if "do not depend on δ" in r.getMessage()]
+    assert said.levelno == logging.INFO and says in said.getMessage()
+    chosen = float(la.prior_precision[0])
+    la.posterior_scale = 1.0
+    assert chosen == min(GRID, key=lambda delta: validation_nll(la, delta, batches))
 
 
 def test_grid_search_has_a_grid_of_its_own():

@@ -59,9 +59,26 @@ class Choice:
 
     def again(self) -> "Choice":
         """For a posterior that has moved: held-out data choose anew, where they chose before."""
-        if self.scaling.source != "validation" or not self.held_out.loaders:
+        if not self.scaling.follows_data or not self.held_out.loaders:
             return self
         return self._validated(self.held_out.loaders[0])
+
+    def after_fit(self, afresh: bool) -> "Choice":
+        """For a fit that was given no held-out data.
+
+        Args:
+            afresh: whether it forgot the data before. What was held out from them is then no longer
+                known to be held out, and what they chose was for another posterior.
+        """
+        if not afresh:
+            return self.again()
+        scaling = self.scaling.hand_set
+        if scaling is not self.scaling:
+            log.info(
+                "the scale and temperature of predictions that data chose belong to the fit "
+                "before, and are 1 again: pass val_loader to fit, or calibrate"
+            )
+        return replace(self, scaling=scaling, held_out=TrainingData())
 
     def _by_content(self, loader: Iterable[Any]) -> "Choice":
         """By held-out data, or leaving out where the loader yields what the fit has read."""
@@ -93,22 +110,22 @@ class Choice:
             kappa = adopted_scale(likelihood, points, sigma, method="validation", before=before)
         return replace(
             self,
-            scaling=self.scaling.at(kappa, tau, "validation"),
+            scaling=self.scaling.validated(kappa, tau),
             held_out=TrainingData((loader,)),
         )
 
     def _left_out(self, loader: Iterable[Any] | None) -> "Choice":
-        """κ by leave-one-out; as it is where that gives no ground."""
+        """κ by leave-one-out, under τ as it was given; as it is where that gives no ground."""
         loaders = self.training.loaders if loader is None else [loader]
         points = held_out_points(self.posterior, "loo", loaders, self.key_y, self.seed)
         before = float(self.scaling.scale)
         found = adopted_scale(
             self.posterior.ggn.likelihood,
-            points,
+            points.at(1.0, float(self.scaling.left_out(before).temperature)),
             self.posterior.hyperparameters.sigma_noise.detach(),
             method="loo",
             before=before,
         )
         if found == before:
             return self
-        return replace(self, scaling=self.scaling.at(found, 1.0, "loo"))
+        return replace(self, scaling=self.scaling.left_out(found))

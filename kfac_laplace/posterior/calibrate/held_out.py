@@ -83,13 +83,19 @@ class HeldOut:
         return HeldOut(mean, covariance, target)
 
 
-def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -> HeldOut:
+def validation_points(
+    posterior: Posterior, loader: Iterable[Any], key_y: str, where: str = "loader"
+) -> HeldOut:
     """Output moments on a loader of held-out data, in float64.
 
     Args:
         posterior: predicts by its linearisation.
         loader: batches as `fit` takes them.
         key_y: name of the targets in mappings.
+        where: what errors call the loader.
+
+    Raises:
+        InvalidValue: there is no batch.
     """
     network, likelihood = posterior.network, posterior.ggn.likelihood
     parts = []
@@ -103,7 +109,7 @@ def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -
     if not parts:
         raise InvalidValue(
             "the loader yielded no batch",
-            where="loader",
+            where=where,
             got="0 batches",
             remedy="A generator can be read only once: pass a loader",
         )

@@ -1,5 +1,6 @@
 """The prior precision of least validation loss, on a grid."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -8,31 +9,35 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_iterable
+from kfac_laplace.posterior.calibrate.choice import Choice
 from kfac_laplace.posterior.calibrate.held_out import (
     negative_log_likelihood,
     validation_points,
 )
-from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import positive
 from kfac_laplace.posterior.predict.scaling import Scaling
 
+log = logging.getLogger("kfac_laplace")
+
 
 def grid_search(
-    posterior: Posterior,
-    loader: Iterable[Any] | None,
-    key_y: str,
-    scaling: Scaling,
-    grid: Iterable[float] | None = None,
+    choice: Choice, loader: Iterable[Any] | None, grid: Iterable[float] | None = None
 ) -> Tensor:
     """The scalar δ of least validation NLL on a grid, 10⁻⁴ … 10⁴ by default, float64.
 
+    The NLL is that of predictions: by the link that they use, at κ and τ. Where these do not depend
+    on δ, as the network's own do not, it is that of averages at κ = 1, and the log says so.
+
     Args:
-        posterior: its prior precisions are all replaced by each candidate.
-        loader: validation data; read once for each candidate.
-        key_y: name of the targets in mappings.
-        scaling: κ and τ of the predictive, whose link is the probit.
+        choice: the posterior, whose prior precisions are all replaced by each candidate, with κ
+            and τ of its predictions.
+        loader: validation data; read once.
         grid: candidates.
+
+    Raises:
+        InvalidValue: no loader, no batch, or no candidate.
     """
     if loader is None:
         raise InvalidValue(
@@ -42,21 +47,41 @@ def grid_search(
             remedy="Pass a loader, or use method='marglik'",
         )
     check_iterable("val_loader", loader)
-    if grid is not None:
-        check_iterable("grid", grid, "prior precisions")
-    values = torch.logspace(-4, 4, 21, dtype=torch.float64).tolist() if grid is None else list(grid)
-    candidates = [positive(value, "grid", posterior.device) for value in values]
-    if not candidates:
-        raise InvalidValue("no candidates", where="grid", got="an empty grid")
+    posterior = choice.posterior
+    candidates = _candidates(grid, posterior.device)
     batches = list(loader)
-    hyper = posterior.hyperparameters.detached()
-    # At κ = 0 no precision shows.
-    kappa, tau = float(scaling.scale) or 1.0, float(scaling.temperature)
+    hyper, likelihood = posterior.hyperparameters.detached(), posterior.ggn.likelihood
+    kappa, tau, link = _showing(choice.scaling, likelihood)
     losses = []
     for delta in candidates:
         moved = posterior.at(replace(hyper, prior_precision=posterior.prior.full(delta)))
-        points = validation_points(moved, batches, key_y).at(kappa, tau)
-        losses.append(
-            negative_log_likelihood(posterior.ggn.likelihood, points, hyper.sigma_noise, 1.0)
+        points = validation_points(moved, batches, choice.key_y, "val_loader").at(kappa, tau)
+        loss = negative_log_likelihood(
+            likelihood, points, hyper.sigma_noise, 1.0, link=link, seed=choice.seed
         )
+        losses.append(loss)
     return candidates[losses.index(min(losses))]
+
+
+def _candidates(grid: Iterable[float] | None, device: torch.device) -> list[Tensor]:
+    """Checked prior precisions."""
+    if grid is not None:
+        check_iterable("grid", grid, "prior precisions")
+    values = torch.logspace(-4, 4, 21, dtype=torch.float64).tolist() if grid is None else list(grid)
+    candidates = [positive(value, "grid", device) for value in values]
+    if not candidates:
+        raise InvalidValue("no candidates", where="grid", got="an empty grid")
+    return candidates
+
+
+def _showing(scaling: Scaling, likelihood: Likelihood) -> tuple[float, float, str]:
+    """κ, τ and the link of predictions, or of such as depend on δ."""
+    kappa, tau = float(scaling.scale), float(scaling.temperature)
+    link = scaling.auto(likelihood)
+    if kappa and link != "mode":
+        return kappa, tau, link
+    log.info(
+        "predictions do not depend on δ %s: the grid search scores averages at κ = 1",
+        "until a scale is set" if kappa else "at κ = 0",
+    )
+    return 1.0, tau, "auto" if link == "mode" else link

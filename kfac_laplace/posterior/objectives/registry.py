@@ -1,7 +1,7 @@
 """Names of objectives, and what an objective is."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -42,6 +42,11 @@ class Data:
                 remedy="Pass loader=, the training data, or use objective='kron'",
             )
         return (batch for loader in self.loaders for batch in loader)
+
+    def kept(self) -> "Data":
+        """The same, to be read more than once: what can be read only once, as a list."""
+        loaders = (list(each) if isinstance(each, Iterator) else each for each in self.loaders)
+        return replace(self, loaders=tuple(loaders))
 
 
 @runtime_checkable

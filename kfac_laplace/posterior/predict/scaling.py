@@ -18,8 +18,17 @@ from kfac_laplace.posterior.hyperparameters import one_number, positive, real
 log = logging.getLogger("kfac_laplace")
 
 #: Where κ comes from, and the link that "auto" then is: that by which κ was chosen. Without a
-#: choice, the mode: at κ = 1 no link was as good as it on all networks tried.
-AUTO = {"default": "mode", "loo": "probit", "validation": "auto", "given": "auto"}
+#: choice, the mode: at κ = 1 no link was as good as it on all networks tried. "older" files do not
+#: say whether theirs was chosen or given; predictions went by the probit link.
+AUTO = {
+    "default": "mode",
+    "loo": "probit",
+    "validation": "auto",
+    "given": "auto",
+    "older": "probit",
+}
+#: Where τ comes from.
+TEMPERATURES = ("default", "validation", "given")
 
 WHERE = "posterior_scale"
 
@@ -40,11 +49,13 @@ class Scaling:
         scale: κ ≥ 0, float64, shape ().
         temperature: τ > 0 of the outputs, float64, shape (); 1 for likelihoods without logits.
         source: where κ comes from: a key of `AUTO`.
+        temperature_source: where τ comes from: one of `TEMPERATURES`.
     """
 
     scale: Tensor
     temperature: Tensor
     source: str = "default"
+    temperature_source: str = "default"
 
     @classmethod
     def start(cls, device: torch.device) -> "Scaling":
@@ -52,10 +63,34 @@ class Scaling:
         one = torch.ones((), dtype=torch.float64, device=device)
         return cls(one, one.clone())
 
-    def at(self, scale: float, temperature: float, source: str) -> "Scaling":
-        """Other numbers, on the same device."""
+    def validated(self, scale: float, temperature: float) -> "Scaling":
+        """κ and τ that held-out data chose, on the same device."""
         new = self.scale.new_tensor
-        return Scaling(new(scale), new(temperature), source)
+        return Scaling(new(scale), new(temperature), "validation", "validation")
+
+    def left_out(self, scale: float) -> "Scaling":
+        """κ that leave-one-out chose at `hand_set` τ."""
+        chosen = replace(self, scale=self.scale.new_tensor(scale), source="loo")
+        if self.temperature_source == "given":
+            return chosen
+        tau = torch.ones_like(self.temperature)
+        return replace(chosen, temperature=tau, temperature_source="default")
+
+    @property
+    def hand_set(self) -> "Scaling":
+        """Without what data chose: that is 1 again. What was given stays, or may have been."""
+        found = self
+        if self.source in ("loo", "validation"):
+            found = replace(found, scale=torch.ones_like(self.scale), source="default")
+        if self.temperature_source == "validation":
+            tau = torch.ones_like(self.temperature)
+            found = replace(found, temperature=tau, temperature_source="default")
+        return found
+
+    @property
+    def follows_data(self) -> bool:
+        """Whether held-out data chose both numbers, and may choose others."""
+        return self.source == "validation" and self.temperature_source != "given"
 
     def with_scale(self, value: float | Tensor) -> "Scaling":
         """κ as a user gives it.
@@ -88,7 +123,7 @@ class Scaling:
                 got=float(tau),
                 remedy="Leave it at 1: what is uncertain about y is the likelihood's own, as σ is",
             )
-        return replace(self, temperature=tau)
+        return replace(self, temperature=tau, temperature_source="given")
 
     def moments(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """f/τ and κΣ/τ²."""
@@ -109,10 +144,12 @@ class Scaling:
         """
         if link != "auto":
             return link
-        if not likelihood.has_logits:
-            return "probit"
-        found = AUTO[self.source]
+        found = self.auto(likelihood)
         if found == "mode" and SAYS_MODE not in said:
             said.add(SAYS_MODE)
             log.info(SAYS_MODE)
         return found
+
+    def auto(self, likelihood: Likelihood) -> str:
+        """What "auto" is; nothing is logged."""
+        return AUTO[self.source] if likelihood.has_logits else "probit"

@@ -15,6 +15,8 @@ from kfac_laplace import Laplace
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Bernoulli, Categorical
 from kfac_laplace.posterior.calibrate.held_out import HeldOut
+from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points
+from kfac_laplace.posterior.calibrate.scale import adopted_scale
 from kfac_laplace.posterior.calibrate.temperature import SHRINKAGE, Criterion, best_scaling
 
 ONE = torch.ones((), dtype=torch.float64)
@@ -127,6 +129,76 @@ def test_scales_that_are_given_stay_when_the_precisions_move():
     assert scaling(la) == (0.3, 1.7)
 
 
+@pytest.mark.parametrize("name", ["posterior_scale", "predictive_temperature"])
+def test_what_is_set_by_hand_after_data_chose_stays(name, tmp_path):
+    la, case = dense.fit("mlp-tanh")
+    la.calibrate([data(case)], "validation")
+    setattr(la, name, 3.0)
+    before = scaling(la)
+    assert scaling(la.optimize_prior()) == before
+    la.save(tmp_path / "la.pt")
+    for each in (la, Laplace.load(tmp_path / "la.pt", case.model)):
+        refitted = each.fit(case.batches)
+        assert float(getattr(refitted, name)) == 3.0
+        assert sorted(scaling(refitted)) == [1.0, 3.0]  # what data chose is as at the start
+    la.calibrate([data(case)], "validation")  # both, as asked
+    assert scaling(la)[1] not in (1.0, 3.0)
+
+
+def test_leave_one_out_under_a_temperature_that_was_set():
+    """κ and τ enter by f/τ and κΣ/τ²: leave-one-out of the network with halved outputs."""
+    _, case = dense.fit("mlp-tanh")
+    with torch.no_grad():
+        for p in case.model.parameters():
+            p.mul_(3)
+    labels = case.model(case.x).detach().argmax(1)
+    labels[0] = (labels[0] + 1) % 3
+    la = Laplace(case.model).fit([(case.x, labels)])
+    la.predictive_temperature = 2.0
+    points = leave_one_out_points(la.posterior, [(case.x, labels)], "labels", la.seed)
+    halved = HeldOut(points.mean / 2, points.covariance / 4, points.target)
+    want = adopted_scale(la.likelihood, halved, ONE, method="loo", before=1.0)
+    la.calibrate()
+    assert scaling(la) == (pytest.approx(want), 2.0)
+    assert want != 1
+
+
+def test_a_fit_that_starts_anew_forgets_what_data_chose(caplog):
+    """Held-out data may be training data now."""
+    la, case = dense.fit("mlp-tanh")
+    la.fit(case.batches, val_loader=[data(case)])
+    with caplog.at_level(logging.INFO, logger="kfac_laplace"):
+        la.fit([data(case)])
+    assert scaling(la) == (1.0, 1.0)
+    (said,) = [r for r in caplog.records if "are 1 again" in r.getMessage()]
+    assert said.levelno == logging.INFO
+    torch.testing.assert_close(la(case.x), case.model(case.x).detach().softmax(-1))
+    assert scaling(la.optimize_prior()) == (1.0, 1.0)
+    assert len(la.report([data(case)]).rows) == 3  # nothing held out is known
+
+
+def test_a_fit_that_starts_anew_forgets_what_leave_one_out_chose():
+    la, case = dense.fit("mlp-regression")
+    assert float(la.calibrate().posterior_scale) != 1
+    assert float(la.fit(case.batches).posterior_scale) == 1
+
+
+def test_scales_that_are_given_stay_when_a_fit_starts_anew():
+    la, case = dense.fit("mlp-tanh")
+    la.posterior_scale, la.predictive_temperature = 0.3, 1.7
+    assert scaling(la.fit(case.batches[:1])) == (0.3, 1.7)
+
+
+def test_they_choose_anew_when_data_are_added():
+    _, case = dense.fit("mlp-regression")
+    held_out = [(case.x + 1, case.y + 0.5)]
+    la = Laplace(case.model, "regression").fit(case.batches[:1], held_out)
+    before = scaling(la)
+    la.fit(case.batches[1:], override=False)
+    want = Laplace(case.model, "regression").fit(case.batches, held_out)
+    assert scaling(la) == pytest.approx(scaling(want)) != before
+
+
 @pytest.mark.parametrize("held_out", [3, [], [(torch.zeros(2, 4).double(), torch.tensor([0, 9]))]])
 def test_wrong_held_out_data_leave_everything_as_it_was(held_out):
     la, case = dense.fit("mlp-tanh")
@@ -196,17 +268,21 @@ def test_files_hold_them(tmp_path):
 
 @pytest.mark.parametrize(("kappa", "link"), [(1.0, "mode"), (0.4, "probit")])
 def test_older_files_have_none(kappa, link):
-    """Their κ, where one was chosen, was chosen by the probit link."""
+    """Predictions at their κ went by the probit link; whence it came they do not say."""
     from kfac_laplace.states.plain import CHECKSUM, sealed
 
     la, case = dense.fit("mlp-tanh")
     la.posterior_scale = kappa
-    newer = ("predictive_temperature", "scale_source", CHECKSUM)
+    newer = ("predictive_temperature", "scale_source", "temperature_source", CHECKSUM)
     older = sealed({k: v for k, v in la.state_dict().items() if k not in newer})
     other = Laplace(case.model).fit(case.batches)
     other.load_state_dict(older)
     assert scaling(other) == (kappa, 1.0)
     torch.testing.assert_close(other(case.x), la(case.x, link_approx=link))
+    assert repr(other).endswith(f"κ = {kappa:g})")
+    other.load_state_dict(other.state_dict())
+    assert repr(other).endswith(f"κ = {kappa:g})")
+    assert scaling(other.fit(case.batches)) == (kappa, 1.0)  # it may have been set by hand
 
 
 @pytest.mark.parametrize(
@@ -215,6 +291,7 @@ def test_older_files_have_none(kappa, link):
         {"predictive_temperature": torch.tensor(0.0)},
         {"predictive_temperature": 1.0},
         {"scale_source": "somewhere"},
+        {"temperature_source": "loo"},
     ],
 )
 def test_damaged_ones_are_refused(change):

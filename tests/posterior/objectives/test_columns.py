@@ -1,5 +1,7 @@
 """Random columns and bounds: unbiased kernels, what lies below and above the exact evidence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from posterior.objectives.exact_cases import CASES
@@ -7,7 +9,7 @@ from posterior.objectives.test_exact import moved, prepared
 
 from kfac_laplace import Laplace
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.posterior.objectives import Bracket, Columns
+from kfac_laplace.posterior.objectives import Bracket, Columns, Data, evidence_of
 from kfac_laplace.posterior.objectives.columns import Signed
 
 SEEDS = 60
@@ -98,6 +100,7 @@ def test_reports(name):
     la = moved(case.fitted())
     exact, bounds = la.evidence(), la.evidence("bounds")
     assert exact.lower is exact.upper is exact.standard_error is None
+    assert bounds.standard_error is None
     assert bounds.lower <= bounds.value <= bounds.upper
     assert bounds.lower <= exact.value + 1e-9
     for report in (
@@ -114,6 +117,37 @@ def test_reports(name):
     constant = la.likelihood.constant_log_likelihood(la.posterior.ggn.targets)
     assert float(exact.constant) == pytest.approx(constant / float(la.temperature))
     assert exact.constant.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        ("classes", Columns()),  # columns alone are drawn
+        ("classes", Columns(each=2, rows=6)),
+        ("regression", Columns(rows=3)),
+    ],
+    ids=str,
+)
+def test_the_standard_error_is_the_spread_over_seeds(name, objective):
+    la = moved(CASES[name]().fitted())
+    data = Data(tuple(la._data.loaders), "labels", 0)
+    reports = [evidence_of(la.posterior, objective, replace(data, seed=s)) for s in range(40)]
+    spread = torch.stack([each.value for each in reports]).std()
+    said = torch.stack([each.standard_error for each in reports])
+    assert said.dtype == torch.float64 and said[0].shape == ()
+    assert spread / 2 < said.mean() < 2 * spread
+
+
+def test_the_standard_error_of_what_does_not_vary_is_nothing():
+    report = moved(CASES["binary"]().fitted()).evidence("columns")
+    assert float(report.standard_error) == pytest.approx(0, abs=1e-9)
+
+
+def test_columns_of_data_that_can_be_read_once():
+    case = CASES["classes"]()
+    la = moved(case.fitted())
+    want, got = la.evidence("columns"), la.evidence("columns", loader=iter(case.batches))
+    assert got == want
 
 
 def test_a_report_of_kron_is_the_evidence():
