@@ -1,0 +1,140 @@
+"""The data sets, and where their files lie.
+
+In the folder of `--data`:
+
+* `mnist.npz`: `x_train` (60000, 28, 28), `y_train`, `x_test`, `y_test`, as Keras distributes it;
+* `uci.npz`: for each set NAME/x (n, d), NAME/y (n,) and NAME/test_index (splits, m), padded with −1;
+* `cifar10_train_jpeg.zip`, `cifar10_test_jpeg.zip`: members SPLIT/CLASS/NUMBER.jpg, 32 × 32.
+
+The digits ship with scikit-learn. What was chosen by looking was chosen on MNIST's training images
+from number 50,000 on, and on digits under seeds below 10.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_laplace.demo.data import Split
+
+#: Training images are drawn from those before this one.
+LOOKED_AT = 50_000
+
+
+class Images(NamedTuple):
+    """Images to learn from and to test on, and two sets of others that neither is like.
+
+    Args:
+        train: grey images (n, 1, s, s) in [0, 1] with labels.
+        test: likewise.
+        other: digits of the other data set at the same size, or None without its file.
+        patches: patches of photographs.
+    """
+
+    train: Split
+    test: Split
+    other: Tensor | None
+    patches: Tensor
+
+
+def file_of(folder: Path | None, name: str) -> Path:
+    """Path of a data file.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if folder is None or not (folder / name).exists():
+        raise ValueError(
+            f"{name} not found in {folder or 'no folder'}: name the folder by --data or by the "
+            "environment variable KFAC_LAPLACE_DATA; benchmarks/experiments/data.py describes it"
+        )
+    return folder / name
+
+
+@lru_cache(maxsize=1)
+def read_mnist(folder: Path | None) -> tuple[Split, Split]:
+    """MNIST as (n, 1, 28, 28) in [0, 1], training and test images."""
+    with np.load(file_of(folder, "mnist.npz")) as file:
+        return tuple(  # type: ignore[return-value]  # of two
+            Split(
+                torch.from_numpy(file[f"x_{part}"]).float()[:, None] / 255,
+                torch.from_numpy(file[f"y_{part}"]).long(),
+            )
+            for part in ("train", "test")
+        )
+
+
+@lru_cache(maxsize=1)
+def read_digits() -> Split:
+    """The 1,797 digits as (n, 1, 8, 8) in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    pixels = torch.tensor(raw.images, dtype=torch.float32)[:, None] / 16
+    return Split(pixels, torch.tensor(raw.target))
+
+
+def halved(x: Tensor) -> Tensor:
+    """MNIST's 28 × 28 averaged to 14 × 14 in a frame of 16 × 16."""
+    return F.pad(F.avg_pool2d(x, 2), (1, 1, 1, 1))
+
+
+def like_digits(x: Tensor) -> Tensor:
+    """The inner 20 × 20 of MNIST, where its digits are, averaged to the 8 × 8 that digits fill."""
+    return F.adaptive_avg_pool2d(x[..., 4:24, 4:24], 8)
+
+
+def like_mnist(x: Tensor) -> Tensor:
+    """Digits at the size that MNIST's have when halved, in their frame of 16 × 16."""
+    larger = F.interpolate(x, size=(10, 10), mode="bilinear", align_corners=False)
+    return F.pad(larger, (3, 3, 3, 3))
+
+
+def patches(count: int, side: int, seed: int) -> Tensor:
+    """Grey patches (count, 1, side, side) in [0, 1], cut at random from two photographs."""
+    from sklearn.datasets import load_sample_images
+
+    generator = torch.Generator().manual_seed(seed)
+    photographs = [
+        torch.tensor(image).float().mean(-1) / 255 for image in load_sample_images().images
+    ]
+    found = []
+    for which in torch.randint(len(photographs), (count,), generator=generator).tolist():
+        grey, corner = photographs[which], torch.rand(2, generator=generator)
+        row, column = (corner * (torch.tensor(grey.shape) - side + 1)).long().tolist()
+        found.append(grey[row : row + side, column : column + side])
+    return torch.stack(found)[:, None]
+
+
+def images(data: str, size: int, seed: int, tests: tuple[int, int], folder: Path | None) -> Images:
+    """Training and test images, which depend on data, size and seed alone.
+
+    Args:
+        data: "digits" or "mnist".
+        size: number of training images.
+        seed: of their choice, and of the patches.
+        tests: most test images, and number of images of other kinds.
+        folder: of mnist.npz; digits need it for the other set alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    few = tests[1]
+    if data == "digits":
+        whole = read_digits()
+        order = torch.randperm(len(whole.y), generator=generator)
+        train, rest = (Split(whole.x[i], whole.y[i]) for i in (order[:size], order[size:]))
+        known = folder is not None and (folder / "mnist.npz").exists()
+        other = like_digits(read_mnist(folder)[1].x[:few]) if known else None
+    else:
+        train, rest = read_mnist(folder)
+        drawn = torch.randperm(min(LOOKED_AT, len(train.y)), generator=generator)[:size]
+        train, rest = (
+            Split(halved(train.x[drawn]), train.y[drawn]),
+            Split(halved(rest.x[: tests[0]]), rest.y),
+        )
+        other = like_mnist(read_digits().x[:few])
+    test = Split(rest.x[: tests[0]], rest.y[: tests[0]])
+    return Images(train, test, other, patches(few, train.x.shape[-1], seed))
