@@ -21,9 +21,10 @@ import torch
 from benchmarks.experiments.experiment import Experiment, Place, chosen, run_missing
 from benchmarks.experiments.images import IMAGES
 from benchmarks.experiments.lines import Lines
+from benchmarks.experiments.uci import UCI
 
 OUT = Path(__file__).parents[1] / "results" / "experiments"
-EXPERIMENTS = {experiment.name: experiment for experiment in (IMAGES,)}
+EXPERIMENTS = {experiment.name: experiment for experiment in (IMAGES, UCI)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,7 +3,8 @@
 In the folder of `--data`:
 
 * `mnist.npz`: `x_train` (60000, 28, 28), `y_train`, `x_test`, `y_test`, as Keras distributes it;
-* `uci.npz`: for each set NAME/x (n, d), NAME/y (n,) and NAME/test_index (splits, m), padded with −1;
+* `uci.npz`: for each set NAME/x (n, d), NAME/y (n,) and NAME/test_index (splits, m), padded with
+  −1; the other rows train;
 * `cifar10_train_jpeg.zip`, `cifar10_test_jpeg.zip`: members SPLIT/CLASS/NUMBER.jpg, 32 × 32.
 
 The digits ship with scikit-learn. What was chosen by looking was chosen on MNIST's training images
@@ -41,14 +42,18 @@ class Images(NamedTuple):
     patches: Tensor
 
 
+class MissingData(ValueError):
+    """A data file is not there: no cell that needs it can run."""
+
+
 def file_of(folder: Path | None, name: str) -> Path:
     """Path of a data file.
 
     Raises:
-        ValueError: it is not there.
+        MissingData: it is not there.
     """
     if folder is None or not (folder / name).exists():
-        raise ValueError(
+        raise MissingData(
             f"{name} not found in {folder or 'no folder'}: name the folder by --data or by the "
             "environment variable KFAC_LAPLACE_DATA; benchmarks/experiments/data.py describes it"
         )
@@ -138,3 +143,37 @@ def images(data: str, size: int, seed: int, tests: tuple[int, int], folder: Path
         other = like_mnist(read_digits().x[:few])
     test = Split(rest.x[: tests[0]], rest.y[: tests[0]])
     return Images(train, test, other, patches(few, train.x.shape[-1], seed))
+
+
+class Rows(NamedTuple):
+    """A split of a regression set, standardised by its training rows.
+
+    Args:
+        train: features (n, d) and targets (n, 1).
+        test: likewise.
+        unit: standard deviation of the targets before.
+    """
+
+    train: Split
+    test: Split
+    unit: float
+
+
+def uci(name: str, split: int, folder: Path | None) -> Rows:
+    """A split of a UCI set by the protocol of Hernández-Lobato and Adams.
+
+    Args:
+        name: of a set in uci.npz.
+        split: its number.
+        folder: of the file.
+    """
+    with np.load(file_of(folder, "uci.npz")) as file:
+        x, y, index = (file[f"{name}/{part}"] for part in ("x", "y", "test_index"))
+    picked = index[split][index[split] >= 0]
+    tested = np.isin(np.arange(len(y)), picked)
+    x_scale, y_scale = x[~tested].std(0), float(y[~tested].std())
+    x_scale[x_scale == 0] = 1.0  # a constant feature
+    x = torch.tensor((x - x[~tested].mean(0)) / x_scale, dtype=torch.float32)
+    y = torch.tensor((y - y[~tested].mean()) / y_scale, dtype=torch.float32)[:, None]
+    rows = torch.from_numpy(tested)
+    return Rows(Split(x[~rows], y[~rows]), Split(x[rows], y[rows]), y_scale)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments.data import MissingData
 from benchmarks.experiments.lines import Cell, Line, Lines, key_of
 
 
@@ -86,6 +87,8 @@ def run_missing(
         print(f"{number}/{len(missing)} {title}", flush=True)
         try:
             found = experiment.run(cell, place)
+        except MissingData:
+            raise
         except Exception:
             traceback.print_exc(file=sys.stderr)
             failed.append(cell)

@@ -1,12 +1,13 @@
 """Digits and MNIST: networks × numbers of training images × augmentation × seeds × methods."""
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
 from benchmarks.experiments import settings
+from benchmarks.experiments.choices import names, numbers
 from benchmarks.experiments.experiment import Experiment, Place
 from benchmarks.experiments.image_methods import METHODS, Found, available, takes_part
 from benchmarks.experiments.lines import Cell, Line
@@ -18,26 +19,12 @@ from benchmarks.experiments.tables import differences, means, summary
 AUGMENTATION = {"none": (False,), "only": (True,), "both": (False, True)}
 
 
-def names(known: Sequence[str]) -> Callable[[str], list[str]]:
-    """What reads NAME,NAME."""
-
-    def read(text: str) -> list[str]:
-        found = text.split(",")
-        if unknown := [name for name in found if name not in known]:
-            raise argparse.ArgumentTypeError(
-                f"unknown: {', '.join(unknown)}; there are {', '.join(known)}"
-            )
-        return found
-
-    return read
-
-
 def options(parser: argparse.ArgumentParser) -> None:
     """Which cells."""
     add = parser.add_argument
     add("--seeds", type=int, default=5, help="how many seeds (default: 5)")
-    add("--sizes", type=lambda text: [int(part) for part in text.split(",")],
-        default=list(settings.EPOCHS), help="training images (default: 100,300,1000,5000)")  # fmt: skip
+    add("--sizes", type=numbers, default=list(settings.EPOCHS), metavar="N,N",
+        help="training images (default: 100,300,1000,5000)")  # fmt: skip
     add("--sets", type=names(list(settings.MOST)), default=list(settings.MOST))
     add("--networks", type=names(list(NETWORKS)), default=list(NETWORKS))
     add("--methods", type=names(list(METHODS)), default=available(),
