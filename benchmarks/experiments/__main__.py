@@ -22,9 +22,10 @@ from benchmarks.experiments.experiment import Experiment, Place, chosen, run_mis
 from benchmarks.experiments.images import IMAGES
 from benchmarks.experiments.lines import Lines
 from benchmarks.experiments.uci import UCI
+from benchmarks.experiments.wrn import WRN
 
 OUT = Path(__file__).parents[1] / "results" / "experiments"
-EXPERIMENTS = {experiment.name: experiment for experiment in (IMAGES, UCI)}
+EXPERIMENTS = {experiment.name: experiment for experiment in (IMAGES, UCI, WRN)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

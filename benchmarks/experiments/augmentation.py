@@ -34,3 +34,22 @@ def moved(x: Tensor, angle: Tensor, across: Tensor, down: Tensor) -> Tensor:
     rows = torch.stack([cos, -sin, across, sin, cos, down], -1).view(-1, 2, 3)  # (n, 2, 3)
     grid = F.affine_grid(rows.to(x), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
+
+
+def flipped_and_cropped(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored or not, and cut out of itself in a black frame of an eighth of its side.
+
+    Args:
+        x: images (n, c, s, s).
+        generator: on the CPU.
+    """
+    n, side = len(x), x.shape[-1]
+    frame = side // 8
+    flip = torch.rand(n, generator=generator) < 0.5
+    corner = torch.randint(2 * frame + 1, (2, n), generator=generator)
+    step = torch.arange(side)
+    rows = corner[0, :, None] + step  # (n, s)
+    columns = corner[1, :, None] + torch.where(flip[:, None], step.flip(0), step)
+    framed, example = F.pad(x, (frame,) * 4), torch.arange(n)[:, None, None]
+    index = [where.to(x.device) for where in (example, rows[:, :, None], columns[:, None])]
+    return framed.movedim(1, -1)[index[0], index[1], index[2]].movedim(-1, 1)

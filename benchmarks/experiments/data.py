@@ -12,8 +12,10 @@ from number 50,000 on, and on digits under seeds below 10.
 """
 
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -177,3 +179,29 @@ def uci(name: str, split: int, folder: Path | None) -> Rows:
     y = torch.tensor((y - y[~tested].mean()) / y_scale, dtype=torch.float32)[:, None]
     rows = torch.from_numpy(tested)
     return Rows(Split(x[~rows], y[~rows]), Split(x[rows], y[rows]), y_scale)
+
+
+@lru_cache(maxsize=2)
+def cifar10(part: str, count: int, side: int, seed: int, folder: Path | None) -> Split:
+    """CIFAR-10 from JPEG copies, which are lossy: (count, 3, side, side) in [0, 1], and labels.
+
+    Args:
+        part: "train" or "test".
+        count: images, drawn at random.
+        side: averaged down to this.
+        seed: of the draw.
+        folder: of the zip files.
+    """
+    from PIL import Image
+
+    with ZipFile(file_of(folder, f"cifar10_{part}_jpeg.zip")) as file:
+        members = sorted(name for name in file.namelist() if name.endswith(".jpg"))
+        classes = sorted({name.split("/")[-2] for name in members})
+        order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))
+        picked = [members[index] for index in order[:count].tolist()]
+        pixels = [
+            np.asarray(Image.open(BytesIO(file.read(name))).convert("RGB")) for name in picked
+        ]
+    x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    labels = [classes.index(name.split("/")[-2]) for name in picked]
+    return Split(F.adaptive_avg_pool2d(x, side), torch.tensor(labels))

@@ -37,7 +37,7 @@ def mode(problem: Problem, fit: Fit, temperature: float = 1.0) -> Found:
 
 def in_order(problem: Problem) -> Rounds:
     """The training images without augmentation."""
-    return Rounds(problem.images.train, False, 0)
+    return Rounds(problem.images.train)
 
 
 def evidence_of(problem: Problem, fit: Fit) -> Found:
@@ -171,7 +171,7 @@ def validated(problem: Problem) -> Found:
     """A posterior around the network of `temperature`, with the same images to choose scales."""
     fit, (held_out, kept) = problem.partly, problem.held_out
     la = Laplace(fit.model, "classification")
-    la.fit(Rounds(kept, False, 0), val_loader=Rounds(held_out, False, 0))
+    la.fit(Rounds(kept), val_loader=Rounds(held_out))
     la.optimize_prior()
     return mode(problem, fit) | around(problem, la)
 
@@ -196,7 +196,7 @@ def laplace_torch(problem: Problem) -> Found:
         problem.model(),
         loader,
         "classification",
-        optimizer_kwargs={"lr": recipe.learning_rate},
+        optimizer_kwargs={"lr": settings.LEARNING_RATE[problem.network]},
         scheduler_cls=torch.optim.lr_scheduler.CosineAnnealingLR,
         # its schedule moves after each batch
         scheduler_kwargs={"T_max": recipe.epochs * len(loader)},

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.experiments import settings
+from benchmarks.experiments.augmentation import augmented
 from benchmarks.experiments.data import Images, images
 from benchmarks.experiments.measures import logits_of
 from benchmarks.experiments.networks import NETWORKS, seeded
-from benchmarks.experiments.training import Fit, Recipe, train
+from benchmarks.experiments.training import Fit, Recipe, adam, train
 from kfac_laplace.demo.data import Split
 
 
@@ -69,8 +70,8 @@ class Problem:
         """How the network is trained."""
         return Recipe(
             epochs=self.epochs,
-            learning_rate=settings.LEARNING_RATE[self.network],
-            augment=self.augment,
+            optimizer=adam(settings.LEARNING_RATE[self.network]),
+            augment=augmented if self.augment else None,
             order=self.seed + 1000 * member,
         )
 

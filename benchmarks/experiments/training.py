@@ -1,17 +1,28 @@
-"""The training loop of the experiments: Adam on a cosine, with a weight decay or with a tuner."""
+"""The training loop of the image experiments: a cosine, with a weight decay or with a tuner."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from benchmarks.experiments.augmentation import augmented
 from benchmarks.experiments.clock import Clock
 from kfac_laplace import MarglikTuner
 from kfac_laplace.demo.data import Split
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def adam(learning_rate: float) -> Callable[[nn.Module, float], Optimizer]:
+    """Adam at a rate."""
+
+    def make(model: nn.Module, weight_decay: float) -> Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+
+    return make
 
 
 @dataclass(frozen=True)
@@ -20,15 +31,15 @@ class Recipe:
 
     Args:
         epochs: passes over the training images.
-        learning_rate: where Adam's cosine starts; it ends at zero.
-        augment: rotate and shift images at random, anew in each epoch.
+        optimizer: made of the network and a weight decay; its rate goes to zero on a cosine.
+        augment: changes images at random, anew in each epoch; None leaves them.
         batch: examples in a mini-batch.
         order: seed of the order of batches, and of the augmentation.
     """
 
     epochs: int
-    learning_rate: float
-    augment: bool
+    optimizer: Callable[[nn.Module, float], Optimizer]
+    augment: Augmentation | None
     order: int
     batch: int = 50
 
@@ -41,7 +52,7 @@ class Fit:
         model: the network.
         weight_decay: λ of the loss, mean + λ/2 ‖θ‖²; None where a tuner chose.
         tuner: that tuner.
-        costs: seconds of all training runs that led to it.
+        costs: seconds of all training runs that led to it, and of the rounds within.
     """
 
     model: nn.Module
@@ -65,10 +76,10 @@ class Epochs:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The mini-batches of the next epoch."""
-        x, y = self.data
+        (x, y), augment = self.data, self.recipe.augment
         order = torch.randperm(len(y), generator=self._order).to(y.device)
         for picked in order.split(self.recipe.batch):
-            yield augmented(x[picked], self._draws) if self.recipe.augment else x[picked], y[picked]
+            yield augment(x[picked], self._draws) if augment else x[picked], y[picked]
 
 
 @dataclass(frozen=True)
@@ -79,20 +90,20 @@ class Rounds:
 
     Args:
         data: training images on the device.
-        augment: rotate and shift them.
+        augment: changes them at random; None leaves them.
         seed: of the draws.
         batch: examples at once.
     """
 
     data: Split
-    augment: bool
-    seed: int
+    augment: Augmentation | None = None
+    seed: int = 0
     batch: int = 500
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
         for x, y in zip(*(tensor.split(self.batch) for tensor in self.data), strict=True):
-            yield augmented(x, generator) if self.augment else x, y
+            yield self.augment(x, generator) if self.augment else x, y
 
 
 def train(
@@ -112,11 +123,9 @@ def train(
         weight_decay: λ; 0 with a tuner.
         tuner: rounds take place after epochs.
     """
-    clock = Clock(str(data.x.device))
+    clock, rounds = Clock(str(data.x.device)), 0.0
     loss = tuner.loss if tuner else F.cross_entropy
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=weight_decay
-    )
+    optimizer = recipe.optimizer(model, weight_decay)
     schedule, epochs = CosineAnnealingLR(optimizer, recipe.epochs), Epochs(data, recipe)
     model.train()
     for epoch in range(1, recipe.epochs + 1):
@@ -126,6 +135,9 @@ def train(
             optimizer.step()
         schedule.step()
         if tuner:
+            paused = Clock(str(data.x.device))
             tuner.step(Rounds(data, recipe.augment, recipe.order + epoch), epoch=epoch)
+            rounds += paused()["seconds"]
     model.eval()
-    return Fit(model, None if tuner else weight_decay, tuner, clock())
+    costs = clock() | ({"round_cpu_seconds": rounds} if tuner else {})
+    return Fit(model, None if tuner else weight_decay, tuner, costs)
