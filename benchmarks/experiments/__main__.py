@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.experiments.cost import COST
 from benchmarks.experiments.experiment import Experiment, Place, chosen, run_missing
 from benchmarks.experiments.images import IMAGES
 from benchmarks.experiments.lines import Lines
@@ -25,7 +26,7 @@ from benchmarks.experiments.uci import UCI
 from benchmarks.experiments.wrn import WRN
 
 OUT = Path(__file__).parents[1] / "results" / "experiments"
-EXPERIMENTS = {experiment.name: experiment for experiment in (IMAGES, UCI, WRN)}
+EXPERIMENTS = {experiment.name: experiment for experiment in (IMAGES, UCI, WRN, COST)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
