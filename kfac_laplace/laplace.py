@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from dataclasses import replace as dataclass_replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,21 +23,33 @@ from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted
-from kfac_laplace.likelihoods import Likelihood, check_finite
+from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_iterable, check_positive, check_text, check_whole
 from kfac_laplace.posterior import state
-from kfac_laplace.posterior.calibrate import scale as calibration
+from kfac_laplace.posterior.calibrate.choice import Choice
 from kfac_laplace.posterior.calibrate.prior_grid import grid_search
 from kfac_laplace.posterior.calibrate.training_data import TrainingData
 from kfac_laplace.posterior.carry import carried
 from kfac_laplace.posterior.claims import claims, tell
-from kfac_laplace.posterior.expansion import Expansion
+from kfac_laplace.posterior.expansion import Expansion, mode_of
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.hyperparameters import Hyperparameters, one_number, positive, real
-from kfac_laplace.posterior.objectives import AnyObjective, Data, on_data, resolve_objective
+from kfac_laplace.posterior.hyperparameters import (
+    Hyperparameters,
+    checked_sigma,
+    checked_temperature,
+)
+from kfac_laplace.posterior.objectives import (
+    AnyObjective,
+    Data,
+    Evidence,
+    evidence_of,
+    on_data,
+    resolve_objective,
+)
 from kfac_laplace.posterior.optimum import Search
 from kfac_laplace.posterior.predict.predictive import Predictive
 from kfac_laplace.posterior.predict.predictor import Predictor
+from kfac_laplace.posterior.predict.scaling import Scaling
 from kfac_laplace.posterior.prior import (
     Given,
     Prior,
@@ -52,9 +65,11 @@ from kfac_laplace.posterior.sharing import (
     sharing_to_plain,
 )
 from kfac_laplace.posterior.steps import optimise
+from kfac_laplace.report import Report, compare
 from kfac_laplace.states.files import File, read, write
-from kfac_laplace.states.plain import check_seal, sealed
-from kfac_laplace.states.stored import FORMAT, opened, refusing_damage
+from kfac_laplace.states.plain import sealed
+from kfac_laplace.states.stored import FORMAT, opened
+from kfac_laplace.summary import line, table
 
 log = logging.getLogger("kfac_laplace")
 
@@ -150,12 +165,13 @@ class Laplace:
         self._hyper = Hyperparameters(
             delta,
             self._checked_sigma(sigma_noise),
-            _checked_temperature(temperature, device),
+            checked_temperature(temperature, device),
         )
-        self._scale = torch.ones((), dtype=torch.float64, device=device)
+        self._scaling = Scaling.start(device)
         self._mode: dict[str, Tensor] = {}
         self._posterior: Posterior | None = None
-        self._data = TrainingData()
+        self._data = self._held_out = TrainingData()
+        self._said: set[str] = set()
 
     @property
     def seed(self) -> int:
@@ -180,13 +196,20 @@ class Laplace:
     # --- fitting ---------------------------------------------------------------------------
 
     def fit(
-        self, train_loader: Iterable[Any], *, override: bool = True, progress_bar: bool = False
+        self,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None = None,
+        *,
+        override: bool = True,
+        progress_bar: bool = False,
     ) -> Self:
         """Compute the curvature at the model's present weights in one pass.
 
         Args:
             train_loader: any iterable of batches: pairs (x, y), or mappings with the targets under
                 `dict_key_y` whose other entries go to the model by keyword.
+            val_loader: held-out data, which choose κ and a temperature of predictions, as
+                `calibrate` does, now and when the evidence has moved δ in `optimize_prior`.
             override: start anew; False adds the data to what was seen before.
             progress_bar: show one.
 
@@ -198,30 +221,32 @@ class Laplace:
             UnsupportedUse: a use of a parameter that cannot be treated correctly.
             After an exception the posterior is as it was before.
         """
-        if not override and self._mode:
-            curvature = self.curvature.copy()
-        else:
-            afresh = Curvature.of(self.model, self.options)
-            known = self.curvature.ggn.knowledge
-            curvature = afresh
-            if known.shapes.items() <= afresh.network.shapes.items():
-                curvature = afresh.remember(known.unchecked() if self._mode else known)
+        going_on = not override and bool(self._mode)
+        curvature = self.curvature.copy() if going_on else self._afresh()
         curvature.read(
             train_loader,
             key_y=self.dict_key_y,
             progress=progress_bar,
             check=lambda: self._given_to(self._prior_of(curvature)),
         ).finish()
-        live = curvature.network.parameters(curvature.params)
-        with torch.inference_mode(False):
-            mode = {name: value.detach().double().clone() for name, value in live.items()}
-        for name, value in mode.items():
-            check_finite(value, where=name)
+        mode = mode_of(curvature)
         if not override and any(not torch.equal(mode[n], v) for n, v in self._mode.items()):
             log.warning("the weights moved since the last fit: its curvature is kept as it was")
-        self._adopt(curvature, mode)
-        self._data = self._data.with_loader(train_loader, override)
-        return self
+        before = dict(vars(self))
+        try:
+            self._adopt(curvature, mode)
+            self._data = self._data.with_loader(train_loader, override)
+            return self if val_loader is None else self.calibrate(val_loader, "validation")
+        except BaseException:  # held-out data may be wrong
+            vars(self).update(before)
+            raise
+
+    def _afresh(self) -> Curvature:
+        """A curvature of no data, which knows of the model's rows what the last one knew."""
+        afresh, known = Curvature.of(self.model, self.options), self.curvature.ggn.knowledge
+        if known.shapes.items() <= afresh.network.shapes.items():
+            return afresh.remember(known.unchecked() if self._mode else known)
+        return afresh
 
     def _adopt(
         self,
@@ -314,16 +339,25 @@ class Laplace:
 
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:
-        self._move(temperature=_checked_temperature(value, self.curvature.network.device))
+        self._move(temperature=checked_temperature(value, self.curvature.network.device))
 
     @property
     def posterior_scale(self) -> Tensor:
         """κ ≥ 0, which multiplies the covariance of predictives and never enters the evidence."""
-        return self._scale
+        return self._scaling.scale
 
     @posterior_scale.setter
     def posterior_scale(self, value: float | Tensor) -> None:
-        self._scale = _checked_scale(value, self._scale.device)
+        self._scaling = self._scaling.with_scale(value)
+
+    @property
+    def predictive_temperature(self) -> Tensor:
+        """τ > 0, by which predictions divide logits; it never enters the evidence."""
+        return self._scaling.temperature
+
+    @predictive_temperature.setter
+    def predictive_temperature(self, value: float | Tensor) -> None:
+        self._scaling = self._scaling.with_temperature(value, self.likelihood)
 
     @property
     def n_data(self) -> int:
@@ -368,6 +402,21 @@ class Laplace:
             self._starts_at(delta)
         return value
 
+    def evidence(
+        self, objective: str | AnyObjective = "exact", *, loader: Iterable[Any] | None = None
+    ) -> Evidence:
+        """The evidence at today's hyperparameters with what brackets it, as an objective has it.
+
+        Args:
+            objective: "exact", "columns" or "bounds", which look at the training data once more,
+                or "kron", by the posterior's own curvature.
+            loader: training data; by default what `fit` read.
+
+        Raises:
+            InvalidValue: no training data, or more than the objective takes.
+        """
+        return evidence_of(self.posterior, objective, self._data_from(loader))
+
     @property
     def log_likelihood(self) -> Tensor:
         """log p(D | θ*, σ), a sum, before division by T."""
@@ -400,7 +449,7 @@ class Laplace:
         tolerance: float = 1e-5,
         grid: Iterable[float] | None = None,
     ) -> Self:
-        """Choose δ, and σ if there is one, on cached eigenvalues; no pass over the training data.
+        """Choose δ, and σ if there is one; without a pass over the data on cached eigenvalues.
 
         What is maximised leaves out the scatter of parameters without effect on the outputs, whose
         integral over the prior is 1: `log_marginal_likelihood`, which has it, may fall where they
@@ -434,7 +483,7 @@ class Laplace:
                     got=repr(objective),
                     remedy="Leave it out, or use method='marglik'",
                 )
-            delta = grid_search(posterior, val_loader, self.dict_key_y, float(self._scale), grid)
+            delta = grid_search(posterior, val_loader, self.dict_key_y, self._scaling, grid)
             kept = posterior.hyperparameters.prior_precision.detach()
             self._move(prior_precision=delta.where(~posterior.unused_precisions, kept))
             return self
@@ -446,7 +495,7 @@ class Laplace:
         values = found.hyperparameters.values().items()
         self._move(**{name: value for name, value in values if name in free})
         tell(claims(self.posterior, found.bounds), set())
-        return self
+        return self._scaled_by(self._choice.again())
 
     optimize_prior_precision = optimize_prior
 
@@ -457,45 +506,42 @@ class Laplace:
         loaders = self._data.loaders if loader is None else (loader,)
         return Data(loaders, self.dict_key_y, self.options.seed)
 
-    def calibrate(self, loader: Iterable[Any] | None = None, method: str = "loo") -> Self:
-        """Set `posterior_scale` κ to the value of least predictive NLL.
+    def calibrate(self, loader: Iterable[Any] | None = None, method: str = "auto") -> Self:
+        """Choose `posterior_scale` κ, and with held-out data `predictive_temperature` τ as well.
 
-        By leave-one-out κ stays, with a warning, where the left-out NLL is worse than that of a
-        constant prediction or the best κ is an end of the range. Held-out data are the surer guide.
+        Held-out data choose both by the predictive NLL, with log τ ~ N(0, ½²) so that few of them
+        do no harm; τ is for classification and binary. By leave-one-out κ alone is chosen, by the
+        probit link, and stays, with a warning, where the left-out NLL is worse than that of a
+        constant prediction or the best κ is an end of the range.
 
         Args:
-            loader: for "loo" the training data (by default what `fit` read), for "validation"
-                held-out data.
-            method: "loo" predicts each training point without itself, linearised; "validation"
-                predicts a loader.
+            loader: held-out data; for "loo" the training data, by default what `fit` read.
+            method: "validation" predicts held-out data; "loo" predicts each training point without
+                itself, linearised; "auto" is "validation" where a loader is given that does not
+                yield the data of the fit, else "loo".
         """
-        if loader is not None:
-            check_iterable("loader", loader)
-        loaders = self._data.loaders if loader is None and method == "loo" else [loader]
-        points = calibration.held_out_points(
-            self.posterior, method, loaders, self.dict_key_y, self.options.seed
-        )
-        found = calibration.adopted_scale(
-            self.likelihood,
-            points,
-            self.sigma_noise.detach(),
-            method=method,
-            before=float(self._scale),
-        )
-        self._scale = self._scale.new_tensor(found)
+        return self._scaled_by(self._choice.by(loader, method))
+
+    @property
+    def _choice(self) -> Choice:
+        loaders = self._data, self._held_out
+        return Choice(self.posterior, self._scaling, *loaders, self.dict_key_y, self.seed)
+
+    def _scaled_by(self, choice: Choice) -> Self:
+        self._scaling, self._held_out = choice.scaling, choice.held_out
         return self
 
     # --- predictions -----------------------------------------------------------------------
 
     @property
     def _predictor(self) -> Predictor:
-        return Predictor(self.posterior, self._scale, self.options.seed, self.dict_key_y)
+        return Predictor(self.posterior, self._scaling, self.seed, self.dict_key_y, self._said)
 
     def __call__(
         self,
         x: Any,
         pred_type: str = "glm",
-        link_approx: str = "probit",
+        link_approx: str = "auto",
         joint: bool = False,
         n_samples: int = 100,
         generator: Generator | None = None,
@@ -525,7 +571,7 @@ class Laplace:
         self,
         x: Any,
         pred_type: str = "glm",
-        link_approx: str = "probit",
+        link_approx: str = "auto",
         n_samples: int = 100,
         generator: Generator | None = None,
     ) -> Predictive:
@@ -570,6 +616,44 @@ class Laplace:
         """
         return self._predictor.targets(x, n, pred_type, generator)
 
+    def report(
+        self,
+        loader: Iterable[Any],
+        path: str | Path | None = None,
+        *,
+        val_loader: Iterable[Any] | None = None,
+        ood_loader: Iterable[Any] | None = None,
+    ) -> Report:
+        """Scores on a loader of the network, temperature scaling and the posterior, side by side.
+
+        Args:
+            loader: test data.
+            path: where to write them as JSON.
+            val_loader: held-out data for temperature scaling; by default those that chose κ and τ.
+            ood_loader: strange inputs, for the area under the ROC curve of telling them.
+
+        Returns:
+            Rows of plain data, and a table when printed. Classification and binary: accuracy, NLL,
+            ECE, Brier score, mean confidence; else NLL, and with a Gaussian noise RMSE, coverage of
+            90 % intervals and σ.
+        """
+        found = compare(self._choice, loader, val_loader, ood_loader)
+        if path is not None:
+            found.write(path)
+        return found
+
+    def summary(self) -> str:
+        """A table: for each group parameters, treatment, setting, δ, γ; then the evidence.
+
+        Raises:
+            NotFitted: before `fit`.
+        """
+        return table(repr(self), self.posterior, self.coverage)
+
+    def __repr__(self) -> str:
+        """Likelihood, structure, examples, parameters and κ, on one line."""
+        return line(self.curvature, self._scaling, fitted=self._posterior is not None)
+
     # --- state -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -582,7 +666,7 @@ class Laplace:
             "mode": dict(self._mode),
             "sharing": posterior.prior.digest,
             "hyperparameters": asdict(posterior.hyperparameters.detached()),
-            "posterior_scale": self._scale,
+            **state.scaling_to_plain(self._scaling),
         }
         return sealed(content)
 
@@ -608,22 +692,9 @@ class Laplace:
 
     def _take_state(self, state_dict: Mapping[str, Any], remedy: str) -> None:
         """Take over a state; the remedy is for options other than the stored ones."""
-        with refusing_damage():
-            found = opened(state_dict, state.KEYS, "a Laplace posterior")
-            state.check_options(found["options"], self._plain_options(), remedy)
-            curvature = Curvature.from_state(found["curvature"].value, self.model, self.options)
-            if not curvature.blocks:
-                raise found["curvature"].fault("a posterior needs data", "a curvature of none")
-            device, shapes = curvature.network.device, curvature.ggn.knowledge.shapes
-            mode = state.mode_from_state(found["mode"], shapes, device)
-            stored = found["hyperparameters"]
-            hyper = state.hyperparameters_from_state(stored, self.likelihood, device)
-            scale = state.scale_from_state(found["posterior_scale"], device)
-            sharing = found["sharing"].text()
-            check_seal(state_dict, "state")
-        state.check_weights(curvature.network, mode)
-        self._adopt(curvature, mode, hyper, sharing)
-        self._scale, self._data = scale, TrainingData()
+        found = state.restored(state_dict, self.model, self.options, self._plain_options(), remedy)
+        self._adopt(found.curvature, found.mode, found.hyperparameters, found.sharing)
+        self._scaling, self._data, self._held_out = found.scaling, TrainingData(), TrainingData()
         delta = self._hyper.prior_precision
         if bool((delta == delta[0]).all()):
             self._starts_at(delta[:1])
@@ -663,7 +734,7 @@ class Laplace:
         """
         state.check_names(overrides, inspect.signature(cls.__init__).parameters.keys() - _NO_OPTION)
         stored = read(path)
-        found = opened(stored, state.KEYS, "a Laplace posterior")
+        found = opened(stored, state.KEYS, "a Laplace posterior", state.LATER)
         options = state.options_from_state(found["options"], overrides)
         loaded = cls(model, options.pop("likelihood"), **options)
         loaded._take_state(stored, "Leave it out: the file decides it")
@@ -672,17 +743,7 @@ class Laplace:
     # --- checks ----------------------------------------------------------------------------
 
     def _checked_sigma(self, value: float | Tensor) -> Tensor:
-        """σ > 0, and 1 for likelihoods without noise."""
-        device = self.curvature.network.device
-        sigma = one_number(positive(value, "sigma_noise", device), "sigma_noise")
-        if not self.likelihood.has_noise and float(sigma) != 1.0:
-            raise InvalidValue(
-                "this likelihood has no observation noise",
-                where="sigma_noise",
-                got=float(sigma),
-                remedy="Leave it out",
-            )
-        return sigma
+        return checked_sigma(value, self.likelihood, self.curvature.network.device)
 
     def _starts_at(self, given: Tensor | dict[str, float]) -> None:
         """Where later fits start new groups: at one number, or patterns, that the user gave."""
@@ -694,21 +755,3 @@ class Laplace:
         self._hyper = dataclass_replace(self._hyper, **changed)
         if self._posterior is not None:
             self._posterior = self.posterior.at(self._hyper)
-
-
-def _checked_temperature(value: float | Tensor, device: torch.device) -> Tensor:
-    """T > 0, float64, shape ()."""
-    return one_number(positive(value, "temperature", device), "temperature").detach()
-
-
-def _checked_scale(value: float | Tensor, device: torch.device) -> Tensor:
-    """κ ≥ 0, float64, shape ()."""
-    scale = one_number(real(value, "posterior_scale", device).detach(), "posterior_scale")
-    if float(scale) < 0:
-        raise InvalidValue(
-            "κ multiplies the covariance, and must not be below zero",
-            where="posterior_scale",
-            got=float(scale),
-            remedy="Pass a number ≥ 0: 1 for the posterior as it is, 0 for its mode",
-        )
-    return scale

@@ -48,6 +48,7 @@ posterior/log_table
 posterior/expansion
 posterior/gaussian
 posterior/passes
+posterior/tiles
 posterior/objectives
 posterior/bounds
 posterior/optimum
@@ -56,7 +57,10 @@ posterior/steps
 posterior/claims
 posterior/predict
 posterior/calibrate
+posterior/scores
 posterior/state
+summary
+report
 laplace
 marglik
 __init__

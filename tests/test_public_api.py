@@ -12,6 +12,7 @@ from kfac_laplace import Curvature, KfacLaplaceError, Laplace, MarglikTuner
 
 NAMES = (
     "Laplace MarglikTuner marglik_training Curvature Predictive Exact Hybrid MonteCarlo Empirical "
+    "Evidence Columns Bracket GammaHyperprior "
     "Categorical Gaussian Bernoulli Heteroscedastic Poisson StudentT Likelihood layer_rule "
     "KfacLaplaceError __version__"
 ).split()
@@ -45,7 +46,7 @@ TUNER = {
 }
 CALL = {
     "pred_type": "glm",
-    "link_approx": "probit",
+    "link_approx": "auto",
     "joint": False,
     "n_samples": 100,
     "generator": None,

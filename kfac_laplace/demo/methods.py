@@ -195,10 +195,10 @@ def post_hoc_calibrated(fit: Fit, problem: Problem) -> Answer:
 
 
 def linearised(la: Laplace, seconds: float, curvature_seconds: float) -> Answer:
-    """The posterior's default predictive: linearised network, probit link."""
+    """The posterior's predictive at its own scale: linearised network, probit link."""
 
     def predict(x: Tensor) -> Tensor:
-        return la.predict(x).probs
+        return la.predict(x, link_approx="probit").probs
 
     return Answer(
         predict,

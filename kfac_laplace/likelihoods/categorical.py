@@ -16,7 +16,7 @@ from kfac_laplace.likelihoods.axes import ambiguous, without
 from kfac_laplace.likelihoods.checks import check_length, loss_weight
 from kfac_laplace.likelihoods.latent import Latent
 from kfac_laplace.likelihoods.likelihood import Likelihood
-from kfac_laplace.likelihoods.links import bridge, probit
+from kfac_laplace.likelihoods.links import averaged, bridge, centred, probit
 from kfac_laplace.likelihoods.predictive import ClassPredictive
 
 
@@ -54,6 +54,8 @@ class Categorical(Likelihood):
         self.ignore_index = ignore_index
         self.weight = None if weight is None else loss_weight(weight, "weight")
         self.label_smoothing = float(label_smoothing)
+
+    has_logits = True
 
     def distribution(self, f: Tensor, sigma: Tensor) -> Distribution:
         """Labels of probabilities softmax(f), without weights and smoothing."""
@@ -130,10 +132,8 @@ class Categorical(Likelihood):
 
     def activation(self, f: Tensor) -> str:
         """A softmax or sigmoid; the logarithm of a softmax does no harm."""
-        if (
-            type(self).distribution is not Categorical.distribution
-        ):  # what f means is another's word
-            return ""
+        if type(self).distribution is not Categorical.distribution:
+            return ""  # what f means is another's word
         return last_activation(f) or ("softmax" if softmax_rows(f) else "")
 
     def kept(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,12 +239,17 @@ class Categorical(Likelihood):
         return torch.where(kept, own + spread, 0)[..., None]
 
     def predict(self, latent: Latent, sigma: Tensor, link: str) -> "SoftmaxPredictive":
-        """Probabilities by the probit link or the bridge, or by averages over samples."""
+        """Probabilities by a link, or by averages over samples."""
         return SoftmaxPredictive(self, latent, link)
 
     def predictive_draws(self, f: Tensor, sigma: Tensor, generator: Generator) -> Tensor:
         """Probabilities: those of functions, without the draw of a label."""
         return f.softmax(-1)
+
+    def labelled(self, probs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Without the labels that are ignored."""
+        kept, labels = self.kept(y)
+        return probs[kept], labels[kept]
 
     def options(self) -> dict[str, Any]:
         """The three options, `weight` as a list."""
@@ -261,7 +266,7 @@ class SoftmaxPredictive(ClassPredictive):
     Args:
         likelihood: for the weights of labels.
         latent: the Gaussian over f, or samples.
-        link: "probit" or "bridge", for the Gaussian.
+        link: "mode", "probit", "centred", "bridge", or "auto" for `averaged`, for the Gaussian.
     """
 
     def __init__(self, likelihood: Categorical, latent: Latent, link: str):
@@ -269,11 +274,22 @@ class SoftmaxPredictive(ClassPredictive):
         self._likelihood, self._link = likelihood, link
 
     def linked(self) -> Tensor:
-        """Probabilities (n, t, c) in closed form."""
+        """Probabilities (n, t, c) by the link."""
         mean, covariance = self.latent.mean, self.latent.covariance
+        if self._link == "mode":
+            return mean.softmax(-1)
         if self._link == "bridge":
             return bridge(mean, covariance)
-        return probit(mean, covariance).softmax(-1)
+        if self._link == "auto":
+            return averaged(mean, covariance, self.latent.n_samples, self.latent.seed)
+        return (centred if self._link == "centred" else probit)(mean, covariance).softmax(-1)
+
+    def strangeness(self, latent: Latent, head: Tensor) -> Tensor:
+        """Entropy of the centred probit with the covariance of the layer used last alone.
+
+        With that of all layers it was no better a score than the entropy at the mode.
+        """
+        return self.entropy_of(centred(latent.mean, head).softmax(-1)).sum(1)
 
     def log_prob(self, y: Tensor) -> Tensor:
         """w_y log p_y, 0 for ignored labels, shape (n, t).

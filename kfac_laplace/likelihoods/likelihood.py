@@ -34,6 +34,8 @@ class Likelihood(ABC):
     has_noise = False
     #: whether y | f ~ N(f, σ² I): MacKay's formula for σ holds, and the moments of f say all
     has_gaussian_noise = False
+    #: whether outputs are logits: links make probabilities of them, and a temperature divides them
+    has_logits = False
     #: number of rows of `target_sums`, the first and last of them ≥ 0; None where it is not known
     target_rows: int | None = None
 
@@ -303,6 +305,15 @@ class Likelihood(ABC):
     def predictive_draws(self, f: Tensor, sigma: Tensor, generator: Generator) -> Tensor:
         """What samples of the predictive show at outputs f (n, t, c): draws of y."""
         return self._draw(f, sigma, generator)
+
+    def labelled(self, probs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (rows, k) and labels (rows,) of what counts, to be scored, of logits.
+
+        Args:
+            probs: class probabilities (n, t, k).
+            y: aligned targets (n, t).
+        """
+        return probs.flatten(0, 1), y.flatten().long()
 
     def options(self) -> dict[str, Any]:
         """Constructor arguments as plain data, which tell likelihoods of one class apart."""

@@ -59,6 +59,21 @@ class RowPredictive(ABC):
     def information(self) -> Tensor:
         """Mutual information of y and f in nats, summed over positions, ≥ 0, shape (n,)."""
 
+    def aleatoric(self) -> Tensor:
+        """E H[y | f] in nats, summed over positions, shape (n,)."""
+        return self.entropy() - self.information()
+
+    def strangeness(self, latent: Latent, head: Tensor) -> Tensor:
+        """How far inputs are from the data, larger for stranger ones, shape (n,).
+
+        The mutual information unless overridden.
+
+        Args:
+            latent: the Gaussian over f as the posterior has it, at κ = τ = 1.
+            head: the share in its covariance of the layer used last, shape (n, t, c, c).
+        """
+        return self.information()
+
 
 class Mixture(RowPredictive):
     """An average of p(y | f) over points of f: draws, or a rule for a single output.
@@ -188,6 +203,10 @@ class ClassPredictive(RowPredictive):
         # Concavity makes this non-negative up to rounding.
         return information.sum(1).clamp_min(0)
 
+    def aleatoric(self) -> Tensor:
+        """E H[p] over draws of f."""
+        return self.entropy_of(self.activation(self.latent.draws)).mean(0).sum(1)
+
     def entropy_of(self, probs: Tensor) -> Tensor:
         """Entropy (..., t) of probabilities (..., t, k)."""
         return torch.special.entr(probs).sum(-1)
@@ -231,6 +250,16 @@ class NormalPredictive(RowPredictive):
         eye = torch.eye(covariance.shape[-1]).to(covariance)
         ratio = eye + covariance / self._sigma.to(covariance) ** 2
         return 0.5 * torch.linalg.slogdet(ratio).logabsdet.sum(1)
+
+    def aleatoric(self) -> Tensor:
+        """½ log det 2πe σ² I."""
+        each = 0.5 * (2 * math.pi * math.e * self._sigma.to(self._latent.mean) ** 2).log()
+        return each.expand_as(self._latent.mean).flatten(1).sum(1)
+
+    def strangeness(self, latent: Latent, head: Tensor) -> Tensor:
+        """tr Σ/σ²."""
+        trace = latent.covariance.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1)
+        return trace / self._sigma.to(trace) ** 2
 
     def _with_noise(self) -> Tensor:
         mean, covariance = self._latent.mean, self._latent.covariance

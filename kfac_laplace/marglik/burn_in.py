@@ -1,4 +1,4 @@
-"""When hyperparameters begin to move: when the training loss has settled.
+"""Where hyperparameters begin, and when they move: when the training loss has settled.
 
 A network that has not learned yet determines little, so that the evidence asks for strong priors,
 under which it learns the less. How far it has come is seen by the loss that the caller computes.
@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+#: Weight decay of the loss of one example, with which training begins.
+DECAY = 1e-4
 #: The latest part of the epochs, in which a settled loss has next to nothing left to gain.
 LATEST = 0.2
 #: Share of all that was gained so far, in the latest part, below which a loss has settled.
@@ -18,6 +20,17 @@ LITTLE = 0.03
 LEARNED = 0.1
 #: Epochs before which no loss has settled.
 FEWEST = 5
+
+
+class AtMost(float):
+    """The largest δ with which training begins: few data begin with less, a common weight decay."""
+
+    def start(self, n_data: int) -> float:
+        """δ with which training on so many examples begins."""
+        return min(float(self), DECAY * n_data)
+
+
+BEGINNING = AtMost(1.0)
 
 
 @dataclass(frozen=True)

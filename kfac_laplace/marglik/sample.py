@@ -11,8 +11,8 @@ from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.options import check_iterable
 
-#: Enough to tell which rows of a layer belong to which example.
-FEW = 4
+#: Enough to tell which rows of a layer belong to which example, and what training mode mixes.
+FEW = 8
 
 
 @dataclass(frozen=True)

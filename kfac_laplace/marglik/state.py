@@ -42,6 +42,7 @@ KEYS = (
     "class_axis",
     "start",
     "burn_in",
+    "outputs",
     "began",
     "training",
 )
@@ -61,6 +62,7 @@ class Resumed:
         class_axis: that of the outputs, or None while no batch has settled it.
         start: δ, or patterns of it, and σ with which the tuner began.
         burn_in: how far the training loss has settled.
+        outputs: of an example, None where no loss was computed.
         began: root mean squares of the parameters when the tuner was made.
         training: what is special about training mode, None where it was not looked at.
     """
@@ -74,6 +76,7 @@ class Resumed:
     class_axis: int | None
     start: tuple[Tensor | dict[str, float], Tensor]
     burn_in: BurnIn
+    outputs: int | None
     began: dict[str, float]
     training: TrainingMode | None
 
@@ -106,6 +109,7 @@ def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.d
         axis_of(found["class_axis"]),
         _start(found["start"], device),
         _burn_in(found["burn_in"], device),
+        None if found["outputs"].value is None else found["outputs"].whole(1),
         {name: one.number() for name, one in found["began"].items().items()},
         _training(found["training"]),
     )

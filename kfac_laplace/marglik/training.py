@@ -18,6 +18,7 @@ from kfac_laplace.curvature.options import CurvatureKeywords, spelled
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.marglik.burn_in import BEGINNING
 from kfac_laplace.marglik.roles import Tune
 from kfac_laplace.marglik.tuner import MarglikTuner
 from kfac_laplace.options import check_choice, check_iterable, check_text, check_whole
@@ -40,10 +41,10 @@ def marglik_training(
     n_epochs: int = 300,
     lr_hyp: float = 0.1,
     prior_structure: PriorStructure = "layerwise",
-    n_epochs_burnin: int | str = "auto",
-    n_hypersteps: int | None = None,
+    n_epochs_burnin: int = 0,
+    n_hypersteps: int = 10,
     marglik_frequency: int = 1,
-    prior_prec_init: Given | None = None,
+    prior_prec_init: Given = BEGINNING,
     prior_mean: Given = 0.0,
     sigma_noise_init: float = 1.0,
     temperature: float = 1.0,
@@ -71,8 +72,8 @@ def marglik_training(
         n_epochs: training epochs.
         lr_hyp: Adam's learning rate on the log-hyperparameters.
         prior_structure: how δ is shared; as for `Laplace`, with all its forms.
-        n_epochs_burnin: no hyperparameter steps before this epoch; "auto" as for `MarglikTuner`.
-        n_hypersteps: steps in each round; None as for `MarglikTuner`.
+        n_epochs_burnin: as for `MarglikTuner`.
+        n_hypersteps: steps in each round; as for `MarglikTuner`.
         marglik_frequency: a round in every epoch that is a multiple of it.
         prior_prec_init: initial prior precision; as `prior_precision` of `MarglikTuner`.
         prior_mean: μ; as for `Laplace`.
@@ -80,8 +81,7 @@ def marglik_training(
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
         method: "marglik" for Adam on the objective, "mackay" for the evidence's fixed point.
-        objective: what rounds maximise: "auto" or "kron" for the evidence, or a function of a
-            `Posterior`.
+        objective: what rounds maximise, by name or as a function; as for `MarglikTuner`.
         tune: which precisions are tuned; as for `MarglikTuner`.
         loss_units: as for `MarglikTuner`.
         keep: "last" for the weights at the end, "best" for those of the round of highest objective.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from kfac_laplace.curvature.estimate.blocks import Structure
+from kfac_laplace.curvature.estimate.fisher import Hybrid
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
@@ -24,7 +25,7 @@ from kfac_laplace.curvature.plain_groups import groups_to_plain, knowledge_of_gr
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, settled_axis
-from kfac_laplace.marglik.burn_in import BurnIn
+from kfac_laplace.marglik.burn_in import BEGINNING, AtMost, BurnIn
 from kfac_laplace.marglik.grouping import Grouping, difference
 from kfac_laplace.marglik.live import LiveParameters
 from kfac_laplace.marglik.loss import looked_at, mean_log_likelihood, output_and_target
@@ -62,10 +63,10 @@ log = logging.getLogger("kfac_laplace")
 
 METHODS = ("marglik", "mackay")
 UNITS = ("nats", "residuals")
-#: Hyperparameter steps for each epoch between rounds.
-STEPS = 10
-#: Weight decay of the loss of one example, in the initial precision.
-DECAY = 1e-4
+#: Outputs of an example up to which rounds take the exact curvature.
+FEW_OUTPUTS = 5
+#: How many rounds' steps the round takes in which hyperparameters leave their start.
+AWAY = 5
 
 
 class MarglikTuner:
@@ -77,23 +78,28 @@ class MarglikTuner:
         n_data: number of training examples (of nodes, where each node has an output), by which the
             loss weighs the prior.
         prior_structure: how δ is shared; as for `Laplace`, with all its forms.
-        prior_precision: initial δ; as for `Laplace`. None: 10⁻⁴ for each training
-            example, which is a common weight decay, and at most 1.
+        prior_precision: initial δ; as for `Laplace`. Left out: 10⁻⁴ for each training example, a
+            common weight decay, and at most 1.
         prior_mean: μ; as for `Laplace`.
         sigma_noise: initial σ, of likelihoods with a noise.
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
-        kfac_approx: as for `Laplace`; so are fisher, hessian_structure, subset_of_weights,
-            joint_bias, uncovered, seed, factor_dtype, memory_budget, dict_key_y, class_axis,
-            forward_fn and batch_fn.
-        n_epochs_burnin: no round before this epoch (epochs count from 1). "auto": rounds from the
-            first, in which hyperparameters stay until the training loss has settled.
+        fisher: as for `Laplace`. Left out: "exact", but that rounds take `Hybrid(passes=1)`, one
+            backward pass with random signs, where an example has more than five outputs.
+        kfac_approx: as for `Laplace`; so are hessian_structure, subset_of_weights, joint_bias,
+            uncovered, seed, factor_dtype, memory_budget, dict_key_y, class_axis, forward_fn and
+            batch_fn.
+        n_epochs_burnin: no round before this epoch, counted from 1, and hyperparameters move from
+            it on. 0: rounds from the first on, in which they stay until the training loss has
+            settled, as far as `loss` was called.
         marglik_frequency: a round in every epoch that is a multiple of it.
-        n_hypersteps: steps in each round. None: ten for each epoch between rounds, at most fifty.
+        n_hypersteps: steps in each round; five times as many in the one in which hyperparameters
+            begin to move after the training loss has settled.
         lr_hyp: Adam's learning rate on log δ and log σ ("marglik").
         method: "marglik" for Adam on the objective, "mackay" for the evidence's fixed point.
-        objective: what rounds maximise: "auto" or "kron" for the evidence, or a function of a
-            `Posterior`. Records hold the evidence beside it.
+        objective: what rounds maximise: "auto" or "kron" for the evidence, "exact", "columns" or
+            "bounds" for that of the exact curvature, with a further pass over the loader, or a
+            function of a `Posterior`. Records hold the evidence beside it.
         tune: which precisions are tuned: "auto" for those of the matrices of layers, where the
             evidence chooses well (`coverage` says which, and why not the others); "all"; or
             patterns of parameter names. The others stay at their initial value.
@@ -112,16 +118,16 @@ class MarglikTuner:
         n_data: int,
         *,
         prior_structure: PriorStructure = "layerwise",
-        prior_precision: Given | None = None,
+        prior_precision: Given = BEGINNING,
         prior_mean: Given = 0.0,
         sigma_noise: float | Tensor = 1.0,
         temperature: float = 1.0,
         fix_sigma_noise: bool = False,
         hessian_structure: Structure = "kron",
         dict_key_y: str = "labels",
-        n_epochs_burnin: int | str = "auto",
+        n_epochs_burnin: int = 0,
         marglik_frequency: int = 1,
-        n_hypersteps: int | None = None,
+        n_hypersteps: int = 10,
         lr_hyp: float = 0.1,
         method: str = "marglik",
         objective: str | AnyObjective = "auto",
@@ -131,9 +137,9 @@ class MarglikTuner:
     ):
         at_least = {
             "n_data": (n_data, 1),
-            "n_epochs_burnin": (0 if n_epochs_burnin == "auto" else n_epochs_burnin, 0),
+            "n_epochs_burnin": (n_epochs_burnin, 0),
             "marglik_frequency": (marglik_frequency, 1),
-            "n_hypersteps": (1 if n_hypersteps is None else n_hypersteps, 1),
+            "n_hypersteps": (n_hypersteps, 1),
         }
         for name, (value, least) in at_least.items():
             check_whole(name, value, least)
@@ -146,8 +152,7 @@ class MarglikTuner:
         self.model = model
         self.n_data = n_data
         self.n_epochs_burnin, self.marglik_frequency = n_epochs_burnin, marglik_frequency
-        self.n_hypersteps = n_hypersteps or STEPS * min(marglik_frequency, 5)
-        self.lr_hyp, self.method = lr_hyp, method
+        self.n_hypersteps, self.lr_hyp, self.method = n_hypersteps, lr_hyp, method
         mean = checked_mean(prior_mean)
         self._fixed: dict[str, Any] = {
             "prior_structure": copy.deepcopy(prior_structure),
@@ -158,13 +163,15 @@ class MarglikTuner:
             model,
             likelihood,
             hessian_structure=hessian_structure,
-            prior_precision=1.0 if prior_precision is None else prior_precision,
+            prior_precision=prior_precision,
             sigma_noise=sigma_noise,
             temperature=temperature,
             **self._fixed,
             **options,
         )
         self.options = blank.options
+        self._signs = "fisher" not in options
+        self._outputs: int | None = None  # of an example
         self.likelihood = blank.likelihood
         gaussian = self.likelihood.has_gaussian_noise
         self._in_residuals = loss_units == "residuals" and gaussian
@@ -173,15 +180,16 @@ class MarglikTuner:
         self._network = blank.curvature.network
         self._penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
         self._live = LiveParameters(self._network.model, ())
-        given = min(1.0, DECAY * n_data) if prior_precision is None else prior_precision
-        delta, self._patterns = starting_precision(given, self._network.device)
+        if isinstance(prior_precision, AtMost):
+            prior_precision = prior_precision.start(n_data)
+        delta, self._patterns = starting_precision(prior_precision, self._network.device)
         self._take(Hyperparameters(delta, blank.sigma_noise, blank.temperature))
         self._start = self._patterns or self._hyper.prior_precision, self._hyper.sigma_noise
         self._said: set[tuple[str, str]] = set()
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         self._free = Hyperparameters.tuned(self.likelihood, fixed)
         self._adam: dict[str, Any] | None = None
-        self._epoch, self._burn_in = 0, BurnIn(over=n_epochs_burnin != "auto")
+        self._epoch, self._burn_in = 0, BurnIn(over=n_epochs_burnin > 0)
         self._modes: dict[nn.Module, bool] = {}
         self.history: list[Record] = []
 
@@ -216,6 +224,7 @@ class MarglikTuner:
             self._live = LiveParameters(self._network.model, prior.layouts.params)
             self._penalty = prior.penalty(hyper.prior_precision / (2 * self.n_data))
             self._modes = {module: module.training for module in self._network.model.modules()}
+        self._outputs = output.numel() // len(output)
         self._burn_in = self._burn_in.with_batch(-fit, len(output))
         settled = known.with_axis(axis, output.ndim)
         if settled is not self._groups.known:
@@ -308,8 +317,8 @@ class MarglikTuner:
         """
         epoch = self._epoch + 1 if epoch is None else epoch
         check_whole("epoch", epoch, 0)
-        burn_in, first = self._burn_in.ended(), self.n_epochs_burnin
-        if epoch < (0 if isinstance(first, str) else first) or epoch % self.marglik_frequency:
+        burn_in = self._burn_in.ended()
+        if epoch < self.n_epochs_burnin or epoch % self.marglik_frequency:
             self._epoch, self._burn_in = epoch, burn_in
             return None
         if loader is None:
@@ -322,6 +331,8 @@ class MarglikTuner:
         start, seen = time.perf_counter(), KeepsFirst(loader)
         # Another seed each round, so that Monte-Carlo labels are not the same ones again.
         options = self.options.seeded(self.options.seed + epoch)
+        if self._signs and (self._outputs or 0) > FEW_OUTPUTS:
+            options = replace(options, fisher=Hybrid(passes=1))
         la, groups, moments = self._fitted(seen, options)
         groups = replace(groups, examples=self._few(seen)).looked_at(self._modes)
         self._check_count(la.curvature.n_rows)
@@ -330,7 +341,8 @@ class MarglikTuner:
         data = Data((loader,), self._key_y, options.seed)
         goal = on_data(self.objective, la.posterior, data)
         roles = groups.roles
-        steps = 0 if burn_in.waits else self.n_hypersteps
+        away = self.n_epochs_burnin == 0 and burn_in.over and not rounds_that_moved(self.history)
+        steps = 0 if burn_in.waits else self.n_hypersteps * (AWAY if away else 1)
         hyper, moments, bounds = self._improved(la.posterior, moments, goal, (roles, steps))
         with torch.no_grad():
             record = Record.of(
@@ -486,6 +498,7 @@ class MarglikTuner:
             "class_axis": known.axis,
             "start": list(self._start),
             "burn_in": asdict(self._burn_in),
+            "outputs": self._outputs,
             "began": dict(self._groups.began),
             "training": training_to_plain(self._groups.training),
         }
@@ -531,4 +544,5 @@ class MarglikTuner:
         self._take(read.hyper)
         self._epoch, self.history, self._patterns = read.epoch, read.history, read.patterns
         self._adam, self._start = read.adam, read.start
-        self._burn_in = read.burn_in if self.n_epochs_burnin == "auto" else BurnIn(over=True)
+        self._outputs = read.outputs
+        self._burn_in = read.burn_in if self.n_epochs_burnin == 0 else BurnIn(over=True)

@@ -190,7 +190,7 @@ class Bounds:
             return 0.5 * torch.maximum(self.gamma(posterior), pull) <= little
 
     def _of_rounding(self, posterior: Posterior) -> Tensor:
-        """Precisions of parameters whose curvature may be rounding alone, (length of the prior,)."""
+        """Precisions of parameters whose curvature may be rounding alone."""
         assert self.dimensions is not None
         by_entry = self.dimensions.curvature(posterior) / posterior.prior.counts
         return by_entry <= NO_CURVATURE * by_entry.max()

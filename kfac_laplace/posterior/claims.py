@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfac_laplace.posterior.bounds import REACH, Bounds
 from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.objectives.dual import DualEvidence
 
 log = logging.getLogger("kfac_laplace")
 
@@ -56,7 +57,7 @@ def claims(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
         bounds: how far the search could go.
     """
     yield from _without_maximum(posterior.apart_from_unused, bounds)
-    yield from _beyond_the_data(posterior, "sigma_noise" in bounds.high)
+    yield from _beyond_the_data(posterior, bounds)
     if "sigma_noise" in bounds.high:
         yield from _beyond_the_spread(posterior)
 
@@ -71,7 +72,7 @@ def round_claims(posterior: Posterior, bounds: Bounds, rounds: int, moved: int) 
         moved: how many of these moved hyperparameters.
     """
     yield from _without_maximum(posterior.apart_from_unused, bounds)
-    yield from _beyond_the_data(posterior, "sigma_noise" in bounds.high)
+    yield from _beyond_the_data(posterior, bounds)
     if "sigma_noise" in bounds.high and (rounds >= LATE or _taken_back(posterior, bounds)):
         yield from _beyond_the_spread(posterior)
     yield from _no_better_than_a_constant(posterior, rounds)
@@ -169,9 +170,12 @@ def _noise_at_an_end(posterior: Posterior, name: str) -> str:
     return f"the search met the end of its range in {name}, {sigma:.3g}"
 
 
-def _beyond_the_data(posterior: Posterior, noise: bool) -> Iterator[Claim]:
+def _beyond_the_data(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
     """γ near the number of directions that the data can determine, where it is no exact count."""
+    if isinstance(bounds.dimensions, DualEvidence):  # whose γ is one, and chose all that moved
+        return
     ggn, structure = posterior.ggn, posterior.ggn.options.hessian_structure
+    noise = "sigma_noise" in bounds.high
     gamma, possible = _gamma(posterior), ggn.likelihood.determined(ggn.targets, ggn.n_outputs)
     if structure == "full" or not gamma > NEARLY_ALL * possible:
         return

@@ -7,8 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.likelihoods import check_finite
 from kfac_laplace.posterior.log_table import LogTable
 from kfac_laplace.posterior.prior import Prior
 
@@ -65,3 +67,17 @@ class Expansion:
             one = torch.ones_like(c)
             shares = {name: each.effective_dimensions(one, c) for name, each in spectra.items()}
             return c * self.prior.shared_sums(shares)
+
+
+def mode_of(curvature: Curvature) -> dict[str, Tensor]:
+    """The model's present values of the parameters of a curvature, float64, copied.
+
+    Raises:
+        InvalidValue: not finite.
+    """
+    live = curvature.network.parameters(curvature.params)
+    with torch.inference_mode(False):
+        mode = {name: value.detach().double().clone() for name, value in live.items()}
+    for name, value in mode.items():
+        check_finite(value, where=name)
+    return mode

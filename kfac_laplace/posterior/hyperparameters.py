@@ -226,3 +226,21 @@ def real(value: object, where: str, device: torch.device | None = None) -> Tenso
     if not bool(torch.isfinite(tensor.detach()).all()):
         raise InvalidValue("must be finite", where=where, got=value, remedy="Pass a finite number")
     return tensor
+
+
+def checked_sigma(value: float | Tensor, likelihood: Likelihood, device: torch.device) -> Tensor:
+    """σ > 0, float64, shape (), and 1 for likelihoods without noise."""
+    sigma = one_number(positive(value, "sigma_noise", device), "sigma_noise")
+    if not likelihood.has_noise and float(sigma) != 1.0:
+        raise InvalidValue(
+            "this likelihood has no observation noise",
+            where="sigma_noise",
+            got=float(sigma),
+            remedy="Leave it out",
+        )
+    return sigma
+
+
+def checked_temperature(value: float | Tensor, device: torch.device) -> Tensor:
+    """T > 0, float64, shape ()."""
+    return one_number(positive(value, "temperature", device), "temperature").detach()

@@ -53,7 +53,8 @@ def mackay_steps(posterior: Posterior, search: Search) -> Hyperparameters:
 
 def check_objective(objective: AnyObjective) -> None:
     """Raise `InvalidValue` for any objective but an evidence, whose fixed point it is."""
-    if not (isinstance(objective, DataObjective) or dimensions_of(objective)):
+    known = objective.evidence if isinstance(objective, DataObjective) else dimensions_of(objective)
+    if not known:
         raise InvalidValue(
             "MacKay's fixed point is that of the evidence",
             where="method",

@@ -2,22 +2,24 @@
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.gradients.groups import SUBSETS
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidType, InvalidValue, KfacLaplaceError
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
+from kfac_laplace.posterior.predict.scaling import AUTO, Scaling
 from kfac_laplace.posterior.prior import Prior, checked_mean
 from kfac_laplace.posterior.sharing import resolve_sharing
-from kfac_laplace.states.plain import same
-from kfac_laplace.states.stored import REMEDY, Stored, shown
+from kfac_laplace.states.plain import check_seal, same
+from kfac_laplace.states.stored import REMEDY, Stored, opened, refusing_damage, shown
 
 #: What the state of a posterior holds beside its format and its checksum.
 KEYS = (
@@ -28,6 +30,8 @@ KEYS = (
     "hyperparameters",
     "posterior_scale",
 )
+#: What was added to it later, and what a file without has: its κ was chosen by the probit link.
+LATER = {"predictive_temperature": torch.ones((), dtype=torch.float64), "scale_source": "older"}
 #: Options on which stored blocks and evidence depend.
 BINDING = (
     "hessian_structure",
@@ -47,6 +51,60 @@ CHOSEN = ("seed", "factor_dtype", "memory_budget", "forward_fn", "batch_fn", "di
 OWN = ("prior_structure", "prior_mean", "dict_key_y")
 #: What stands for objects of a user's own while the stored options around them are checked.
 STANDING_IN = {"likelihood": "regression", "fisher": "exact", "prior_structure": "layerwise"}
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a state holds, read and checked.
+
+    Args:
+        curvature: of the model.
+        mode: θ* by parameter name, float64.
+        hyperparameters: δ, σ and T.
+        sharing: digest of the sharing of precisions.
+        scaling: κ and τ.
+    """
+
+    curvature: Curvature
+    mode: dict[str, Tensor]
+    hyperparameters: Hyperparameters
+    sharing: str
+    scaling: Scaling
+
+
+def restored(
+    state_dict: Mapping[str, Any],
+    model: nn.Module,
+    options: CurvatureOptions,
+    own: Mapping[str, Any],
+    remedy: str,
+) -> Restored:
+    """The content of a state for a model that holds the weights of the fit.
+
+    Args:
+        state_dict: the state.
+        model: the network.
+        options: of its curvature.
+        own: all options of the reader as plain data.
+        remedy: for options other than the stored ones.
+
+    Raises:
+        InvalidValue: a state of another kind, of other options or weights, or a damaged one.
+    """
+    with refusing_damage():
+        found = opened(state_dict, KEYS, "a Laplace posterior", LATER)
+        check_options(found["options"], own, remedy)
+        curvature = Curvature.from_state(found["curvature"].value, model, options)
+        if not curvature.blocks:
+            raise found["curvature"].fault("a posterior needs data", "a curvature of none")
+        likelihood, device = curvature.likelihood, curvature.network.device
+        mode = mode_from_state(found["mode"], curvature.ggn.knowledge.shapes, device)
+        hyper = hyperparameters_from_state(found["hyperparameters"], likelihood, device)
+        scaling = scaling_from_state(found, likelihood, device)
+        sharing = found["sharing"].text()
+        check_seal(state_dict, "state")
+    check_weights(curvature.network, mode)
+    return Restored(curvature, mode, hyper, sharing, scaling)
 
 
 def options_from_state(stored: Stored, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +171,7 @@ def _check_alone(where: str, plain: Mapping[str, Any]) -> None:
 def check_names(overrides: Iterable[str], known: Collection[str]) -> None:
     """Raise `InvalidType` for what is no option, `InvalidValue` for the file's hyperparameters."""
     for name in overrides:
-        if name in {*Hyperparameters.rows(), "posterior_scale"}:
+        if name in {*Hyperparameters.rows(), "posterior_scale", "predictive_temperature"}:
             raise InvalidValue(
                 "the file holds this already",
                 where=name,
@@ -187,12 +245,34 @@ def hyperparameters_from_state(
     return Hyperparameters.from_state({name: v.tensor() for name, v in values.items()}, device)
 
 
-def scale_from_state(stored: Stored, device: torch.device) -> Tensor:
-    """κ of a state, float64, shape ()."""
-    scale = stored.tensor(())
-    if float(scale) < 0:
-        raise stored.fault("must be ≥ 0", float(scale))
-    return scale.to(device, torch.float64)
+def scaling_to_plain(scaling: Scaling) -> dict[str, Any]:
+    """κ, τ and where κ comes from."""
+    return {
+        "posterior_scale": scaling.scale,
+        "predictive_temperature": scaling.temperature,
+        "scale_source": scaling.source,
+    }
+
+
+def scaling_from_state(
+    found: Mapping[str, Stored], likelihood: Likelihood, device: torch.device
+) -> Scaling:
+    """κ, τ and where κ comes from, of a state.
+
+    Raises:
+        InvalidValue: below zero, not positive, or a temperature of what has no logits.
+    """
+    scale, tau = found["posterior_scale"], found["predictive_temperature"]
+    kappa, temperature = scale.tensor(()), tau.tensor(())
+    if float(kappa) < 0:
+        raise scale.fault("must be ≥ 0", float(kappa))
+    if float(temperature) <= 0 or (float(temperature) != 1 and not likelihood.has_logits):
+        raise tau.fault("must be above 0, and 1 without logits", float(temperature))
+    source = found["scale_source"].text((*AUTO, "older"))
+    if source == "older":
+        source = "default" if float(kappa) == 1 else "loo"
+    kappa, temperature = (v.to(device, torch.float64) for v in (kappa, temperature))
+    return Scaling(kappa, temperature, source)
 
 
 def mode_from_state(

@@ -143,13 +143,17 @@ class Stored:
         return value
 
 
-def opened(state: object, names: Collection[str], kind: str) -> dict[str, Stored]:
+def opened(
+    state: object, names: Collection[str], kind: str, later: Mapping[str, object] | None = None
+) -> dict[str, Stored]:
     """The entries of a state of ours, whose format is that of this version.
 
     Args:
         state: what is to be read.
         names: of its entries, beside its format and its checksum.
         kind: what it is the state of: "a Laplace posterior".
+        later: entries that states of this format had not from the start, with what they are where
+            all of them are absent.
 
     Raises:
         InvalidValue: not such a state, or one of another version.
@@ -170,7 +174,10 @@ def opened(state: object, names: Collection[str], kind: str) -> dict[str, Stored
         raise InvalidValue(f"not the state of {kind}", where="state", got=got, remedy=remedy)
     if "format" in state:
         _check_format(Stored(state["format"], "state.format"))
-    return Stored(state).fields((*names, "format", CHECKSUM))
+    later = later or {}
+    if later.keys().isdisjoint(state):
+        state = {**state, **later}
+    return Stored(state).fields((*names, *later, "format", CHECKSUM))
 
 
 def _check_format(stored: Stored) -> None:

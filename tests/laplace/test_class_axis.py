@@ -70,7 +70,7 @@ def test_the_option_settles_it(axis, given, positions):
     la = fitted(model, batches, class_axis=given)
     torch.testing.assert_close(la.curvature.blocks["full"].dense(), dense_ggn(model, batches))
     x = batches[0][0]
-    probabilities = la(x)
+    probabilities = la(x, link_approx="probit")
     mean = Last(model)(x).flatten(0, -2)
     h = dense_ggn(model, batches)
     precision = h + DELTA * torch.eye(len(h), dtype=h.dtype)

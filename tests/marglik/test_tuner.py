@@ -257,3 +257,19 @@ def test_initial_precisions_are_copied():
     tuner = tuner_of(case, prior_precision=delta)
     delta.mul_(100)
     assert float(tuner.hyperparameters()["prior_precision"]) == 2.0
+
+
+@pytest.mark.parametrize("outputs, exact", [(5, True), (6, False)])
+def test_rounds_draw_signs_where_an_example_has_many_outputs(outputs, exact):
+    """Only where nothing is said of `fisher`; the posterior at the end is exact in any case."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(4, outputs).double(), torch.randn(30, 4).double()
+    loader, found = [(x, torch.arange(30) % outputs)], {}
+    for name, options in {"left out": {}, "exact": {"fisher": "exact"}}.items():
+        tuner = MarglikTuner(model, "classification", 30, n_epochs_burnin=1, **options)
+        tuner.loss(model(x), loader[0][1])
+        found[name] = tuner.step(loader).log_det_ratio, tuner.laplace(loader).curvature
+    assert (found["left out"][0] == found["exact"][0]) is exact
+    assert found["left out"][0] == pytest.approx(found["exact"][0], rel=0.3)
+    blocks = [curvature.blocks["weight"].dense() for _, curvature in found.values()]
+    assert torch.equal(*blocks)

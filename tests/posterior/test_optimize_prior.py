@@ -171,7 +171,7 @@ GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 def validation_nll(la, delta, batches):
     la.log_marginal_likelihood(prior_precision=torch.tensor(delta, dtype=torch.float64))
-    losses = [-la(x).log().gather(1, y[:, None]) for x, y in batches]
+    losses = [-la(x, link_approx="probit").log().gather(1, y[:, None]) for x, y in batches]
     return float(torch.cat(losses).mean())
 
 

@@ -74,6 +74,10 @@ class Patches(Inputs):
         n, b, t = self.data.shape[0], self.groups, prod(self._positions)
         return self._view(self.data).reshape(n, b, -1, t).permute(1, 0, 3, 2)
 
+    def split(self, step: int) -> Iterator[Inputs]:
+        """The patches of some examples at a time."""
+        return (replace(self, data=data) for data in self.data.split(step))
+
     @property
     def _by_lags(self) -> bool:
         """Whether products lag by lag are possible and faster."""

@@ -59,6 +59,11 @@ class GraphBatch:
         return len(features) if isinstance(features, Tensor) else int(edge_index.max()) + 1
 
     @property
+    def divisible(self) -> bool:
+        """Whether some of the graphs can be taken out: not where a mapping holds them."""
+        return hasattr(self.x, "index_select")
+
+    @property
     def segments(self) -> dict[str, Tensor]:
         """The graph of each node, of each edge, and of edges followed by a loop at every node."""
         both = torch.cat([self._edges, self._nodes])
@@ -81,7 +86,7 @@ class GraphBatch:
         """The graphs of the given indices."""
         if self.n == 1 and examples.tolist() == [0]:
             return self
-        if not hasattr(self.x, "index_select"):
+        if not self.divisible:
             raise UnsupportedUse(
                 "a mapping of graphs cannot be divided",
                 where="x",
@@ -93,7 +98,7 @@ class GraphBatch:
 
     def split(self, step: int) -> "Iterator[GraphBatch]":
         """The batch in pieces of at most `step` graphs; a mapping stays whole."""
-        if step >= self.n or not hasattr(self.x, "index_select"):
+        if step >= self.n or not self.divisible:
             yield self
             return
         for indices in torch.arange(self.n).split(step):

@@ -78,6 +78,10 @@ class Inputs(ABC):
         right = row_layout.by_example(self.rows(), n, block_axis=0)
         return Outer(left, right.to(left.dtype))
 
+    def split(self, step: int) -> "Iterator[Inputs] | None":
+        """The rows of at most `step` entries of the first leading axis at a time; None: unknown."""
+        return None
+
     def keep(self, live: Tensor) -> "Inputs":
         """The rows of a mask over the leading axes alone; the others become zero."""
         return Masked(self, live)

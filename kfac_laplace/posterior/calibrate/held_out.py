@@ -40,6 +40,15 @@ class HeldOut:
         own = len(self.mean) if self.examples is None else self.examples
         return own + sum(other.n for other in self.others)
 
+    def at(self, kappa: float, temperature: float) -> "HeldOut":
+        """The outputs divided by τ, with their covariance times κ."""
+        return replace(
+            self,
+            mean=self.mean / temperature,
+            covariance=kappa / temperature**2 * self.covariance,
+            others=tuple(other.at(kappa, temperature) for other in self.others),
+        )
+
     @classmethod
     def joined(cls, parts: Sequence["HeldOut"]) -> "HeldOut":
         """The points of several batches, whose sequences may be padded to lengths of their own.
@@ -102,21 +111,34 @@ def validation_points(posterior: Posterior, loader: Iterable[Any], key_y: str) -
 
 
 def negative_log_likelihood(
-    likelihood: Likelihood, points: HeldOut, sigma: Tensor, kappa: float
+    likelihood: Likelihood,
+    points: HeldOut,
+    sigma: Tensor,
+    kappa: float,
+    link: str = "probit",
+    seed: int = 0,
 ) -> float:
-    """Mean loss of the predictive over the points with the covariance times κ, by the probit link.
+    """Mean loss of the predictive over the points with the covariance times κ.
 
     The loss is −log p(y) with the likelihood's weights, ignored labels left out. Label smoothing is
     left out too: it is a means of training, not what predictions are asked for. Where the
     predictive is an average over draws of several outputs, they are the same for every κ.
+
+    Args:
+        likelihood: p(y | f).
+        points: held-out outputs, with their targets.
+        sigma: observation noise σ.
+        kappa: factor on their covariance.
+        link: how class probabilities come from the Gaussian.
+        seed: of the points or draws that averages take.
 
     Raises:
         InvalidValue: no target counts, or the loss is no number.
     """
     total = 0.0
     for part in (points, *points.others):
-        latent = Latent(part.mean, kappa * part.covariance)
-        log_prob = likelihood.predict(latent, sigma, "probit").log_prob(part.target)
+        latent = Latent(part.mean, kappa * part.covariance, seed=seed)
+        log_prob = likelihood.predict(latent, sigma, link).log_prob(part.target)
         total -= float(log_prob.sum())
     if math.isnan(total):
         raise InvalidValue(

@@ -27,6 +27,7 @@ from kfac_laplace.posterior.calibrate.same_data import check_same_targets, other
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.passes import counted
 from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
+from kfac_laplace.posterior.tiles import pairs_of_tiles
 
 log = logging.getLogger("kfac_laplace")
 
@@ -210,18 +211,14 @@ def _kernel(base: Posterior, batches: list[AnyBatch], kernel: Tensor) -> Tensor:
     if count * point > limit:
         step = at_once(point, limit // 2)  # of two tiles at a time
         tiles = [[piece] for batch in batches for piece in batch.split(step)]
-    start = 0
-    for a, tile in enumerate(tiles):
-        mine, before = _features(base, tile), 0
-        rows = slice(start, start + len(mine[0]))
-        for other in tiles[:a]:
-            theirs = _features(base, other)
-            columns = slice(before, before + len(theirs[0]))
-            kernel[rows, columns] = _products(mine, theirs)
-            kernel[columns, rows] = kernel[rows, columns].mT
-            before = columns.stop
-        kernel[rows, rows] = _products(mine, mine)
-        start = rows.stop
+    ends = [0]
+    found = pairs_of_tiles(tiles, lambda tile: _features(base, tile), _products)
+    for a, b, product in found:
+        if b == 0:
+            ends.append(ends[a] + len(product))
+        rows, columns = slice(ends[a], ends[a + 1]), slice(ends[b], ends[b + 1])
+        kernel[rows, columns] = product
+        kernel[columns, rows] = product.mT
     return kernel
 
 

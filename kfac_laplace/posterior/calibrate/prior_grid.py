@@ -15,13 +15,14 @@ from kfac_laplace.posterior.calibrate.held_out import (
 )
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import positive
+from kfac_laplace.posterior.predict.scaling import Scaling
 
 
 def grid_search(
     posterior: Posterior,
     loader: Iterable[Any] | None,
     key_y: str,
-    kappa: float,
+    scaling: Scaling,
     grid: Iterable[float] | None = None,
 ) -> Tensor:
     """The scalar δ of least validation NLL on a grid, 10⁻⁴ … 10⁴ by default, float64.
@@ -30,7 +31,7 @@ def grid_search(
         posterior: its prior precisions are all replaced by each candidate.
         loader: validation data; read once for each candidate.
         key_y: name of the targets in mappings.
-        kappa: posterior scale κ of the predictive.
+        scaling: κ and τ of the predictive, whose link is the probit.
         grid: candidates.
     """
     if loader is None:
@@ -49,11 +50,13 @@ def grid_search(
         raise InvalidValue("no candidates", where="grid", got="an empty grid")
     batches = list(loader)
     hyper = posterior.hyperparameters.detached()
+    # At κ = 0 no precision shows.
+    kappa, tau = float(scaling.scale) or 1.0, float(scaling.temperature)
     losses = []
     for delta in candidates:
         moved = posterior.at(replace(hyper, prior_precision=posterior.prior.full(delta)))
-        points = validation_points(moved, batches, key_y)
+        points = validation_points(moved, batches, key_y).at(kappa, tau)
         losses.append(
-            negative_log_likelihood(posterior.ggn.likelihood, points, hyper.sigma_noise, kappa)
+            negative_log_likelihood(posterior.ggn.likelihood, points, hyper.sigma_noise, 1.0)
         )
     return candidates[losses.index(min(losses))]

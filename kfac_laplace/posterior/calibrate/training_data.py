@@ -1,4 +1,4 @@
-"""The loaders that a posterior has read, for what asks for the training data once more."""
+"""The loaders that a posterior has read, for what asks for their data once more."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +20,10 @@ class TrainingData:
     def with_loader(self, loader: Iterable[Any], override: bool) -> "TrainingData":
         """With one more, or with that alone."""
         return TrainingData((loader,) if override else (*self.loaders, loader))
+
+    def has(self, loader: Iterable[Any]) -> bool:
+        """Whether a loader is one of them, and they are no more."""
+        return len(self.loaders) == 1 and self.loaders[0] is loader
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TrainingData":
         """The same loaders."""

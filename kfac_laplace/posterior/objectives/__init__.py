@@ -4,9 +4,13 @@ An objective takes a posterior at some hyperparameters and returns one number, i
 whole data, differentiable in them. One file an objective; importing it here registers its names.
 """
 
-from kfac_laplace.posterior.objectives import columns as columns
 from kfac_laplace.posterior.objectives import evidence as evidence
-from kfac_laplace.posterior.objectives import exact as exact
+from kfac_laplace.posterior.objectives.bounds import Bracket as Bracket
+from kfac_laplace.posterior.objectives.columns import Columns as Columns
+from kfac_laplace.posterior.objectives.estimated import Evidence as Evidence
+from kfac_laplace.posterior.objectives.estimated import evidence_of as evidence_of
+from kfac_laplace.posterior.objectives.exact import ExactGGN as ExactGGN
+from kfac_laplace.posterior.objectives.hyperprior import GammaHyperprior as GammaHyperprior
 from kfac_laplace.posterior.objectives.registry import AnyObjective as AnyObjective
 from kfac_laplace.posterior.objectives.registry import CountsDimensions as CountsDimensions
 from kfac_laplace.posterior.objectives.registry import Data as Data

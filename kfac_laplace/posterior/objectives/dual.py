@@ -1,8 +1,8 @@
 """The evidence by the exact curvature of all parameters together, in the dual form.
 
 log q(D) = log p(D | θ*)/T − ½ [log det(I + s Σ_l K_l/δ_l) + (θ*−μ)ᵀ P₀ (θ*−μ)], s = 1/(σ²T), where
-K_l = J_l J_lᵀ over the output columns of the data: J_l is their derivative by the entries that share
-precision l, with Λ^½ applied.
+K_l = J_l J_lᵀ over the output columns of the data: J_l is their derivative by the entries that
+share precision l, with Λ^½ applied.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,12 @@ class DualEvidence:
     Args:
         name: of the objective.
         part: the log-determinant.
+        around: log-determinants that are not above and not below the exact one, if any.
     """
 
     name: str
     part: LogDet
+    around: tuple[LogDet, LogDet] | None = None
 
     @property
     def __name__(self) -> str:
@@ -38,6 +40,15 @@ class DualEvidence:
     def log_det_ratio(self, posterior: Posterior) -> Tensor:
         """log det P − log det P₀."""
         return log_det(self.part, _weights(posterior))
+
+    def bracket(self, posterior: Posterior) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Evidences not above and not below that of the exact curvature, where they are known."""
+        if self.around is None:
+            return None, None
+        fit = posterior.log_likelihood / posterior.hyperparameters.temperature
+        weights, scatter = _weights(posterior), posterior.scatter
+        below, above = (fit - 0.5 * (log_det(part, weights) + scatter) for part in self.around)
+        return above, below
 
     def curvature(self, posterior: Posterior) -> Tensor:
         """tr K_l of each precision."""

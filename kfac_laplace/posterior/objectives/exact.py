@@ -6,12 +6,8 @@ from kfac_laplace.curvature.estimate.fisher import Exact
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.objectives.dual import DualEvidence
-from kfac_laplace.posterior.objectives.points import (
-    MAX_PARAMETERS,
-    Looked,
-    chosen_points,
-    log_det_of,
-)
+from kfac_laplace.posterior.objectives.forms import MAX_PARAMETERS, log_det_of
+from kfac_laplace.posterior.objectives.points import Looked, chosen_points
 from kfac_laplace.posterior.objectives.registry import NAMED, Data
 
 #: Output columns of the data, at most: N·(C − 1) of them for softmax.
@@ -21,6 +17,9 @@ MAX_ROWS = 2048
 @dataclass(frozen=True)
 class ExactGGN:
     """log det(I + s Σ K_l/δ_l) over all output columns, N·(C−1) of softmax and N·C of others."""
+
+    #: Of what it becomes γ is known.
+    evidence = True
 
     def on(self, posterior: Posterior, data: Data) -> DualEvidence:
         """By one pass over the data, and a backward pass for each output.

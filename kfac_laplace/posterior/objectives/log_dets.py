@@ -189,7 +189,7 @@ class _Differentiable(torch.autograd.Function):
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (slopes,) = ctx.saved_tensors
         return None, grad * slopes

@@ -1,6 +1,6 @@
-"""Training data as the rows of a log-determinant: which examples, which vectors, and their Gram."""
+"""Training data as the rows of a log-determinant: which examples, and which vectors."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,22 +8,15 @@ from torch import Generator, Tensor
 
 from kfac_laplace.curvature.estimate.fisher import Fisher
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
-from kfac_laplace.curvature.linalg.dtypes import in_double
 from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
-from kfac_laplace.curvature.model.budget import at_once
+from kfac_laplace.curvature.model.graphs import GraphBatch
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import aligned_target
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.objectives.log_dets import Grams, LogDet, Primal, Wide
 from kfac_laplace.posterior.objectives.registry import Data
-from kfac_laplace.posterior.objectives.rows import Rows, inner_products, rows_of, stacked
+from kfac_laplace.posterior.objectives.rows import Part, rows_of
 from kfac_laplace.posterior.passes import counted, recorded
-
-#: Parameters of which a dense GGN is made in place of a Gram matrix of rows.
-MAX_PARAMETERS = 2048
-#: Entries of Gram matrices, or of rows that are kept as they are: 2 GiB, and 1.
-MAX_GRAMS, MAX_KEPT = 2**28, 2**27
 
 
 @dataclass(frozen=True)
@@ -45,13 +38,19 @@ class Points:
         if self.batch.n <= step or len(self.y) != self.batch.n:
             yield self
             return
-        parts = zip(self.batch.split(step), self.y.split(step), strict=True)
-        for k, (batch, y) in enumerate(parts):
-            yield Points(batch, y, self.seed + 1_000_003 * (k + 1))
+        start = 0
+        batches: Iterator[AnyBatch] = self.batch.split(step)  # graphs that stay whole are one
+        for batch in batches:
+            yield Points(
+                batch, self.y[start : start + batch.n], self.seed + 1_000_003 * (start + 1)
+            )
+            start += batch.n
 
 
 def chosen_points(posterior: Posterior, data: Data, count: int | None = None) -> list[Points]:
     """The training data, or `count` examples of them at random.
+
+    Batches that cannot be divided are taken whole, or not at all, so that it may be more or less.
 
     Args:
         posterior: fitted to them.
@@ -87,7 +86,7 @@ def chosen_points(posterior: Posterior, data: Data, count: int | None = None) ->
             remedy="Pass a loader that can be read again (a generator can be read only once), or "
             "use objective='kron'",
         )
-    return found
+    return found or chosen_points(posterior, data)
 
 
 def _picked(batch: AnyBatch, y: Tensor, here: Tensor, seed: int) -> list[Points]:
@@ -95,11 +94,18 @@ def _picked(batch: AnyBatch, y: Tensor, here: Tensor, seed: int) -> list[Points]
     if bool(here.all()):
         return [Points(batch, y, seed)]
     index = here.nonzero()[:, 0]
+    if isinstance(batch, GraphBatch) and not batch.divisible:  # by lot, of its first example
+        return [Points(batch, y, seed)] if bool(here[0]) else []
     if not len(index):
         return []
     nodes = batch.segments.get("nodes")
     mask = here if len(y) == batch.n or nodes is None else here[nodes.cpu()]
     return [Points(batch.select(index), y[mask.to(y.device)], seed)]
+
+
+def count_of(points: Sequence[Points]) -> int:
+    """How many examples these are."""
+    return sum(each.batch.n for each in points)
 
 
 @dataclass(frozen=True)
@@ -109,159 +115,33 @@ class Looked:
     Args:
         posterior: the model runs at its mode.
         fisher: which vectors.
+        vectors: how many for each example; None for one for each of its outputs.
     """
 
     posterior: Posterior
     fisher: Fisher
+    vectors: int | None = None
 
-    def rows(self, points: Points) -> list[tuple[int, Mapping[str, Rows]]]:
+    @property
+    def each(self) -> int:
+        """Rows of an example, at the most."""
+        ggn = self.posterior.ggn
+        return self.vectors or max(1, round(ggn.n_outputs / ggn.n_data))
+
+    def rows(self, points: Points) -> list[Part]:
         """Rows of some points, vector by vector."""
         posterior = self.posterior
         with undisturbed(posterior.network.model):
             passed = recorded(posterior, points.batch)
             generator = torch.Generator().manual_seed(points.seed)
-            vectors = self._vectors(passed, points.y, generator)
+            vectors = self._drawn(passed, points.y, generator)
             return rows_of(passed, posterior.ggn.groups, vectors)
 
-    def _vectors(self, passed: ForwardPass, y: Tensor, generator: Generator) -> list[Tensor]:
-        likelihood, axis = passed.likelihood, posterior_axis(self.posterior)
+    def _drawn(self, passed: ForwardPass, y: Tensor, generator: Generator) -> list[Tensor]:
+        likelihood, axis = passed.likelihood, self.posterior.ggn.knowledge.class_axis
         f = passed.output_rows.detach()
         shape = passed.recording.output.shape
         y = aligned_target(likelihood, y.to(f.device), shape, f, axis)
         targets = passed.by_example(y)
         outputs = passed.outputs.detach()
         return [*self.fisher.vectors(likelihood, outputs, targets, generator)]
-
-
-def posterior_axis(posterior: Posterior) -> int:
-    """Axis of the outputs that holds those of one row."""
-    return posterior.ggn.knowledge.class_axis
-
-
-def log_det_of(looked: Looked, points: Sequence[Points], rows: int) -> LogDet:
-    """The log-determinant over the rows of some points, in its smallest form.
-
-    Args:
-        looked: how they are looked at.
-        points: the examples.
-        rows: how many rows they have, at the most.
-
-    Raises:
-        InvalidValue: too many precisions for so many rows.
-    """
-    prior = looked.posterior.prior
-    if prior.size <= min(rows, MAX_PARAMETERS):
-        return _primal(looked, points)
-    if not prior.constant_on_blocks:
-        if rows * prior.size > MAX_KEPT:
-            raise InvalidValue(
-                f"{rows} rows of {prior.size} parameters are too many to keep",
-                where="objective",
-                got=f"a '{prior.sharing.title}' prior of {prior.length} precisions",
-                remedy="Use a prior_structure of few precisions, such as 'layerwise', or fewer "
-                "rows: objective='columns'",
-            )
-        return Wide(_kept(looked, points), _index(looked.posterior), prior.length)
-    return _grams(looked, points, rows)
-
-
-def _index(posterior: Posterior) -> Tensor:
-    """The precision of each entry, group by group."""
-    prior = posterior.prior
-    groups = prior.layouts.groups.items()
-    return torch.cat([prior.index[name].expand(la.matrix).flatten() for name, la in groups])
-
-
-def _flat(looked: Looked, parts: Sequence[tuple[int, Mapping[str, Rows]]]) -> Tensor:
-    """All parameters side by side, float64 (m, p)."""
-    layouts, count = looked.posterior.prior.layouts, sum(m for m, _ in parts)
-    own, like = stacked(parts), looked.posterior.mode
-    zeros = next(iter(like.values())).new_zeros(count, 1)
-    columns = [
-        in_double(own[name].dense()) if name in own else zeros.expand(-1, layout.size)
-        for name, layout in layouts.groups.items()
-    ]
-    return torch.cat(columns, 1)
-
-
-def _kept(looked: Looked, points: Sequence[Points]) -> Tensor:
-    """All rows, float64 (m, p)."""
-    return torch.cat([_flat(looked, looked.rows(each)) for each in points])
-
-
-def _primal(looked: Looked, points: Sequence[Points]) -> Primal:
-    """The dense GGN, batch by batch."""
-    prior = looked.posterior.prior
-    total = next(iter(looked.posterior.mode.values())).new_zeros(prior.size, prior.size)
-    for each in points:
-        for part in looked.rows(each):
-            rows = _flat(looked, [part])
-            total.addmm_(rows.mT, rows)
-    return Primal(total, _index(looked.posterior), prior.length)
-
-
-def _grams(looked: Looked, points: Sequence[Points], rows: int) -> Grams:
-    """Gram matrices by precision, a tile of points at a time where rows are many."""
-    posterior = looked.posterior
-    prior = posterior.prior
-    if prior.length * rows**2 > MAX_GRAMS:
-        raise InvalidValue(
-            f"{prior.length} Gram matrices of {rows} rows are too many",
-            where="objective",
-            got=f"{prior.length} precisions",
-            remedy="Use objective='columns', or a prior_structure of fewer precisions",
-        )
-    some = next(iter(posterior.mode.values()))
-    limit = posterior.network.budget.features(some)
-    examples = sum(each.batch.n for each in points)
-    each_example = -(-rows // max(1, examples)) * prior.size
-    tiles = [list(points)]
-    if examples * each_example > limit:
-        step = at_once(each_example, limit // 2)  # of two tiles at a time
-        tiles = [[piece] for each in points for piece in each.pieces(step)]
-    place = {name: int(index) for name, index in prior.index.items()}
-    pieces: list[list[dict[int, Tensor]]] = []
-    for a, tile in enumerate(tiles):
-        mine = _stacked(looked, tile)
-        pieces.append([_by_place(_stacked(looked, t), mine, place) for t in tiles[:a]])
-        pieces[-1].append(_by_place(mine, mine, place))
-    return _assembled(pieces, [_count(row[-1]) for row in pieces], prior.length, some)
-
-
-def _stacked(looked: Looked, tile: Sequence[Points]) -> dict[str, Rows]:
-    return stacked([part for each in tile for part in looked.rows(each)])
-
-
-def _by_place(
-    one: Mapping[str, Rows], other: Mapping[str, Rows], place: Mapping[str, int]
-) -> dict[int, Tensor]:
-    """Inner products (m, m') by precision."""
-    found: dict[int, Tensor] = {}
-    for name in one.keys() & other.keys():
-        product = inner_products(one[name], other[name])
-        found[place[name]] = found[place[name]].add_(product) if place[name] in found else product
-    return found
-
-
-def _count(found: Mapping[int, Tensor]) -> int:
-    return max((len(product) for product in found.values()), default=0)
-
-
-def _assembled(
-    pieces: Sequence[Sequence[Mapping[int, Tensor]]],
-    counts: Sequence[int],
-    length: int,
-    like: Tensor,
-) -> Grams:
-    """Whole matrices of their tiles; `pieces[a][b]` is (rows of b, rows of a), b ≤ a."""
-    m = sum(counts)
-    places = sorted({place for row in pieces for piece in row for place in piece})
-    matrices = like.new_zeros(len(places), m, m)
-    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
-    for a, row in enumerate(pieces):
-        for b, piece in enumerate(row):
-            for place, product in piece.items():
-                own = matrices[places.index(place)]
-                own[ends[b] : ends[b + 1], ends[a] : ends[a + 1]] = product
-                own[ends[a] : ends[a + 1], ends[b] : ends[b + 1]] = product.mT
-    return Grams(matrices, torch.tensor(places, dtype=torch.int64, device=like.device), length)

@@ -46,7 +46,10 @@ class Data:
 
 @runtime_checkable
 class DataObjective(Protocol):
-    """What becomes an objective by one pass over the training data."""
+    """What becomes an objective by a pass over the training data."""
+
+    #: Whether what it becomes is an evidence, `CountsDimensions`.
+    evidence: bool
 
     def on(self, posterior: Posterior, data: Data) -> Objective:
         """The objective of a posterior's expansion, at any hyperparameters."""

@@ -19,7 +19,14 @@ from kfac_laplace.curvature.gradients.by_group import (
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import in_double, without_autocast
-from kfac_laplace.curvature.rows.per_example import Factored, LookedUp
+from kfac_laplace.curvature.linalg.gram import add_products
+from kfac_laplace.curvature.model.budget import at_once
+from kfac_laplace.curvature.rows.inputs import WithOne
+from kfac_laplace.curvature.rows.per_example import LookedUp
+from kfac_laplace.curvature.rows.row_layout import Axis
+
+#: Entries that are converted to float64 at a time.
+CONVERTED = 2**22
 
 
 class Rows(Protocol):
@@ -27,6 +34,10 @@ class Rows(Protocol):
 
     def times(self, other: "Rows") -> Tensor:
         """Inner products with the rows of another of the same kind, float64 (m, m')."""
+
+    @property
+    def entries(self) -> int:
+        """How many numbers are held."""
 
     def dense(self) -> Tensor:
         """The rows as they are, (m, b o i)."""
@@ -46,9 +57,21 @@ class Flat:
     rows: Tensor
 
     def times(self, other: Rows) -> Tensor:
-        """A matrix product."""
-        x = in_double(self.rows)
-        return x @ (x if other is self else in_double(other.dense())).mT
+        """A matrix product in float64, some columns at a time."""
+        x, y = self.rows, other.dense()
+        total = in_double(x.new_empty(0)).new_zeros(len(x), len(y))
+        if other is self:
+            add_products(total[None], x.mT[None])  # its lower triangle
+            return total.tril() + total.tril(-1).mT
+        step = at_once(len(x) + len(y), CONVERTED)
+        for own, theirs in zip(x.split(step, 1), y.split(step, 1), strict=True):
+            total.addmm_(in_double(own), in_double(theirs).mT)
+        return total
+
+    @property
+    def entries(self) -> int:
+        """All."""
+        return self.rows.numel()
 
     def dense(self) -> Tensor:
         """Themselves."""
@@ -79,6 +102,11 @@ class Product:
             x64 = in_double(x).movedim(1, 0)
             sides.append(x64 @ (x64 if y is x else in_double(y).movedim(1, 0)).mT)  # (b, m, m')
         return (sides[0].mul_(sides[1])).sum(0)
+
+    @property
+    def entries(self) -> int:
+        """Both sides."""
+        return self.left.numel() + self.right.numel()
 
     def dense(self) -> Tensor:
         """Products of all entries."""
@@ -114,6 +142,11 @@ class Table:
         x = self._over(mine, len(entries))
         return x @ (x if other is self else other._over(theirs, len(entries))).mT
 
+    @property
+    def entries(self) -> int:
+        """The gradient rows."""
+        return self.left.numel()
+
     def dense(self) -> Tensor:
         """In matrices (1, o, size)."""
         spread = self._over(self.index.flatten(), self.size, self.left.dtype)
@@ -136,6 +169,10 @@ class Table:
         return out.scatter_add_(1, index, self.left.to(dtype)).flatten(1)
 
 
+#: A number of rows, and they by group: a vector's.
+Part = tuple[int, dict[str, Rows]]
+
+
 def inner_products(one: Rows, other: Rows) -> Tensor:
     """Inner products (m, m') of the rows of a group, float64, of whatever kinds they are."""
     if type(one) is type(other):
@@ -143,16 +180,17 @@ def inner_products(one: Rows, other: Rows) -> Tensor:
     return Flat(one.dense()).times(Flat(other.dense()))
 
 
-def stacked(parts: Sequence[tuple[int, Mapping[str, Rows]]]) -> dict[str, Rows]:
+def stacked(parts: Sequence[Part]) -> dict[str, Rows]:
     """Rows of several vectors and batches, one behind the other.
 
     Args:
-        parts: number of rows of each part, and its rows by group, where it has any.
+        parts: number of rows of each part, and its rows by group, where it has any. The parts are
+            taken out of their mappings, so that no group is held twice.
     """
     names = dict.fromkeys(name for _, own in parts for name in own)
     found: dict[str, Rows] = {}
     for name in names:
-        every = [own.get(name) for _, own in parts]
+        every = [own.pop(name, None) for _, own in parts]
         kinds = {type(each) for each in every}
         if len(kinds) == 1 and every[0] is not None:
             found[name] = every[0].joined([each for each in every[1:] if each is not None])
@@ -170,9 +208,7 @@ def stacked(parts: Sequence[tuple[int, Mapping[str, Rows]]]) -> dict[str, Rows]:
     return found
 
 
-def rows_of(
-    passed: ForwardPass, groups: Sequence[Group], vectors: Sequence[Tensor]
-) -> list[tuple[int, Mapping[str, Rows]]]:
+def rows_of(passed: ForwardPass, groups: Sequence[Group], vectors: Sequence[Tensor]) -> list[Part]:
     """For each vector how many rows it has, and they group by group; zeros are left out.
 
     Examples for which a vector is zero have no row.
@@ -185,33 +221,74 @@ def rows_of(
     found = []
     for vector in vectors:
         kept = (vector != 0).flatten(1).any(1)
+        if not bool(kept.any()):
+            continue
         known = passed.rows([vector], groups)
         copied = copied_gradients(passed, [vector])
         with without_autocast(vector.device):
-            own: dict[str, Rows] = {}
-            for group in groups:
-                factored = None
-                if group.factored and group.name not in passed.without_rules:
-                    factored = factored_gradient(passed, group, known)
-                rows = None if factored is None else _factored(factored, kept)
-                if rows is None:
-                    pieces = [*gradient_pieces(passed, group, known, copied)]
-                    if not pieces:
-                        continue
-                    rows = Flat(torch.cat(pieces, 1)[0].flatten(1)[kept])
-                own[group.name] = rows
-        found.append((int(kept.sum()), own))
+            own = {group.name: _rows(passed, group, known, copied, kept) for group in groups}
+        found.append((int(kept.sum()), {n: rows for n, rows in own.items() if rows is not None}))
     return found
 
 
-def _factored(gradients: Factored, kept: Tensor) -> Rows | None:
-    """Rows in factors, where these are smaller than matrices; None elsewhere."""
-    if isinstance(gradients, LookedUp):
-        return Table(gradients.left[0, 0][kept], gradients.index[kept], gradients.size)
-    outer = gradients.as_outer()
-    _, b, _, t, o = outer.left.shape
-    i = outer.right.shape[-1]
-    if t > 1 or o * i <= 2 * (o + i):
+def _rows(
+    passed: ForwardPass,
+    group: Group,
+    known: Mapping[int, Tensor],
+    copied: Mapping[str, Tensor],
+    kept: Tensor,
+) -> Rows | None:
+    """Rows of those examples that a mask keeps; None where the outputs do not depend on them."""
+    if group.factored and group.name not in passed.without_rules:
+        if group.diagonal:
+            table = factored_gradient(passed, group, known)
+            if isinstance(table, LookedUp):
+                left, index = _kept(table.left[0, 0], kept), _kept(table.index, kept)
+                return Table(left, index, table.size)
+        else:
+            rows = _of_one_use(passed, group, known, kept)
+            if rows is not None:
+                return rows
+    pieces = [*gradient_pieces(passed, group, known, copied)]
+    if not pieces:
         return None
-    left, right = outer.left[0, :, :, 0].movedim(0, 1), outer.right[:, :, 0].movedim(0, 1)
-    return Product(left[kept], right[kept])
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    return Flat(_kept(whole[0].flatten(1), kept))
+
+
+def _of_one_use(
+    passed: ForwardPass, group: Group, known: Mapping[int, Tensor], kept: Tensor
+) -> Rows | None:
+    """Rows of a layer that is used once; None for any other."""
+    terms = [term for term in passed.terms[group.name] if term.use in known]
+    if len(terms) != 1:
+        return None
+    (term,) = terms
+    layout, n = passed.row_layout(term.use), passed.n
+    left = layout.by_example(group.own_rows(known[term.use]), n, block_axis=1)  # (1, b, n, t, o)
+    b, o, i = group.layout.matrix
+    if left.shape[1] != b:
+        return None
+    if left.shape[3] == 1 and o * i > 2 * (o + i):
+        right = term.inputs.gradients(left, layout, n).as_outer().right
+        sides = left[0, :, :, 0].movedim(0, 1), right[:, :, 0].movedim(0, 1)
+        return Product(*(_kept(side, kept) for side in sides))
+    inputs, joint = term.inputs, isinstance(term.inputs, WithOne)
+    if isinstance(inputs, WithOne):  # the bias's column is a sum: no copy of all rows for it
+        inputs = inputs.inner
+    step = at_once(left.shape[3] * i, CONVERTED // 4)
+    whole = isinstance(layout, Axis) and layout.axis == 0 and inputs.lead[0] == n
+    parts = inputs.split(step) if whole else None
+    if parts is None:
+        parts, step = iter([inputs]), n
+    out = left.new_empty(n, b, o, i)
+    for k, (part, rows) in enumerate(zip(parts, left.split(step, 2), strict=True)):
+        own = out[k * step : k * step + rows.shape[2]]
+        own[..., : i - joint] = part.gradients(rows, layout, len(own)).dense()[0]
+        if joint:
+            own[..., -1] = rows[0].sum(2).movedim(0, 1)
+    return Flat(_kept(out.flatten(1), kept))
+
+
+def _kept(rows: Tensor, kept: Tensor) -> Tensor:
+    return rows if bool(kept.all()) else rows[kept]

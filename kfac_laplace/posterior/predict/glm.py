@@ -4,7 +4,7 @@ No (n, c, p) Jacobian is made: each block contributes from the gradient rows of 
 of inputs at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,15 +39,18 @@ class OutputGaussian:
         mean: f_θ*(x), shape (n, t, c).
         covariance: shape (n, t, c, c).
         shape: shape of the model's output.
+        head: the share in the covariance of the layer that is used last, shape (n, t, c, c).
     """
 
     mean: Tensor
     covariance: Tensor
     shape: torch.Size
+    head: Tensor
 
     def double(self) -> "OutputGaussian":
         """The same in float64."""
-        return OutputGaussian(self.mean.double(), self.covariance.double(), self.shape)
+        mean, covariance, head = self.mean.double(), self.covariance.double(), self.head.double()
+        return OutputGaussian(mean, covariance, self.shape, head)
 
 
 def output_gaussian(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
@@ -67,12 +70,13 @@ def output_gaussian(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
             _moments(posterior, recorded(posterior, piece))
             for piece in batch.split(_inputs_at_once(posterior, batch))
         ]
-        if len({part[0].shape[1:] for part in parts}) > 1:  # sequences as long as the longest
+        if len({part.mean.shape[1:] for part in parts}) > 1:  # sequences as long as the longest
             parts = [_moments(posterior, recorded(posterior, batch))]
-    means, covariances, shapes = zip(*parts, strict=True)
-    mean = finite(torch.cat(means), "outputs of the model", INPUTS)
-    spread = finite(torch.cat(covariances), "covariance of the outputs", COVARIANCE)
-    return OutputGaussian(mean, spread, torch.Size((len(mean), *shapes[0][1:])))
+    mean = finite(torch.cat([part.mean for part in parts]), "outputs of the model", INPUTS)
+    covariances = torch.cat([part.covariance for part in parts])
+    spread = finite(covariances, "covariance of the outputs", COVARIANCE)
+    head = torch.cat([part.head for part in parts])  # finite where the sum is
+    return OutputGaussian(mean, spread, torch.Size((len(mean), *parts[0].shape[1:])), head)
 
 
 def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
@@ -120,8 +124,8 @@ def _entries(ggn: GGN) -> int:
     return ggn.knowledge.row_entries + generic
 
 
-def _moments(posterior: Posterior, passed: ForwardPass) -> tuple[Tensor, Tensor, torch.Size]:
-    """Mean (rows, t, c) and covariance (rows, t, c, c) at the inputs of one pass, and its shape."""
+def _moments(posterior: Posterior, passed: ForwardPass) -> OutputGaussian:
+    """Mean and covariances at the inputs of one pass, its nodes or examples as rows."""
     f = passed.outputs
     n, t, c = f.shape
     step = at_once(n * c * _entries(posterior.ggn), passed.budget.gradient_rows(f))
@@ -129,27 +133,61 @@ def _moments(posterior: Posterior, passed: ForwardPass) -> tuple[Tensor, Tensor,
     for start in range(0, t, step):
         vectors = _unit_vectors(f, start * c, (start + step) * c)
         rows.append(_covariances(posterior, passed, vectors, c))
-    covariance = torch.cat(rows, 1)
+    covariance, head = (torch.cat(parts, 1) for parts in zip(*rows, strict=True))
     if passed.output_segments is not None:  # nodes, each on its own
-        covariance = passed.output_segments.rows_of(covariance)[:, None]
-    return passed.output_rows.detach(), covariance, passed.recording.output.shape
+        covariance, head = (passed.output_segments.rows_of(m)[:, None] for m in (covariance, head))
+    return OutputGaussian(
+        passed.output_rows.detach(), covariance, passed.recording.output.shape, head
+    )
 
 
 def _covariances(
     posterior: Posterior, passed: ForwardPass, vectors: list[Tensor], width: int
-) -> Tensor:
-    """Covariances (n, v / width, width, width) of those outputs that the vectors pick."""
+) -> tuple[Tensor, Tensor]:
+    """Covariances (n, v / width, width, width) of those outputs that the vectors pick.
+
+    Returns:
+        By all parameters, and by those of the layer that is used last.
+    """
     total = passed.outputs.new_zeros(passed.n, len(vectors) // width, width, width).detach()
+    last = _used_last(passed, posterior.ggn.groups)
     with without_autocast(total.device):
         if posterior.ggn.options.hessian_structure == "full":
+            own = _positions(posterior.ggn, last).to(total)
             for normal, found in _matrices(posterior, passed, vectors):
                 total += covariance(normal, found, width)
-            return total
+                head = covariance(normal, found * own, width)
+            return total, head
+        head = torch.zeros_like(total)
         rows = passed.rows(vectors, posterior.ggn.groups)
         copied = copied_gradients(passed, vectors)
         for group in posterior.ggn.groups:
-            _add_group(posterior, passed, group, (rows, copied), total)
-    return total
+            if group.name in last:
+                share = torch.zeros_like(total)
+                _add_group(posterior, passed, group, (rows, copied), share)
+                head += share
+                total += share
+            else:
+                _add_group(posterior, passed, group, (rows, copied), total)
+    return total, head
+
+
+def _used_last(passed: ForwardPass, groups: Sequence[Group]) -> set[str]:
+    """Names of the groups of the posterior's layer that is used last; of all without a layer."""
+    layers = [use.params for use in passed.recording.uses if use.layer.kronecker]
+    names = {group.name: layers and not set(layers[-1]).isdisjoint(group.layout.params)
+             for group in groups}  # fmt: skip
+    return {name for name, found in names.items() if found} or set(names)
+
+
+def _positions(ggn: GGN, names: set[str]) -> Tensor:
+    """1 where an entry of all parameters behind one another is in these groups, else 0, (1, p)."""
+    inside = {p for group in ggn.groups if group.name in names for p in group.layout.params}
+    shapes = ggn.knowledge.full_layout
+    return torch.cat([
+        torch.full((shape.numel(),), float(param in inside))
+        for param, shape in zip(shapes.params, shapes.shapes, strict=True)
+    ])  # fmt: skip
 
 
 def _add_group(

@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
+from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Latent, Likelihood
 from kfac_laplace.likelihoods.predictive import RowPredictive
 from kfac_laplace.posterior.predict.finite import COVARIANCE, MEAN, finite
+from kfac_laplace.posterior.predict.glm import OutputGaussian
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class Predictive:
         shape: shape (n, ...) in which users see a tensor with one entry for each output.
         class_axis: where the c outputs of one row lie in `shape`.
         sigma: observation noise σ.
-        link: "probit" or "bridge", for probabilities in closed form.
+        link: how probabilities come from the Gaussian: "mode", "probit", "centred", "bridge", or
+            "auto" for the centred probit at moderate variances and points beyond them.
         samples: output samples (s, n, t, c); where given, averages are taken over them.
         seed: seed of the samples drawn where averages need some and none are given.
         n_samples: their number.
+        outputs: the Gaussian over f as the posterior has it, at κ = τ = 1.
     """
 
     likelihood: Likelihood
@@ -40,6 +44,7 @@ class Predictive:
     samples: Tensor | None = None
     seed: int = 0
     n_samples: int = 100
+    outputs: OutputGaussian | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -84,6 +89,38 @@ class Predictive:
         Closed form for regression, ½ log det(I + Σ/σ²); otherwise averages over samples.
         """
         return finite(self._rows.information(), "mutual information", MEAN)
+
+    @property
+    def aleatoric(self) -> Tensor:
+        """Expected entropy of y where the parameters are known, in nats, shape (n,).
+
+        For classes an average over samples, as `epistemic` is: the two add up to the entropy of the
+        average of p over them, which is `entropy` where probabilities are such averages.
+        """
+        return finite(self._rows.aleatoric(), "expected entropy", MEAN)
+
+    @property
+    def ood_score(self) -> Tensor:
+        """How unlike the training data the inputs look, larger for stranger ones, shape (n,).
+
+        Classification: the entropy of the centred probit with the covariance that the layer used
+        last has of its own; binary likewise, by the probit link. Gaussian noise: tr Σ/σ². Others:
+        the mutual information. It is taken at κ = τ = 1, so that calibration does not change it
+        (but for the mutual information), and only its order means something.
+
+        Raises:
+            InvalidValue: the predictive is one of samples.
+        """
+        if self.outputs is None:
+            raise InvalidValue(
+                "the score takes the covariance of the outputs in closed form",
+                where="ood_score",
+                got="samples",
+                remedy="Use pred_type='glm'",
+            )
+        found = self.outputs
+        score = self._rows.strangeness(Latent(found.mean, found.covariance), found.head)
+        return finite(score, "ood_score", MEAN)
 
     def output_samples(self) -> Tensor:
         """Samples of the outputs, shape (s, n, t, c)."""

@@ -1,5 +1,6 @@
 """Everything that a posterior with its scale κ can say about new inputs."""
 
+from collections.abc import MutableSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,25 +18,28 @@ from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
 from kfac_laplace.posterior.predict.inputs import inputs_of
 from kfac_laplace.posterior.predict.predictive import Predictive, from_samples, restore
 from kfac_laplace.posterior.predict.sampling import linearised_samples, network_samples
+from kfac_laplace.posterior.predict.scaling import Scaling
 
 SAMPLERS = {"glm": linearised_samples, "linear": linearised_samples, "nn": network_samples}
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predictions under N(θ*, κ P⁻¹).
+    """Predictions under N(θ*, κ P⁻¹), with outputs divided by τ.
 
     Args:
         posterior: N(θ*, P⁻¹).
-        scale: κ ≥ 0, shape ().
+        scaling: κ and τ.
         seed: seed of samples that are drawn without a generator.
         key_y: name of the targets, which a mapping of inputs may still hold.
+        said: what was logged of this posterior; added to.
     """
 
     posterior: Posterior
-    scale: Tensor
+    scaling: Scaling
     seed: int
     key_y: str
+    said: MutableSet[str]
 
     def source(self, generator: Generator | None) -> Generator:
         """The caller's generator, on whatever device, or a fresh one."""
@@ -60,24 +64,19 @@ class Predictor:
             samples = self.functions(x, n_samples, pred_type, source)
             return from_samples(ggn.likelihood, samples, axis, sigma)
         outputs = output_gaussian(self.posterior, self._batch(x))
-        scaled = outputs.covariance * self.scale.to(outputs.mean)
+        mean, scaled = self.scaling.moments(outputs.mean, outputs.covariance)
         covariance = finite(scaled, "covariance of the outputs", COVARIANCE)
-        drawn = None
+        drawn, seed = None, self.seed
+        link = self.scaling.link(link, ggn.likelihood, self.said)
         if link == "mc":
             with without_autocast(covariance.device):
-                drawn = sample_outputs(outputs.mean, covariance, n_samples, source)
+                drawn = sample_outputs(mean, covariance, n_samples, source)
+        elif link == "auto" and generator is not None:
+            seed = int(torch.randint(2**62, (), generator=source, device=source.device))
         return Predictive(
-            ggn.likelihood,
-            outputs.mean,
-            covariance,
-            outputs.shape,
-            axis,
-            sigma,
-            link,
-            drawn,
-            self.seed,
-            n_samples,
-        )
+            ggn.likelihood, mean, covariance, outputs.shape, axis, sigma, link, drawn, seed,
+            n_samples, outputs,
+        )  # fmt: skip
 
     def joint(self, x: Any, pred_type: str) -> tuple[Tensor, Tensor]:
         """Regression mean (N·C,) and covariance (N·C, N·C) over all inputs together."""
@@ -92,7 +91,7 @@ class Predictor:
         batch = self._batch(x)
         mean = output_gaussian(self.posterior, batch).mean.flatten()
         features = torch.cat(output_features(self.posterior, batch), 1)
-        joint = features @ features.mT * self.scale.to(features)
+        joint = features @ features.mT * self.scaling.scale.to(features)
         return mean, finite(joint, "covariance of the outputs", COVARIANCE)
 
     def _batch(self, x: Any) -> AnyBatch:
@@ -105,16 +104,16 @@ class Predictor:
         drawn = self.posterior.deviations(n, self.source(generator))
         flat = torch.cat([drawn[name].reshape(n, -1) for name in mode], 1)
         centre = torch.cat([value.flatten() for value in mode.values()])
-        return finite(centre + self.scale.sqrt() * flat, "sampled parameters", WEIGHTS)
+        return finite(centre + self.scaling.scale.sqrt() * flat, "sampled parameters", WEIGHTS)
 
     def functions(self, x: Any, n: int, pred_type: str, generator: Generator | None) -> Tensor:
         """Draws of functions, each at all inputs, shape (n, *output shape)."""
         check_whole("n_samples", n, 1)
         check_choice("pred_type", pred_type, SAMPLERS)
         draw = SAMPLERS[pred_type]
-        return draw(
-            self.posterior, self._batch(x), n, float(self.scale) ** 0.5, self.source(generator)
-        )
+        width = float(self.scaling.scale) ** 0.5
+        f = draw(self.posterior, self._batch(x), n, width, self.source(generator))
+        return self.scaling.samples(f)
 
     def targets(self, x: Any, n: int, pred_type: str, generator: Generator | None) -> Tensor:
         """Draws of class probabilities, or of y with its noise, shape (n, *output shape).

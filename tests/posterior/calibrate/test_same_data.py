@@ -45,7 +45,7 @@ def test_other_targets_are_refused(likelihood, structure):
         others += [(others[0][0], 5 * y), (others[0][0], y + 1e-3)]
     for other in others:
         with pytest.raises(InvalidValue, match=SAYS):
-            la.calibrate([other])
+            la.calibrate([other], "loo")
     assert float(la.posterior_scale) == before
 
 
@@ -63,12 +63,12 @@ def test_other_targets_are_told_where_not_all_points_are_looked_at(monkeypatch):
     la, x, y = fitted("regression")
     la.calibrate([(x, y)])
     with pytest.raises(InvalidValue, match=SAYS):
-        la.calibrate([(x, y + 0.1)])
+        la.calibrate([(x, y + 0.1)], "loo")
 
 
 def test_inputs_that_are_augmented_at_random_may_differ():
     la, x, y = fitted("regression")
-    la.calibrate([(x + 0.1 * torch.randn(x.shape).to(x), y)])
+    la.calibrate([(x + 0.1 * torch.randn(x.shape).to(x), y)], "loo")
 
 
 @pytest.mark.parametrize(("fit_in", "read_in"), [(True, False), (False, True), (True, True)])
@@ -88,11 +88,11 @@ def test_after_loading(tmp_path):
     again = Laplace.load(tmp_path / "la.pt", la.model)
     again.calibrate([(x, y)])
     with pytest.raises(InvalidValue, match=SAYS):
-        again.calibrate([(x, 5 * y)])
+        again.calibrate([(x, 5 * y)], "loo")
 
 
 def test_likelihoods_without_sums_over_targets_are_not_checked():
     case = build("mlp-regression")
     la = Laplace(case.model, "studentt").fit([(case.x, case.y)])
     assert not la.curvature.ggn.targets.numel()
-    la.calibrate([(case.x, -case.y)])
+    la.calibrate([(case.x, -case.y)], "loo")

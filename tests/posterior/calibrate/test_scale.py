@@ -206,7 +206,7 @@ def test_leave_one_out_reads_again_what_fit_read():
     expected = float(la.calibrate(case.batches).posterior_scale)
     for other in (case.batches[1:], [*case.batches, case.batches[0]]):
         with pytest.raises(KfacLaplaceError, match="the fit saw 7"):
-            la.calibrate(other)
+            la.calibrate(other, "loo")
     streamed = Laplace(case.model, "regression").fit(case.batches[:1])
     streamed.fit(case.batches[1:], override=False)
     assert float(streamed.calibrate().posterior_scale) == pytest.approx(expected, rel=1e-6)
