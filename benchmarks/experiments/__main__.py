@@ -22,11 +22,14 @@ from benchmarks.experiments.cost import COST
 from benchmarks.experiments.experiment import Experiment, Place, chosen, run_missing
 from benchmarks.experiments.images import IMAGES
 from benchmarks.experiments.lines import Lines
+from benchmarks.experiments.rotation import ROTATION
+from benchmarks.experiments.selection import SELECTION
 from benchmarks.experiments.uci import UCI
 from benchmarks.experiments.wrn import WRN
 
 OUT = Path(__file__).parents[1] / "results" / "experiments"
-EXPERIMENTS = {experiment.name: experiment for experiment in (IMAGES, UCI, WRN, COST)}
+ALL = (IMAGES, UCI, WRN, SELECTION, ROTATION, COST)
+EXPERIMENTS = {experiment.name: experiment for experiment in ALL}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -125,3 +125,29 @@ def test_bad_arguments_are_one_line(tmp_path, capsys, command, message):
         main([*command.split(), "--data", str(tmp_path), "--out", str(tmp_path)])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_selection(tmp_path, capsys):
+    """A perfect order has correlation +1; here the report only has to be there with its figure."""
+    pytest.importorskip("matplotlib")
+    write_mnist(tmp_path)
+    command = "selection --seeds 1 --networks mlp --depths 1,2 --widths 4,8 --size 30 --epochs 6"
+    lines = run(tmp_path, command)
+    assert [(one.cell["depth"], one.cell["width"]) for one in lines] == [
+        (1, 4),
+        (1, 8),
+        (2, 4),
+        (2, 8),
+    ]
+    assert lines[0].found["parameters"] == 257 * 4 + 5 * 10
+    assert "| mlp | evidence | 4 |" in table(tmp_path, capsys)
+    assert (tmp_path / "selection-mlp.png").stat().st_size > 0
+
+
+def test_rotation(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_mnist(tmp_path)
+    command = "rotation --seeds 1 --true 60 --grid 30,60,90 --size 20 --epochs 5 --test-images 10"
+    assert [one.cell["alpha"] for one in run(tmp_path, command)] == [30, 60, 90]
+    assert "| 60 |" in table(tmp_path, capsys)
+    assert (tmp_path / "rotation.png").stat().st_size > 0
