@@ -10,7 +10,6 @@ variable KFAC_LAPLACE_DATA; benchmarks/experiments/data.py says which files.
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -42,8 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"device '{options.device}' cannot be used here")
     if options.threads:
         torch.set_num_threads(options.threads)
-    # What the library warns of is kept by the hundred; the tables show what came of it.
-    logging.getLogger("kfac_laplace").setLevel(logging.ERROR)
     experiment = EXPERIMENTS[options.command]
     try:
         only = dict(only_of(text) for text in options.only)

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.experiments.data import MissingData
 from benchmarks.experiments.lines import Cell, Line, Lines, key_of
+from benchmarks.experiments.said import kept_warnings
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def run_missing(
 ) -> list[Cell]:
     """Run the cells that are not finished; returns those that failed.
 
-    A cell that fails prints its traceback and leaves no line, so that the next run tries it again.
+    What the library warns of is kept under "warnings". A cell that fails prints its traceback and
+    leaves no line, so that the next run tries it again.
     Several processes may share a file where each has cells of its own.
     """
     failed = []
@@ -86,12 +88,13 @@ def run_missing(
         title = " ".join(f"{name}={value}" for name, value in cell.items())
         print(f"{number}/{len(missing)} {title}", flush=True)
         try:
-            found = experiment.run(cell, place)
+            with kept_warnings() as warnings:
+                found = experiment.run(cell, place)
         except MissingData:
             raise
         except Exception:
             traceback.print_exc(file=sys.stderr)
             failed.append(cell)
             continue
-        lines.append(Line(cell, found))
+        lines.append(Line(cell, {**found, **({"warnings": warnings} if warnings else {})}))
     return failed

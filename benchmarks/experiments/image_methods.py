@@ -141,6 +141,8 @@ def history(tuner: MarglikTuner) -> Found:
     return {
         "first_move": moved[0] if moved else None,
         "precisions": dict(zip(tuner.groups, final, strict=True)),
+        "effective_dimensions": float(records[-1].effective_dimensions.sum()),
+        "constant_evidence": records[-1].constant_evidence,
         "rounds": len(records),
         "round_seconds": sum(record.seconds for record in records),
     }

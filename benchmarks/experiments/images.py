@@ -11,7 +11,7 @@ from benchmarks.experiments.choices import names, numbers
 from benchmarks.experiments.experiment import Experiment, Place
 from benchmarks.experiments.image_methods import METHODS, Found, available, takes_part
 from benchmarks.experiments.lines import Cell, Line
-from benchmarks.experiments.networks import NETWORKS
+from benchmarks.experiments.networks import CLASSES, NETWORKS
 from benchmarks.experiments.problem import Problem
 from benchmarks.experiments.statistics import Measure
 from benchmarks.experiments.tables import differences, means, summary
@@ -102,6 +102,16 @@ PREDICTED: dict[str, Measure] = {
     "AUROC, patches, of the mode": "auroc_patches",
     "AUROC, patches": "la_auroc_patches",
 }
+TUNED: dict[str, Measure] = {
+    "moves from epoch:.0f": "first_move",
+    "evidence:.0f": "evidence",
+    "of the constant predictor:.0f": "constant_evidence",
+    "γ:.0f": "effective_dimensions",
+    "γ / N(C − 1):.2f": lambda line: share(line),
+    "rounds, wall s:.1f": "round_seconds",
+    "rounds / training, CPU:.2f": lambda line: extra(line),
+    "warned:.2f": lambda line: float("warnings" in line.found),
+}
 GROUP = ("data", "size", "augment", "network")
 
 
@@ -124,10 +134,23 @@ def report(lines: Sequence[Line], folder: Path) -> str:
         "Predictions of the posterior, beside the mode's on the same images": means(
             predicted, GROUP, PREDICTED
         ),
+        "Tuning": means([line for line in lines if "rounds" in line.found], GROUP, TUNED),
         "NLL of the posterior − of the mode": means(predicted, GROUP, {"NLL:+.3f": gap("nll")}),
     }
     texts = [f"## {title}\n\n{table}" for title, table in parts.items() if table]
     return "# Digits and MNIST\n\n" + "\n".join(texts)
+
+
+def share(line: Line) -> float | None:
+    """γ as a part of what the data can determine."""
+    gamma = line.found.get("effective_dimensions")
+    return None if gamma is None else gamma / (line.cell["size"] * (CLASSES - 1))
+
+
+def extra(line: Line) -> float | None:
+    """Processor time of the rounds over that of the training between them."""
+    rounds = line.found.get("round_cpu_seconds")
+    return None if rounds is None else rounds / (line.found["seconds"] - rounds)
 
 
 def refit_nll(line: Line) -> float:

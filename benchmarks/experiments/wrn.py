@@ -146,7 +146,9 @@ def of_rounds(tuner: MarglikTuner) -> dict[str, Any]:
         "rounds": len(records),
         "curvature_seconds": curvature,
         "hyperstep_seconds": sum(record.seconds for record in records) - curvature,
-        "evidence": records[-1].evidence if records else None,
+        "evidence": records[-1].evidence,
+        "effective_dimensions": float(records[-1].effective_dimensions.sum()),
+        "constant_evidence": records[-1].constant_evidence,
         "precisions": dict(zip(tuner.groups, final, strict=True)),
     }
 

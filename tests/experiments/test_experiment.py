@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from benchmarks.experiments.data import MissingData
@@ -46,6 +48,19 @@ def test_failed_cells_are_named_and_tried_again(tmp_path, capsys):
     broken[0] = False
     assert run_missing(experiment(run), CELLS, lines, Place("cpu", None)) == []
     assert len(lines.read()) == 4
+
+
+def test_warnings_of_the_library_are_kept(tmp_path, caplog):
+    def run(cell, place):
+        for text in ("do not trust it", "do not trust it", "nor this"):
+            logging.getLogger("kfac_laplace").warning("seed %d: " + text, cell["seed"])
+        return {"nll": 1.0} if cell["seed"] else {}
+
+    lines = Lines(tmp_path / "a.jsonl")
+    run_missing(experiment(run), CELLS[1:2], lines, Place("cpu", None))
+    warnings = ["seed 1: do not trust it", "seed 1: nor this"]
+    assert [line.found for line in lines.read()] == [{"nll": 1.0, "warnings": warnings}]
+    assert caplog.records == []
 
 
 def test_missing_data_stop_the_run(tmp_path):
