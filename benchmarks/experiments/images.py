@@ -31,8 +31,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         help=f"(default: all that can run; {', '.join(METHODS)})")  # fmt: skip
     add("--augmentation", choices=AUGMENTATION, default="both", help="(default: both)")
     add("--epochs", type=int, help="instead of those of the size")
-    add("--test-images", type=int, default=settings.Tests.mode, help="at most (default: 10,000)")
-    add("--posterior-images", type=int, default=settings.Tests.posterior,
+    add("--test-images", type=int, default=settings.Counts.mode, help="at most (default: 10,000)")
+    add("--posterior-images", type=int, default=settings.Counts.posterior,
         help="that posteriors predict (default: 500)")  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def run(cell: Cell, place: Place) -> Found:
     shared = ("network", "data", "size", "augment", "seed", "epochs")
     found = problem(
         **{name: cell[name] for name in shared},
-        tests=settings.Tests(cell["test"], cell["few"]),
+        tests=settings.Counts(cell["test"], cell["few"]),
         device=place.device,
         folder=place.data,
     )

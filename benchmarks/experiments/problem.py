@@ -42,7 +42,7 @@ class Problem:
     augment: bool
     seed: int
     epochs: int
-    tests: settings.Tests
+    tests: settings.Counts
     device: str
     folder: Path | None
 

@@ -65,8 +65,11 @@ class Task:
     def model(self) -> nn.Module:
         """A hidden layer of 50 GELUs."""
         inputs = self.rows.train.x.shape[1]
-        layers = (nn.Linear(inputs, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1))
-        return seeded(lambda: nn.Sequential(*(layers)), self.split, self.device)
+
+        def make() -> nn.Module:
+            return nn.Sequential(nn.Linear(inputs, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1))
+
+        return seeded(make, self.split, self.device)
 
     def trained(
         self, data: Split, weight_decay: float = 0.0, tuner: MarglikTuner | None = None

@@ -25,7 +25,7 @@ EXACT_UP_TO = 100
 
 
 @dataclass(frozen=True)
-class Tests:
+class Counts:
     """How many images are predicted.
 
     Args:
