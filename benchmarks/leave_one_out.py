@@ -16,7 +16,8 @@ import torch
 
 from kfac_laplace import Laplace
 from kfac_laplace.demo.classification import draw
-from kfac_laplace.demo.methods import Problem, default_map, in_order, online_default
+from kfac_laplace.demo.methods import default_map, online_default
+from kfac_laplace.demo.problem import Problem, in_order
 from kfac_laplace.demo.settings import Settings
 from kfac_laplace.posterior.calibrate.held_out import (
     HeldOut,

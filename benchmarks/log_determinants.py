@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from kfac_laplace import Laplace
 from kfac_laplace.demo.classification import draw
-from kfac_laplace.demo.methods import Problem, default_map, online_default
+from kfac_laplace.demo.methods import default_map, online_default
+from kfac_laplace.demo.problem import Problem
 from kfac_laplace.demo.settings import Settings
 from kfac_laplace.posterior.predict.glm import output_features
 

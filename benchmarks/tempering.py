@@ -15,8 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from kfac_laplace.demo import metrics
+from kfac_laplace.demo.answers import mode
 from kfac_laplace.demo.classification import draw
-from kfac_laplace.demo.methods import Problem, mode, online_default
+from kfac_laplace.demo.methods import online_default
+from kfac_laplace.demo.problem import Problem
 from kfac_laplace.demo.settings import Settings
 
 TEMPERATURES = (1.0, 0.5, 0.25)

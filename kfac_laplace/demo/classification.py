@@ -8,8 +8,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kfac_laplace.demo import metrics
+from kfac_laplace.demo.answers import Answer, Prediction
 from kfac_laplace.demo.data import Images, digits
-from kfac_laplace.demo.methods import METHODS, Answer, Method, Prediction, Problem
+from kfac_laplace.demo.methods import METHODS, Method
+from kfac_laplace.demo.problem import Problem
 from kfac_laplace.demo.settings import Settings
 from kfac_laplace.demo.timing import Stopwatch
 from kfac_laplace.demo.training import Fit

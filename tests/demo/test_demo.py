@@ -16,7 +16,9 @@ rich_console = pytest.importorskip("rich.console")
 from kfac_laplace.demo import metrics  # noqa: E402  # after the checks that they can be imported
 from kfac_laplace.demo.classification import Outcome, classification, draw  # noqa: E402
 from kfac_laplace.demo.experiment import run  # noqa: E402
-from kfac_laplace.demo.methods import METHODS, Problem, fixed_map, rehearsed_map  # noqa: E402
+from kfac_laplace.demo.methods import METHODS, fixed_map, rehearsed_map  # noqa: E402
+from kfac_laplace.demo.models import MicroViT, seeded  # noqa: E402
+from kfac_laplace.demo.problem import Problem  # noqa: E402
 from kfac_laplace.demo.regression import RegressionOutcome  # noqa: E402
 from kfac_laplace.demo.settings import Recipe, Settings  # noqa: E402
 
@@ -145,3 +147,16 @@ def test_regression_measures_by_hand():
     expected = 0.5 * math.log(2 * math.pi) + 0.5 * (1 + 4 + 2.56) / 4
     assert metrics.gaussian_nll(mean, variance, target) == pytest.approx(expected, rel=1e-6)
     assert metrics.coverage(mean, variance, target) == 0.75  # the interval is ± 1.645
+
+
+def test_transformer_is_built_the_standard_way():
+    """The head reads the class token alone, which sees the patches by attention."""
+    model = seeded(MicroViT, 0)
+    names = dict(model.named_parameters())
+    assert sum(p.numel() for p in names.values()) == 18_218
+    assert float(names["position"].std()) == pytest.approx(0.02, rel=0.1)
+    assert {"token", "norm.weight", "norm.bias", "blocks.0.norm1.weight"} <= names.keys()
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    logits = model(x)
+    assert logits.shape == (3, 10)
+    assert not torch.allclose(logits, model(x.flip(-1)))  # positions matter
