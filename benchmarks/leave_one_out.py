@@ -16,7 +16,8 @@ import torch
 
 from kfac_laplace import Laplace
 from kfac_laplace.demo.classification import draw
-from kfac_laplace.demo.methods import Problem, default_map, in_order, online_reduce
+from kfac_laplace.demo.methods import default_map, online_default
+from kfac_laplace.demo.problem import Problem, in_order
 from kfac_laplace.demo.settings import Settings
 from kfac_laplace.posterior.calibrate.held_out import (
     HeldOut,
@@ -50,11 +51,9 @@ def main() -> None:
 
 
 def posteriors(problem: Problem) -> dict[str, Laplace]:
-    """K-FAC-reduce posteriors of a plainly trained and of a tuned network."""
-    plain = Laplace(
-        default_map(problem).model, "classification", kfac_approx=problem.kfac_approx("reduce")
-    )
-    tuned = online_reduce(problem).tuner
+    """Default posteriors of a plainly trained and of a tuned network."""
+    plain = Laplace(default_map(problem).model, "classification")
+    tuned = online_default(problem).tuner
     assert tuned is not None
     return {
         "MAP": plain.fit(in_order(problem)).optimize_prior(),

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from benchmarks.models import Size, build, draw
 from kfac_laplace import Laplace
 from kfac_laplace.demo import classification
-from kfac_laplace.demo.methods import Problem, default_map
+from kfac_laplace.demo.methods import default_map
+from kfac_laplace.demo.problem import Problem
 from kfac_laplace.demo.settings import Settings
 
 PRECISIONS = (1.0, 1e-2, 1e-4)

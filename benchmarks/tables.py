@@ -14,6 +14,7 @@ CLASSIFICATION = {
     "ece": ".3f",
     "brier": ".3f",
     "ood_auroc": ".3f",
+    "ood_score_auroc": ".3f",
     "log_evidence": ".0f",
     "seconds": ".1f",
     "curvature_seconds": ".1f",

@@ -15,8 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from kfac_laplace.demo import metrics
+from kfac_laplace.demo.answers import mode
 from kfac_laplace.demo.classification import draw
-from kfac_laplace.demo.methods import Problem, mode, online_reduce
+from kfac_laplace.demo.methods import online_default
+from kfac_laplace.demo.problem import Problem
 from kfac_laplace.demo.settings import Settings
 
 TEMPERATURES = (1.0, 0.5, 0.25)
@@ -45,14 +47,14 @@ def measure(name: str, seed: int, temperature: float) -> dict[str, float | int |
     recipe = replace(settings.images[name], temperature=temperature)
     settings = replace(settings, images={**settings.images, name: recipe})
     problem = Problem(name, draw(settings, seed), settings, seed)
-    fit = online_reduce(problem)
+    fit = online_default(problem)
     predict, data = mode(fit.model), problem.data
     return {
         "network": name,
         "seed": seed,
         "temperature": temperature,
-        "test_nll": metrics.nll(predict(data.test.x), data.test.y),
-        "train_nll": metrics.nll(predict(data.train.x), data.train.y),
+        "test_nll": metrics.nll(predict(data.test.x).probs, data.test.y),
+        "train_nll": metrics.nll(predict(data.train.x).probs, data.train.y),
     }
 
 

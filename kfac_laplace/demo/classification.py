@@ -8,8 +8,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kfac_laplace.demo import metrics
+from kfac_laplace.demo.answers import Answer, Prediction
 from kfac_laplace.demo.data import Images, digits
-from kfac_laplace.demo.methods import METHODS, Answer, Method, Problem
+from kfac_laplace.demo.methods import METHODS, Method
+from kfac_laplace.demo.problem import Problem
 from kfac_laplace.demo.settings import Settings
 from kfac_laplace.demo.timing import Stopwatch
 from kfac_laplace.demo.training import Fit
@@ -30,14 +32,16 @@ class Outcome:
         ece: expected calibration error over 15 bins.
         brier: squared distance to the one-hot label, summed over classes.
         ood_auroc: area under the ROC curve of the predictive entropy, test images against patches.
+        ood_score_auroc: the same by the posterior's score; None where there is no posterior.
         log_evidence: log marginal likelihood of the training images by the method's own curvature
-            (K-FAC-reduce for plain training), in nats.
+            (the default's for plain training), in nats.
         seconds: training and posterior, without prediction.
         curvature_seconds: the part of it that went into curvature.
         predict_seconds: predicting test images and patches.
         training_runs: networks trained to arrive here.
         weight_decay: the weight decay of plain training, chosen or given; None for tuned networks.
-        posterior_scale: factor on the predictive covariance; None for point estimates.
+        posterior_scale: κ, the factor on the predictive covariance; None without a posterior.
+        temperature: what predictions divide logits by; None where they know of none.
     """
 
     model: str
@@ -48,6 +52,7 @@ class Outcome:
     ece: float
     brier: float
     ood_auroc: float
+    ood_score_auroc: float | None
     log_evidence: float
     seconds: float
     curvature_seconds: float
@@ -55,6 +60,7 @@ class Outcome:
     training_runs: int
     weight_decay: float | None
     posterior_scale: float | None
+    temperature: float | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def measure(method: Method, fit: Fit, problem: Problem) -> Result:
     answer = method.answer(fit, problem)
     test, ood = problem.data.test, problem.data.ood
     clock = Stopwatch(test.x)
-    probs, ood_probs = in_chunks(answer, test.x), in_chunks(answer, ood)
+    (probs, score), (ood_probs, ood_score) = in_chunks(answer, test.x), in_chunks(answer, ood)
     predict_seconds = clock()
     outcome = Outcome(
         model=problem.name,
@@ -103,7 +109,10 @@ def measure(method: Method, fit: Fit, problem: Problem) -> Result:
         nll=metrics.nll(probs, test.y),
         ece=metrics.ece(probs, test.y),
         brier=metrics.brier(probs, test.y),
-        ood_auroc=metrics.ood_auroc(probs, ood_probs),
+        ood_auroc=metrics.auroc(metrics.entropy(probs), metrics.entropy(ood_probs)),
+        ood_score_auroc=(
+            None if score is None or ood_score is None else metrics.auroc(score, ood_score)
+        ),
         log_evidence=answer.log_evidence,
         seconds=fit.seconds + answer.seconds,
         curvature_seconds=fit.curvature_seconds + answer.curvature_seconds,
@@ -111,10 +120,14 @@ def measure(method: Method, fit: Fit, problem: Problem) -> Result:
         training_runs=fit.runs,
         weight_decay=fit.weight_decay,
         posterior_scale=answer.posterior_scale,
+        temperature=answer.temperature,
     )
     return Result(outcome, probs.cpu(), test.y.cpu(), fit)
 
 
-def in_chunks(answer: Answer, x: Tensor) -> Tensor:
-    """Probabilities (n, c) for inputs (n, ...), a few hundred at a time."""
-    return torch.cat([answer.predict(chunk).detach() for chunk in x.split(CHUNK)])
+def in_chunks(answer: Answer, x: Tensor) -> Prediction:
+    """The prediction for inputs (n, ...), a few hundred at a time."""
+    found = [answer.predict(chunk) for chunk in x.split(CHUNK)]
+    scores = [part.ood_score for part in found if part.ood_score is not None]
+    probs = torch.cat([part.probs for part in found])
+    return Prediction(probs, torch.cat(scores) if scores else None)

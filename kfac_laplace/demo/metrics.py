@@ -37,12 +37,12 @@ def entropy(probs: Tensor) -> Tensor:
     return -torch.special.xlogy(probs, probs).sum(1)
 
 
-def ood_auroc(probs: Tensor, ood_probs: Tensor) -> float:
-    """Chance that an out-of-distribution input has a higher entropy than a test input."""
-    score = torch.cat([entropy(probs), entropy(ood_probs)])
-    is_ood = torch.cat([torch.zeros(len(probs)), torch.ones(len(ood_probs))]).int()
+def auroc(score: Tensor, ood_score: Tensor) -> float:
+    """Chance that an out-of-distribution input has a higher score than a test input."""
+    scores = torch.cat([score, ood_score])
+    is_ood = torch.cat([torch.zeros(len(score)), torch.ones(len(ood_score))]).int()
     # torchmetrics squashes scores outside [0, 1] by a sigmoid: map them there by hand, exactly.
-    return float(binary_auroc(score / score.max(), is_ood.to(score.device)))
+    return float(binary_auroc(scores / scores.max(), is_ood.to(scores.device)))
 
 
 def rmse(mean: Tensor, target: Tensor) -> float:

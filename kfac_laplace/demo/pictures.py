@@ -22,9 +22,9 @@ Panel = Callable[[Axes], None]
 #: what the reliability diagram compares
 COMPARED = (
     "MAP, default weight decay",
-    "post-hoc Laplace, kron-reduce",
-    "post-hoc, kron-reduce + calibrated",
-    "online, reduce",
+    "MAP + temperature scaling",
+    "post-hoc, held-out data",
+    "online",
 )
 
 
@@ -51,9 +51,9 @@ def panels_of(model: str, findings: "Findings") -> dict[str, Panel]:
     histories = {
         name: tuner.history
         for name, result in tuned.items()
-        if (tuner := result.fit.tuner) is not None and "calibrated" not in name
+        if (tuner := result.fit.tuner) is not None
     }
-    last = tuned["online, reduce"]
+    last = tuned["online"]
     return {
         "reliability": lambda ax: plots.reliability(ax, compared),
         "evidence": lambda ax: plots.evidence(ax, histories),

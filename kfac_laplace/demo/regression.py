@@ -1,7 +1,7 @@
 """The regression half: how much to trust a prediction of disease progression."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -66,48 +66,60 @@ def regression(settings: Settings) -> Iterator[RegressionOutcome]:
     """Run the half, yielding each row as soon as it is there."""
     for seed in range(settings.seed, settings.seed + settings.seeds):
         data = diabetes(settings.n_patients, seed, settings.device)
-        fit = plain(settings, data.train, seed)
-        yield point_estimate(fit, data, seed)
+        weight_decay = settings.patients.weight_decay
+        fit = plain(settings, data.train, seed, weight_decay)
+        yield point_estimate("MAP, default weight decay", fit, data.train, data, seed)
+        # The loss is the mean of squares, not of halved ones: δ = λ N/2 at a noise of 1.
+        fixed = plain(settings, data.train, seed, 2 * settings.fixed_precision / len(data.train.x))
+        yield point_estimate("MAP, δ = 1", fixed, data.train, data, seed)
+        yield noise_held_out(settings, data, seed)
         clock = Stopwatch(data.train.x)
         la = Laplace(fit.model, "regression").fit(whole(data.train)).optimize_prior()
-        yield posterior("post-hoc Laplace, kron-reduce", la, data, seed, fit.seconds + clock())
+        yield posterior("post-hoc", la, data, seed, fit.seconds + clock())
         tuned = online(settings, data.train, seed)
         clock = Stopwatch(data.train.x)
         assert tuned.tuner is not None
         la = tuned.tuner.laplace(whole(data.train))
-        yield posterior("online, noise learned", la, data, seed, tuned.seconds + clock())
+        yield posterior("online", la, data, seed, tuned.seconds + clock())
         la.calibrate()
-        yield posterior(
-            "online, noise learned + calibrated", la, data, seed, tuned.seconds + clock()
-        )
+        yield posterior("online, leave-one-out", la, data, seed, tuned.seconds + clock())
 
 
-def plain(settings: Settings, train: Split, seed: int) -> Fit:
-    """Squared error with the default weight decay."""
-    recipe = settings.patients
+def plain(settings: Settings, train: Split, seed: int, weight_decay: float) -> Fit:
+    """Squared error with a fixed weight decay."""
     model = seeded(lambda: mlp(train.x.shape[1]), seed, settings.device)
     return train_plain(
-        model, train, F.mse_loss, recipe, seed=seed, weight_decay=recipe.weight_decay
+        model, train, F.mse_loss, settings.patients, seed=seed, weight_decay=weight_decay
     )
 
 
 def online(settings: Settings, train: Split, seed: int) -> Fit:
     """Precisions and noise tuned while training."""
     model = seeded(lambda: mlp(train.x.shape[1]), seed, settings.device)
-    return train_online(
-        model, train, "regression", settings.patients, seed=seed, kfac_approx="reduce"
-    )
+    return train_online(model, train, "regression", settings.patients, seed=seed)
 
 
-def point_estimate(fit: Fit, data: Patients, seed: int) -> RegressionOutcome:
-    """The network's output; its noise is what it leaves unexplained in training."""
+def noise_held_out(settings: Settings, data: Patients, seed: int) -> RegressionOutcome:
+    """The default weight decay with the noise of held-out training patients, then fitted to all."""
+    weight_decay = settings.patients.weight_decay
+    held_out, kept = data.train.cut(round(settings.holdout * len(data.train.x)))
+    rehearsal = plain(settings, kept, seed, weight_decay)
+    fit = plain(settings, data.train, seed, weight_decay)
+    fit = replace(fit, seconds=rehearsal.seconds + fit.seconds, rehearsal=rehearsal.model)
+    return point_estimate("MAP, noise by held-out data", fit, held_out, data, seed)
+
+
+def point_estimate(
+    name: str, fit: Fit, residuals_on: Split, data: Patients, seed: int
+) -> RegressionOutcome:
+    """The network's output; its noise is what it, or its rehearsal, leaves unexplained there."""
     with torch.no_grad():
-        residual = fit.model(data.train.x) - data.train.y
+        explained = (fit.rehearsal or fit.model)(residuals_on.x)
         mean = fit.model(data.test.x)
-    variance = residual.square().mean()
+    variance = (explained - residuals_on.y).square().mean()
     return scored(
-        "MAP, default weight decay", seed, data.test, mean, variance.expand_as(mean),
-        float(variance.sqrt()), None, fit.seconds,
+        name, seed, data.test, mean, variance.expand_as(mean), float(variance.sqrt()), None,
+        fit.seconds,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 import kfac_laplace
 from kfac_laplace.demo.classification import Outcome
@@ -23,10 +24,11 @@ CLASSIFICATION_COLUMNS = (
     ("nll", "NLL", "{:.3f}"),
     ("ece", "ECE", "{:.3f}"),
     ("brier", "Brier", "{:.3f}"),
-    ("ood_auroc", "OOD AUROC", "{:.3f}"),
+    ("ood_auroc", "OOD entropy", "{:.3f}"),
+    ("ood_score_auroc", "OOD score", "{:.3f}"),
     ("log_evidence", "log evidence", "{:.0f}"),
     ("seconds", "seconds", "{:.1f}"),
-    ("curvature_seconds", "curvature s", "{:.1f}"),
+    ("curvature_seconds", "curv. s", "{:.1f}"),
     ("training_runs", "runs", "{:.0f}"),
 )
 REGRESSION_COLUMNS = (
@@ -99,20 +101,14 @@ def write_json(findings: "Findings", path: Path) -> None:
         "regression": [asdict(row) for row in findings.regression],
         "history": _histories(findings),
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1, default=Tensor.tolist) + "\n")
 
 
 def _histories(findings: "Findings") -> dict[str, list[dict[str, Any]]]:
     """Rounds of the tuned runs of the first seed, by network and method."""
     return {
         f"{result.outcome.model}: {result.outcome.method}": [
-            {
-                **asdict(record),
-                "hyperparameters": {
-                    name: value.tolist() for name, value in record.hyperparameters.items()
-                },
-            }
-            for record in result.fit.tuner.history
+            asdict(record) for record in result.fit.tuner.history
         ]
         for result in findings.shown
         if result.fit.tuner is not None

@@ -15,10 +15,7 @@ class Recipe:
         learning_rate: start of Adam's cosine schedule, which ends at zero.
         weight_decay: the default λ of plain training, whose loss is the mean over examples plus
             λ/2 ‖θ‖²; it amounts to the prior precision δ = λ N.
-        burn_in: epochs before the first evidence step of online tuning. An underfitted network
-            looks as if it needed a strong prior, and a layer switched off by one does not return.
-        frequency: epochs between evidence steps.
-        hyper_steps: gradient steps on the hyperparameters in one evidence step.
+        frequency: epochs between evidence steps of online tuning, the one option that is set.
         temperature: T of loss and evidence in online tuning; below 1 the data weigh more.
     """
 
@@ -26,15 +23,13 @@ class Recipe:
     batch_size: int = 50
     learning_rate: float = 3e-3
     weight_decay: float = 5e-4
-    burn_in: int = 10
     frequency: int = 5
-    hyper_steps: int = 50
     temperature: float = 1.0
 
 
 def default_images() -> dict[str, Recipe]:
-    """The recipes of the classification half: a transformer takes longer to fit."""
-    return {"cnn": Recipe(), "vit": Recipe(burn_in=50)}
+    """The recipes of the classification half: one for all networks."""
+    return {name: Recipe() for name in MODELS}
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,9 @@ class Settings:
         n_test: most test images; by default all that are left.
         n_ood: patches of photographs that serve as out-of-distribution inputs.
         grid: weight decays that the grid tries.
-        holdout: share of the training images that the grid selects on.
+        fixed_precision: δ of the row with a sensible fixed precision.
+        holdout: share of the training examples on which weight decays, temperatures, scales and
+            noise are chosen, where they are chosen on held-out data.
         images: recipes of the classification half by network.
         n_patients: training patients of the regression half.
         patients: recipe of the regression half.
@@ -64,6 +61,7 @@ class Settings:
     n_test: int = 1597
     n_ood: int = 1000
     grid: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    fixed_precision: float = 1.0
     holdout: float = 0.2
     images: dict[str, Recipe] = field(default_factory=default_images)
     n_patients: int = 300
@@ -71,7 +69,7 @@ class Settings:
 
 
 def quick() -> Settings:
-    """Less of everything, to see the whole within a minute; its numbers prove little."""
+    """Less of everything, to see the whole in about a minute; its numbers prove little."""
     full = Settings()
     return replace(
         full,

@@ -27,6 +27,7 @@ class Fit:
         runs: how many those were.
         weight_decay: the fixed weight decay of plain training.
         tuner: the tuner of online training, with its history.
+        rehearsal: the same network trained without the held-out images, for what they choose.
         curvature_seconds: the part of `seconds` that went into curvature.
     """
 
@@ -35,6 +36,7 @@ class Fit:
     runs: int = 1
     weight_decay: float | None = None
     tuner: MarglikTuner | None = None
+    rehearsal: nn.Module | None = None
     curvature_seconds: float = 0.0
 
 
@@ -76,9 +78,7 @@ def train_online(
         n_data=len(data.x),
         kfac_approx=kfac_approx,
         temperature=recipe.temperature,
-        n_epochs_burnin=recipe.burn_in,
         marglik_frequency=recipe.frequency,
-        n_hypersteps=recipe.hyper_steps,
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
     schedule = CosineAnnealingLR(optimizer, recipe.epochs)
