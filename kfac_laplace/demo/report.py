@@ -105,10 +105,11 @@ def write_json(findings: "Findings", path: Path) -> None:
 
 
 def _histories(findings: "Findings") -> dict[str, list[dict[str, Any]]]:
-    """Rounds of the tuned runs of the first seed, by network and method."""
+    """Rounds of the tuned runs of the first seed, by network and method, without names."""
     return {
         f"{result.outcome.model}: {result.outcome.method}": [
-            asdict(record) for record in result.fit.tuner.history
+            {name: value for name, value in asdict(record).items() if name != "groups"}
+            for record in result.fit.tuner.history
         ]
         for result in findings.shown
         if result.fit.tuner is not None
