@@ -566,10 +566,6 @@ class Laplace:
         """
         if joint:
             return self._predictor.joint(x, pred_type)
-        if pred_type == "glm":
-            probs = self._predictor.network_alone(x, link_approx)
-            if probs is not None:
-                return probs
         predictive = self.predict(x, pred_type, link_approx, n_samples, generator)
         if self.likelihood.has_gaussian_noise:
             return predictive.mean, predictive.covariance

@@ -49,6 +49,7 @@ LATER: dict[str, Any] = {
     "outputs": None,
     "left_start": True,
     "then": None,
+    "modes": [],
     "began": {},
     "training": None,
 }
@@ -70,6 +71,7 @@ class Resumed:
         burn_in: how far the training loss has settled.
         outputs: of an example, None where no loss was computed.
         left_start: whether precisions have left their start.
+        modes: of the modules, in the model's order, in training; none where none was seen.
         then: the first entry of each parameter at the first loss of the epoch.
         began: root mean squares of the parameters when the tuner was made.
         training: what is special about training mode, None where it was not looked at.
@@ -87,6 +89,7 @@ class Resumed:
     outputs: int | None
     left_start: bool
     then: Tensor | None
+    modes: tuple[bool, ...]
     began: dict[str, float]
     training: TrainingMode | None
 
@@ -122,6 +125,7 @@ def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.d
         None if found["outputs"].value is None else found["outputs"].whole(1),
         found["left_start"].flag(),
         None if found["then"].value is None else found["then"].tensor().to(device),
+        tuple(one.flag() for one in found["modes"].entries()),
         {name: one.number() for name, one in found["began"].items().items()},
         _training(found["training"]),
     )

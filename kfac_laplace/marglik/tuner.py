@@ -353,8 +353,7 @@ class MarglikTuner:
         if self._signs and (self._outputs or 0) > FEW_OUTPUTS:
             options = replace(options, fisher=Hybrid(passes=1))
         la, groups, moments = self._fitted(seen, options)
-        modes = self._modes or modes_of(self._network.model)
-        groups = replace(groups, examples=self._few(seen)).looked_at(modes)
+        groups = replace(groups, examples=self._few(seen)).looked_at(self._modes)
         if burn_in.waits:
             burn_in = burn_in.judged(constant_unexplained(la.curvature.ggn))
         self._check_count(la.curvature.n_rows)
@@ -533,6 +532,7 @@ class MarglikTuner:
             "outputs": self._outputs,
             "left_start": self._left_start,
             "then": self._then,
+            "modes": list(self._modes.values()),
             "began": dict(self._groups.began),
             "training": training_to_plain(self._groups.training),
         }
@@ -579,4 +579,6 @@ class MarglikTuner:
         self._epoch, self.history, self._patterns = read.epoch, read.history, read.patterns
         self._adam, self._start = read.adam, read.start
         self._outputs, self._left_start, self._then = read.outputs, read.left_start, read.then
+        modules = [*self._network.model.modules()]
+        self._modes = dict(zip(modules, read.modes, strict=len(read.modes) > 0))
         self._burn_in = read.burn_in if self.n_epochs_burnin == 0 else BurnIn(over=True)

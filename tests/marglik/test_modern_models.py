@@ -94,7 +94,7 @@ def train(tuner: MarglikTuner, batches: Batches, epochs: int) -> list[float]:
 @pytest.mark.parametrize("fisher", ["exact", "mc"])
 def test_a_users_loop(name, fisher):
     model, batches = made(name)
-    tuner = MarglikTuner(model, "classification", N_DATA, fisher=fisher)
+    tuner = MarglikTuner(model, "classification", N_DATA, fisher=fisher, n_epochs_burnin=1)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     fits = train(tuner, batches, epochs=12)
     assert fits[-1] < fits[0]

@@ -20,7 +20,7 @@ from kfac_laplace.curvature.gradients.by_group import (
 )
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
-from kfac_laplace.curvature.linalg.dtypes import accumulable, without_autocast
+from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.curvature.model.unchanged import undisturbed
@@ -77,21 +77,6 @@ def output_gaussian(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
     spread = finite(covariances, "covariance of the outputs", COVARIANCE)
     head = torch.cat([part.head for part in parts])  # finite where the sum is
     return OutputGaussian(mean, spread, torch.Size((len(mean), *parts[0].shape[1:])), head)
-
-
-def output_means(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
-    """The outputs at the mode alone, as a Gaussian without spread: no gradients are taken.
-
-    Args:
-        posterior: the posterior; the model runs at its mode, whatever its weights are now.
-        batch: the inputs.
-    """
-    with undisturbed(posterior.network.model), torch.no_grad():
-        output = posterior.network.output(batch, posterior.ggn.knowledge, posterior.mode_for_model)
-    rows = accumulable(posterior.ggn.likelihood.align(output, posterior.ggn.knowledge.class_axis))
-    mean = finite(rows, "outputs of the model", INPUTS)
-    none = mean.new_zeros(*mean.shape, mean.shape[-1])
-    return OutputGaussian(mean, none, output.shape, none)
 
 
 def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:

@@ -14,7 +14,7 @@ from kfac_laplace.likelihoods.links import LINKS, sample_outputs
 from kfac_laplace.options import check_choice, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.finite import COVARIANCE, MEAN, WEIGHTS, finite
-from kfac_laplace.posterior.predict.glm import output_features, output_gaussian, output_means
+from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
 from kfac_laplace.posterior.predict.inputs import inputs_of
 from kfac_laplace.posterior.predict.predictive import Predictive, from_samples, restore
 from kfac_laplace.posterior.predict.sampling import linearised_samples, network_samples
@@ -77,22 +77,6 @@ class Predictor:
             ggn.likelihood, mean, covariance, outputs.shape, axis, sigma, link, drawn, seed,
             n_samples, outputs,
         )  # fmt: skip
-
-    def network_alone(self, x: Any, link: str) -> Tensor | None:
-        """Class probabilities of the network itself, where predictions are these; else None.
-
-        No gradients are taken, so that they cost what the network costs.
-        """
-        check_choice("link_approx", link, LINKS)
-        likelihood = self.posterior.ggn.likelihood
-        if not likelihood.has_logits or self.scaling.link(link, likelihood, self.said) != "mode":
-            return None
-        outputs = output_means(self.posterior, self._batch(x))
-        mean, covariance = self.scaling.moments(outputs.mean, outputs.covariance)
-        axis = self.posterior.ggn.knowledge.class_axis
-        return Predictive(
-            likelihood, mean, covariance, outputs.shape, axis, self._sigma, "mode"
-        ).mean
 
     def joint(self, x: Any, pred_type: str) -> tuple[Tensor, Tensor]:
         """Regression mean (N·C,) and covariance (N·C, N·C) over all inputs together."""
