@@ -180,7 +180,9 @@ def test_a_round_that_fails_changes_nothing():
     tuner = MarglikTuner(case.model, case.likelihood, 7, objective="exact")
     with pytest.raises(InvalidValue, match="generator can be read only once"):
         tuner.step(batch for batch in case.batches)
-    assert not tuner.history and float(tuner.hyperparameters()["prior_precision"]) == pytest.approx(7e-4)
+    assert not tuner.history and float(tuner.hyperparameters()["prior_precision"]) == pytest.approx(
+        7e-4
+    )
     assert tuner.step(case.batches).epoch == 1
 
 
