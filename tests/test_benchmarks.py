@@ -31,6 +31,7 @@ def check_numbers(row):
     assert row["ratio"] == pytest.approx(row["seconds"] / row["step_seconds"])  # one round
 
 
+@pytest.mark.slow
 def test_fit_agrees_with_a_peer(tmp_path):
     """Traces of the exact GGN blocks agree to single precision, and the page shows it."""
     pytest.importorskip("curvlinops")
@@ -50,6 +51,7 @@ def test_fit_agrees_with_a_peer(tmp_path):
     assert page.read_text(encoding="utf-8") == text
 
 
+@pytest.mark.slow
 def test_rows_of_an_earlier_run_are_kept(tmp_path):
     """Each contender's row stays until it is measured again; other conditions do not mix."""
     options = ["--suite", "fit", "--sizes", "tiny", "--out", str(tmp_path), "--keep"]

@@ -73,6 +73,7 @@ def test_all_methods_of_images(tmp_path, capsys):
     assert "NLL − grid, by seed" in table(tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_uci(tmp_path, capsys):
     """On a linear target with unit noise, tuned and grid find about that noise."""
     write_uci(tmp_path)
@@ -86,6 +87,7 @@ def test_uci(tmp_path, capsys):
     assert "| yacht | tuned | 1 |" in table(tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_wrn(tmp_path, capsys):
     """Before their first round all methods are SGD on the same batches."""
     write_cifar(tmp_path)

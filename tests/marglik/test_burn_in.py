@@ -214,7 +214,7 @@ def test_losses_of_held_out_data_do_not_count():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("when", [2, 30, 90])
+@pytest.mark.parametrize("when", [2, 30, pytest.param(90, marks=pytest.mark.slow)])
 def test_resumed_in_the_middle_of_an_epoch(when):
     """The sums so far are part of the state."""
     (x, y), model = data(), network()
