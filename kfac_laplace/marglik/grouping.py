@@ -102,10 +102,8 @@ class Grouping:
             return self
         network = Curvature.of(self.model, self.options).network
         batch = network.batch(self.examples.x, len(self.examples.y), self.known.interface)
-        matrices = [
-            g for g in self.known.groups if g.role != "bias" and g.layout.shapes[0].numel() > 1
-        ]
-        candidates = [g for g in matrices if len(g.layout.shapes[0]) > 1]
+        groups = self.known.groups
+        candidates = [g for g in groups if g.role != "bias" and len(g.layout.shapes[0]) > 1]
         training = TrainingMode.of(network, candidates, batch, modes)
         return replace(self, training=training)
 
