@@ -5,20 +5,10 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from marglik.small_networks import made, rows
 from torch import nn
 
 from kfac_laplace import MarglikTuner
-
-
-def rows(n=20, targets=3):
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    return x, x[:, :targets].argmax(1)
-
-
-def made(build):
-    torch.manual_seed(0)
-    return build().double()
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
