@@ -97,7 +97,9 @@ def _of_pass(
     if first:
         passed = passed.knowing(_with_groups(passed, ggn.options))
         few = partial(_few, network, passed, parameters)
-        settings = _settings(passed, ggn.options, few)
+        layers = [g.name for g in passed.knowledge.groups if g.treatment == "kron"]
+        if [*settings] != layers:
+            settings = _settings(passed, ggn.options, few)
     passed = passed.knowing(_with_effects(passed, ggn.options, first))
     idle = _idle_examples(passed.weights)
     # Examples whose labels are all ignored would enter the input factors alone.

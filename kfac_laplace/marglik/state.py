@@ -52,6 +52,7 @@ LATER: dict[str, Any] = {
     "modes": [],
     "began": {},
     "training": None,
+    "settings": {},
 }
 
 

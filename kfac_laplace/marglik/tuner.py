@@ -22,6 +22,7 @@ from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
 from kfac_laplace.curvature.plain_groups import groups_to_plain, knowledge_of_groups
+from kfac_laplace.curvature.state import settings_of
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, settled_axis
@@ -373,7 +374,9 @@ class MarglikTuner:
                 epoch=epoch,
                 seconds=(time.perf_counter() - start, curvature_seconds),
             )
-        self._groups, self._patterns = groups, None
+        # What gradients are like before the network has learned says little of them later.
+        kept = {} if burn_in.waits else la.curvature.settings
+        self._groups, self._patterns = replace(groups, settings=kept), None
         self._take(hyper)
         self._adam, self._epoch, self._burn_in = moments, epoch, burn_in
         self._left_start |= away
@@ -535,6 +538,7 @@ class MarglikTuner:
             "modes": list(self._modes.values()),
             "began": dict(self._groups.began),
             "training": training_to_plain(self._groups.training),
+            "settings": dict(self._groups.settings),
         }
         return sealed(content)
 
@@ -556,7 +560,7 @@ class MarglikTuner:
         """
         device, now = self._network.device, self._groups.today()
         rows = now.known
-        now = replace(now, prior=None)
+        now = replace(now, prior=None, settings={})
         with refusing_damage():
             found = opened(state, KEYS, "a tuner", LATER)
             remedy = "Make the tuner with the stored options"
@@ -568,12 +572,17 @@ class MarglikTuner:
                 assert now.prior is not None
                 now.prior.full(read.hyper.prior_precision)
                 check_same_sharing(now.prior, found["sharing"].text())
+                if found["settings"].value:  # decided
+                    now = replace(now, settings=settings_of(found["settings"], read.groups))
             check_seal(state, "state")
         known = now.known
         if read.class_axis is not None:
             known = replace(known, class_axis=read.class_axis, axis_known=True)
         self._groups = replace(
-            now, known=known.with_rows_of(rows), began=read.began, training=read.training
+            now,
+            known=known.with_rows_of(rows),
+            began=read.began,
+            training=read.training,
         )
         self._take(read.hyper)
         self._epoch, self.history, self._patterns = read.epoch, read.history, read.patterns
