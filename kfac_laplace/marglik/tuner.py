@@ -75,6 +75,11 @@ UNITS = ("nats", "residuals")
 FEW_OUTPUTS = 5
 #: How many rounds' steps the round takes in which hyperparameters leave their start.
 AWAY = 5
+STILL_WAITS = (
+    "a posterior by the precisions of the start: in %d epochs the training loss has not settled. "
+    "optimize_prior() chooses precisions for the weights as they are; n_epochs_burnin=k has the "
+    "tuner move them from epoch k on"
+)
 
 
 class MarglikTuner:
@@ -511,7 +516,21 @@ class MarglikTuner:
 
     def laplace(self, loader: Iterable[Any]) -> Laplace:
         """Fit a posterior at the model's present weights with today's hyperparameters."""
+        if self._burn_in.waits:
+            log.info(STILL_WAITS, self._epoch)
         return self._fitted(loader, self.options)[0]
+
+    def __repr__(self) -> str:
+        """Likelihood, examples, rounds, and whether precisions move yet, on one line."""
+        name = type(self.likelihood).__name__
+        parts = [name, f"{self.n_data} examples", f"epoch {self._epoch}"]
+        if self.history:
+            parts.append(f"evidence {self.history[-1].evidence:.6g} in {len(self.history)} rounds")
+        held = self._groups.roles.held if self.groups else {}
+        if self.groups:
+            parts.append(f"{len(self.groups) - len(held)} of {len(self.groups)} precisions tuned")
+        waits = self._burn_in.waits or self._epoch + 1 < self.n_epochs_burnin
+        return f"MarglikTuner({', '.join([*parts, 'waiting'] if waits else parts)})"
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data, from which training goes on as if it had not stopped."""

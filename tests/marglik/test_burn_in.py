@@ -157,7 +157,7 @@ def test_hyperparameters_move_from_the_epoch_on_in_which_the_loss_has_settled():
     assert 5 < settled < 115
 
 
-def test_rounds_are_recorded_while_hyperparameters_wait():
+def test_rounds_are_recorded_while_hyperparameters_wait(caplog):
     (x, y), model = data(), network()
     tuner = MarglikTuner(model, "classification", len(x))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -165,6 +165,9 @@ def test_rounds_are_recorded_while_hyperparameters_wait():
     assert [record.epoch for record in records] == [1, 2, 3, 4]
     assert all(torch.equal(delta_of(records[0]), delta_of(record)) for record in records[1:])
     assert len({record.evidence for record in records}) == 4
+    with caplog.at_level("INFO", logger="kfac_laplace"):
+        tuner.laplace([(x, y)])
+    assert "in 4 epochs the training loss has not settled" in caplog.text
 
 
 def test_a_burn_in_of_the_users_own_is_all_there_is():
