@@ -88,6 +88,7 @@ def test_regressions_of_any_scale_settle_alike(spread):
     assert tuner._burn_in.over
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_does_not_count():
     """As of a batch that overflows in half precision, whose step is skipped."""
     (x, y), model = data(), network()
@@ -179,6 +180,7 @@ def test_a_burn_in_of_the_users_own_is_all_there_is():
     assert not torch.equal(delta_of(records[3]), delta_of(records[4]))
 
 
+@pytest.mark.slow
 def test_the_round_in_which_they_begin_to_move_takes_five_times_the_steps():
     """Adam's steps on log δ are at most its rate, and all of it in the same direction."""
     (x, y), model = data(), network()
@@ -200,6 +202,7 @@ def test_without_a_loss_there_is_nothing_to_wait_for():
     assert not torch.equal(delta_of(one), delta_of(two))
 
 
+@pytest.mark.slow
 def test_losses_of_held_out_data_do_not_count():
     """As validation computes them: without gradients, in evaluation mode."""
     (x, y), found = data(), []
