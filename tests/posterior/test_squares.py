@@ -134,11 +134,16 @@ class Watch(TorchDispatchMode):
         name = str(func)
         if "_local_scalar_dense" in name or "nonzero" in name or "is_nonzero" in name:
             self.waits.append(name)
-        given = {leaf.data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        given = {memory_of(leaf) for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
         for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor) and leaf.data_ptr() not in given:
+            if isinstance(leaf, torch.Tensor) and memory_of(leaf) not in given:
                 self.largest = max(self.largest, leaf.numel())
         return found
+
+
+def memory_of(tensor):
+    """Where its storage lies: that of a view is its base's."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def test_the_device_is_never_waited_for():
