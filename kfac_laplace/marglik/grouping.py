@@ -37,7 +37,7 @@ class Grouping:
         began: root mean squares of the parameters when the tuner was made.
         training: what is special about training mode, None while it was not looked at.
         settings: expand or reduce by group, none while they are to be decided. Rounds keep them:
-            evidences by other settings are no longer comparable.
+            evidences by others could not be compared.
     """
 
     model: nn.Module

@@ -205,6 +205,7 @@ class MarglikTuner:
         self._adam: dict[str, Any] | None = None
         self._epoch, self._burn_in = 0, BurnIn(over=n_epochs_burnin > 0)
         self._left_start = False
+        self._constant: float | None = None  # loss of the best constant prediction
         self._then: Tensor | None = None  # entries of the weights at the epoch's first loss
         self._modes: dict[nn.Module, bool] = {}
         self.history: list[Record] = []
@@ -358,10 +359,13 @@ class MarglikTuner:
         options = self.options.seeded(self.options.seed + epoch)
         if self._signs and (self._outputs or 0) > FEW_OUTPUTS:
             options = replace(options, fisher=Hybrid(passes=1))
-        la, groups, moments = self._fitted(seen, options)
-        groups = replace(groups, examples=self._few(seen)).looked_at(self._modes)
+        # What gradients are like before the network has learned says little of them later.
+        begins = burn_in.waits and (self._constant is None or burn_in.judged(self._constant).over)
+        la, groups, moments = self._fitted(seen, options, decide=begins)
+        groups = replace(groups, examples=self._few(seen), settings=la.curvature.settings)
+        groups, constant = groups.looked_at(self._modes), constant_unexplained(la.curvature.ggn)
         if burn_in.waits:
-            burn_in = burn_in.judged(constant_unexplained(la.curvature.ggn))
+            burn_in = burn_in.judged(constant)
         self._check_count(la.curvature.n_rows)
         self._synchronise()
         curvature_seconds = time.perf_counter() - start
@@ -379,9 +383,7 @@ class MarglikTuner:
                 epoch=epoch,
                 seconds=(time.perf_counter() - start, curvature_seconds),
             )
-        # What gradients are like before the network has learned says little of them later.
-        kept = {} if burn_in.waits else la.curvature.settings
-        self._groups, self._patterns = replace(groups, settings=kept), None
+        self._groups, self._patterns, self._constant = groups, None, constant
         self._take(hyper)
         self._adam, self._epoch, self._burn_in = moments, epoch, burn_in
         self._left_start |= away
@@ -412,10 +414,17 @@ class MarglikTuner:
         self._penalty = None
 
     def _fitted(
-        self, loader: Iterable[Any], options: CurvatureOptions
+        self, loader: Iterable[Any], options: CurvatureOptions, decide: bool = False
     ) -> tuple[Laplace, Grouping, dict[str, Any] | None]:
-        """A posterior fitted at today's hyperparameters, its groups, and Adam's moments."""
+        """A posterior fitted at today's hyperparameters, its groups, and Adam's moments.
+
+        Args:
+            loader: training data.
+            options: of the curvature.
+            decide: expand or reduce anew, whatever earlier rounds took.
+        """
         now, start = self._groups.today(), self._start[0]
+        now = replace(now, settings={}) if decide else now
         grouped = self._groups.prior is not None
         one = start if isinstance(start, Tensor) and start.numel() == 1 else 1.0
         la = Laplace(
@@ -558,6 +567,7 @@ class MarglikTuner:
             "began": dict(self._groups.began),
             "training": training_to_plain(self._groups.training),
             "settings": dict(self._groups.settings),
+            "constant": self._constant,
         }
         return sealed(content)
 
@@ -607,6 +617,7 @@ class MarglikTuner:
         self._epoch, self.history, self._patterns = read.epoch, read.history, read.patterns
         self._adam, self._start = read.adam, read.start
         self._outputs, self._left_start, self._then = read.outputs, read.left_start, read.then
+        self._constant = read.constant
         modules = [*self._network.model.modules()]
         self._modes = dict(zip(modules, read.modes, strict=len(read.modes) > 0))
         self._burn_in = read.burn_in if self.n_epochs_burnin == 0 else BurnIn(over=True)

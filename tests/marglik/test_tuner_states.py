@@ -260,6 +260,29 @@ def test_settings_are_kept_once_precisions_move():
     assert decided(again, loader) == kept
 
 
+def test_settings_are_decided_anew_when_precisions_begin_to_move():
+    """Until then rounds keep those of the first, of a network that has not learned."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 40, 2, generator=generator, dtype=torch.float64)
+    loader = [((a, b), (a.sum(1) > b.sum(1)).double()[:, None])]
+    model = made(lambda: Compared(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))))
+    tuner, optimizer = MarglikTuner(model, "binary", 40), torch.optim.Adam(model.parameters(), 0.02)
+    model.sign, taken, moved = 1.0, [], []
+    for _ in range(100):
+        optimizer.zero_grad()
+        tuner.loss(model(a, b), loader[0][1]).backward()
+        optimizer.step()
+        before = tuner.hyperparameters()["prior_precision"]
+        tuner.step(loader)
+        model.sign = -1.0
+        taken.append(set(tuner.state_dict()["settings"].values()))
+        moved.append(not torch.equal(before.expand(2), tuner.hyperparameters()["prior_precision"]))
+    first = moved.index(True)
+    assert 5 < first and all(moved[first:])
+    assert taken[:first] == [{"reduce"}] * first
+    assert all("expand" in settings for settings in taken[first:])
+
+
 class Compared(nn.Module):
     """Two uses of a network, which cancel or add up."""
 
