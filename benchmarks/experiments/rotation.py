@@ -122,6 +122,7 @@ def run(cell: Cell, place: Place) -> dict[str, Any]:
     labels = test.y.cpu()
     return fit.costs | {
         "evidence": float(la.log_marginal_likelihood()),
+        "evidence_columns": float(la.evidence("columns").value),
         "nll": nll(probs, labels),
         "accuracy": accuracy(probs, labels),
     }
@@ -146,32 +147,44 @@ def top(points: Sequence[tuple[float, float]]) -> float:
     return x1 + (x1 - x0) * (y0 - y2) / (2 * (y0 - 2 * y1 + y2))
 
 
+#: By which the range is learned: K-FAC's evidence, and that of the exact curvature's columns.
+EVIDENCES = {"K-FAC": "evidence", "columns": "evidence_columns"}
+
+
 def report(lines: Sequence[Line], folder: Path) -> str:
     """The learned range by A, beside the α of the least test NLL, and a figure of the evidences."""
     rows, series = [], {}
     for (true,), those in grouped(lines, ("true",)).items():
-        by_alpha = {
-            alpha: (mean_of(some, "evidence"), mean_of(some, "nll"))
-            for (alpha,), some in grouped(those, ("alpha",)).items()
-        }
-        points = [(alpha, found[0].mean) for alpha, found in by_alpha.items() if found[0]]
-        losses = [(alpha, -found[1].mean) for alpha, found in by_alpha.items() if found[1]]
-        series[f"A = {true}°"] = sorted(points)
-        learned = top(points)
-        seeds = estimate(
-            [
-                top([(line.cell["alpha"], line.found["evidence"]) for line in some])
-                for some in grouped(those, ("seed",)).values()
-            ]
-        )
-        assert seeds is not None
-        rows.append(
-            [f"{true}", f"{learned:.0f}", f"{learned / true - 1:+.0%}", seeds.text(".0f")]
-            + [f"{top(losses):.0f}", str(seeds.count)]
-        )
+        rows += [[f"{true}", name, *learned(those, key, true)] for name, key in EVIDENCES.items()]
+        series[f"A = {true}°"] = sorted(by_alpha(those, "evidence"))
     curves(series, ("α in degrees", "log evidence"), folder / "rotation.png")
-    header = ["A", "learned α", "off by", "by seed", "α of the least test NLL", "seeds"]
-    return "# Learned range of rotations\n\n" + markdown(header, rows)
+    header = ["A", "evidence", "learned α", "off by", "by seed"]
+    return "# Learned range of rotations\n\n" + markdown(
+        [*header, "α of the least test NLL", "seeds"], rows
+    )
+
+
+def by_alpha(lines: Sequence[Line], measure: str) -> list[tuple[float, float]]:
+    """Means over seeds."""
+    found = {alpha: mean_of(some, measure) for (alpha,), some in grouped(lines, ("alpha",)).items()}
+    return [(alpha, mean.mean) for alpha, mean in found.items() if mean]
+
+
+def learned(lines: Sequence[Line], evidence: str, true: float) -> list[str]:
+    """Cells of the table: the range that an evidence chooses, and the best on test data."""
+    chosen = top(by_alpha(lines, evidence))
+    seeds = estimate(
+        [
+            top([(line.cell["alpha"], line.found[evidence]) for line in some])
+            for some in grouped(lines, ("seed",)).values()
+        ]
+    )
+    assert seeds is not None
+    best = top([(alpha, -loss) for alpha, loss in by_alpha(lines, "nll")])
+    return [f"{chosen:.0f}", f"{chosen / true - 1:+.0%}", seeds.text(".0f")] + [
+        f"{best:.0f}",
+        str(seeds.count),
+    ]
 
 
 ROTATION = Experiment(
