@@ -88,6 +88,7 @@ def test_the_package_does_without_the_packages_of_the_demo():
     assert done.stdout.strip() == "set()"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="interrupts are signals on POSIX only")
 def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path):
     pytest.importorskip("sklearn")

@@ -214,6 +214,7 @@ def test_every_form_is_the_plain_one(form):
     assert_same_outcomes(outcomes("classes", FORMS[form]), outcomes("classes", FORMS["plain"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [name for name in KINDS if name != "classes"])
 def test_every_kind_of_output_goes_through_every_verb(kind):
     want = outcomes(kind, FORMS["plain"])

@@ -25,6 +25,7 @@ from kfac_laplace import Bernoulli, Categorical, Laplace
 from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points
 
 
+@pytest.mark.slow
 @each
 def test_dense_structures_are_exact(name, likelihood):
     case = example(name, likelihood)

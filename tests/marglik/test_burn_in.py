@@ -63,6 +63,7 @@ def test_a_trained_network_has_settled_beside_a_constant_prediction():
     assert not has_settled([0.69 - 1e-4 * t for t in range(20)], constant=0.69)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.1, 1.0, 1e3])
 def test_regressions_of_any_scale_settle_alike(spread):
     """By squared residuals beside the spread of the targets, whatever σ begins at."""
@@ -133,6 +134,7 @@ def delta_of(record):
     return record.hyperparameters["prior_precision"]
 
 
+@pytest.mark.slow
 def test_hyperparameters_move_from_the_epoch_on_in_which_the_loss_has_settled():
     """By the curve of the means of torch's own losses."""
     (x, y), model = data(), network()
@@ -220,6 +222,7 @@ def test_losses_of_held_out_data_do_not_count():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [2, 30, pytest.param(90, marks=pytest.mark.slow)])
 def test_resumed_in_the_middle_of_an_epoch(when):
     """The sums so far are part of the state."""

@@ -45,6 +45,7 @@ def deltas(prior, precision):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["marglik", "mackay"])
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
 def test_rounds_in_either_order(structure, method):

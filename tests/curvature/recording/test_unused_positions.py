@@ -68,6 +68,7 @@ def evidence(example: Case, setting: str) -> Tensor:
     return la.fit(example.batches).log_marginal_likelihood().detach()
 
 
+@pytest.mark.slow
 @settings
 @pytest.mark.parametrize("pooled", [True, False])
 def test_more_padding_changes_nothing(pooled, setting):

@@ -136,6 +136,7 @@ def test_samples_have_a_row_for_each_example(name, n):
     assert la.predict(x).entropy.shape == (n,)
 
 
+@pytest.mark.slow
 @forms
 @pytest.mark.parametrize("method", ["loo", "validation", "gridsearch"])
 def test_calibration_counts_the_targets(name, method):

@@ -65,6 +65,7 @@ def test_randomness_comes_from_the_generator_alone(structure):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_functional_samples_are_joint_across_inputs(structure):
     """Mean f, covariance J Sigma Jᵀ over all inputs at once; a peer shares one noise vector."""
