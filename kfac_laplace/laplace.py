@@ -568,10 +568,10 @@ class Laplace:
         """
         if joint:
             return self._predictor.joint(x, pred_type)
+        if not self.likelihood.has_gaussian_noise:
+            return self._predictor.expected(x, pred_type, link_approx, n_samples, generator)
         predictive = self.predict(x, pred_type, link_approx, n_samples, generator)
-        if self.likelihood.has_gaussian_noise:
-            return predictive.mean, predictive.covariance
-        return predictive.mean
+        return predictive.mean, predictive.covariance
 
     def predict(
         self,

@@ -79,6 +79,25 @@ def output_gaussian(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
     return OutputGaussian(mean, spread, torch.Size((len(mean), *parts[0].shape[1:])), head)
 
 
+def output_mean(posterior: Posterior, batch: AnyBatch) -> tuple[Tensor, torch.Size]:
+    """f_θ*(x) alone, shape (n, t, c), and the shape of the model's output.
+
+    Arguments and errors as for `output_gaussian`.
+    """
+    with undisturbed(posterior.network.model):
+        pieces = batch.split(_inputs_at_once(posterior, batch))
+        parts = [_rows(recorded(posterior, piece)) for piece in pieces]
+        if len({rows.shape[1:] for rows, _ in parts}) > 1:  # sequences as long as the longest
+            parts = [_rows(recorded(posterior, batch))]
+    mean = finite(torch.cat([rows for rows, _ in parts]), "outputs of the model", INPUTS)
+    return mean, torch.Size((len(mean), *parts[0][1][1:]))
+
+
+def _rows(passed: ForwardPass) -> tuple[Tensor, torch.Size]:
+    """Aligned outputs (rows, t, c) of a pass, and the shape of its outputs as they are."""
+    return passed.output_rows.detach(), passed.recording.output.shape
+
+
 def output_features(posterior: Posterior, batch: AnyBatch) -> list[Tensor]:
     """Features φ (n k, d), one matrix a block, whose φ φᵀ add up to the covariance of all outputs.
 

@@ -14,7 +14,7 @@ from kfac_laplace.likelihoods.links import LINKS, sample_outputs
 from kfac_laplace.options import check_choice, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.finite import COVARIANCE, MEAN, WEIGHTS, finite
-from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
+from kfac_laplace.posterior.predict.glm import output_features, output_gaussian, output_mean
 from kfac_laplace.posterior.predict.inputs import inputs_of
 from kfac_laplace.posterior.predict.predictive import Predictive, from_samples, restore
 from kfac_laplace.posterior.predict.sampling import linearised_samples, network_samples
@@ -51,6 +51,24 @@ class Predictor:
                 remedy="Pass torch.Generator().manual_seed(...)",
             )
         return torch.Generator().manual_seed(self.seed) if generator is None else generator
+
+    def expected(
+        self, x: Any, pred_type: str, link: str, n_samples: int, generator: Generator | None
+    ) -> Tensor:
+        """E[y] at x; without a covariance where the link takes none. Arguments as for `predict`."""
+        ggn = self.posterior.ggn
+        check_choice("link_approx", link, LINKS)
+        if pred_type != "glm" or not ggn.likelihood.has_logits:
+            return self.predict(x, pred_type, link, n_samples, generator).mean
+        link = self.scaling.link(link, ggn.likelihood, self.said)
+        if link != "mode":
+            return self.predict(x, pred_type, link, n_samples, generator).mean
+        check_whole("n_samples", n_samples, 1)
+        self.source(generator)
+        f, shape = output_mean(self.posterior, self._batch(x))
+        mean, none = self.scaling.moments(f, f.new_zeros(()).expand(*f.shape, f.shape[-1]))
+        axis = ggn.knowledge.class_axis
+        return Predictive(ggn.likelihood, mean, none, shape, axis, self._sigma, link).mean
 
     def predict(
         self, x: Any, pred_type: str, link: str, n_samples: int, generator: Generator | None

@@ -29,6 +29,41 @@ def test_without_a_scale_it_is_the_network_and_says_so_once(name, activation, ca
     assert "val_loader" in record.getMessage() and "centred" in record.getMessage()
 
 
+class Counted(torch.autograd.Function):
+    """The identity, which counts the backward passes through it."""
+
+    passes = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Counted.passes += 1
+        return grad
+
+
+def test_probabilities_of_the_network_cost_no_backward_pass():
+    """A covariance takes one for each output."""
+
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(3, 4), torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.second(Counted.apply(self.first(x)))
+
+    model, x = Counting(), torch.randn(6, 3)
+    la = Laplace(model, "classification").fit([(x, torch.tensor([0, 1, 2, 0, 1, 2]))])
+    Counted.passes = 0
+    torch.testing.assert_close(la(x), model(x).softmax(-1))
+    assert Counted.passes == 0
+    la(x, link_approx="probit")
+    assert Counted.passes == 3
+
+
 def test_the_covariance_stays_that_of_the_posterior():
     la, case = dense.fit("mlp-tanh")
     by_mode, by_probit = la.predict(case.x), la.predict(case.x, link_approx="probit")
