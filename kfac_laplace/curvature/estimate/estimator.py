@@ -50,25 +50,31 @@ def estimate(passed: ForwardPass, plan: Plan, y: Tensor, generator: Generator) -
         y: aligned targets.
         generator: source of labels and signs.
     """
-    with without_autocast(passed.device):
-        made = _accumulators(passed, plan)
+    made = accumulators(passed, plan)
     cut = find_cut(passed, plan.dtype) if _may_cut(plan) else None
     if cut is None:
         vectors = plan.fisher.vectors(passed.likelihood, passed.outputs.detach(), y, generator)
         _add_vectors(passed, vectors, made)
     else:
         made = _add_cut(cut, made)
+    return finished(passed, made)
+
+
+def accumulators(passed: ForwardPass, plan: Plan) -> dict[str, Accumulator]:
+    """An empty sum for each block; arguments as for `estimate`."""
+    groups = passed.knowledge.groups
+    with without_autocast(passed.device):
+        if plan.structure == "full":
+            layout = passed.knowledge.full_layout
+            return {"full": DenseAccumulator(groups, layout, passed, plan.dtype)}
+        return {group.name: _accumulator(passed, plan, group) for group in groups}
+
+
+def finished(passed: ForwardPass, made: dict[str, Accumulator]) -> dict[str, Block]:
+    """The blocks of sums to which all vectors have been added; `made` is emptied."""
     # One by one, so that the sums of a finished block need no memory beside the next.
     with without_autocast(passed.device):
         return {name: made.pop(name).block() for name in list(made)}
-
-
-def _accumulators(passed: ForwardPass, plan: Plan) -> dict[str, Accumulator]:
-    """An empty sum for each block."""
-    groups = passed.knowledge.groups
-    if plan.structure == "full":
-        return {"full": DenseAccumulator(groups, passed.knowledge.full_layout, passed, plan.dtype)}
-    return {group.name: _accumulator(passed, plan, group) for group in groups}
 
 
 def _accumulator(passed: ForwardPass, plan: Plan, group: Group) -> Accumulator:

@@ -1,11 +1,12 @@
 """One recorded forward pass over a batch, as data: outputs, and where parameters met which rows."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
 from kfac_laplace.curvature.gradients.groups import Group, Term
 from kfac_laplace.curvature.gradients.knowledge import Knowledge, UseKey
+from kfac_laplace.curvature.layers import GUARDS, Guard
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, with_examples
 from kfac_laplace.curvature.model.budget import Budget
@@ -42,6 +44,9 @@ class ForwardPass:
         weights: weights of the outputs in the loss, broadcastable to (n, t, c), where they differ.
         budget: how much memory gradients may take.
         reordered: whether images had another order in memory than the model gave them.
+        guards: checks of calls where the model runs again.
+        runs_again: whether the model may run again to tell which rows are read; a training pass,
+            which draws and counts, may not.
     """
 
     forward: Forward
@@ -53,6 +58,8 @@ class ForwardPass:
     weights: Tensor | None = None
     budget: Budget = Budget()
     reordered: bool = False
+    guards: Mapping[Callable[..., Any], Guard] = field(default_factory=lambda: GUARDS)
+    runs_again: bool = True
 
     def knowing(self, knowledge: Knowledge) -> "ForwardPass":
         """The same pass in the light of more."""
@@ -143,19 +150,58 @@ class ForwardPass:
     def _check_consistent(self) -> None:
         """A parameter grouped by its uses must be used in the same ways in every batch."""
         for group in self.knowledge.groups:
-            names = set(group.layout.params)
-            strange = group.factored and any(
+            if self._used_otherwise(group):
+                raise UnsupportedUse(
+                    "used in another way than in the first batch",
+                    where=min(group.layout.params),
+                    remedy="Use parameters in the same way in every batch, or freeze this one",
+                )
+
+    def _used_otherwise(self, group: Group) -> bool:
+        """Whether the matrices of layers are used in another way as well."""
+        names = set(group.layout.params)
+        return group.factored and (
+            bool(self.recording.loose & names)
+            or any(
                 not use.layer.kronecker or source.own_part is None
                 for use in self.recording.uses
                 for source in use.sources
                 if names.intersection(source.params)
             )
-            if group.factored and (strange or self.recording.loose & names):
-                raise UnsupportedUse(
-                    "used in another way than in the first batch",
-                    where=sorted(names)[0],
-                    remedy="Use parameters in the same way in every batch, or freeze this one",
-                )
+        )
+
+    @cached_property
+    def regular(self) -> tuple[Group, ...]:
+        """The groups of layer matrices that this pass uses as earlier ones did, and uses at all.
+
+        A pass that somebody else runs need not use all: it may skip layers at random, or add heads.
+        """
+        return tuple(group for group in self.knowledge.groups if self._is_regular(group))
+
+    def _is_regular(self, group: Group) -> bool:
+        if not group.factored or self._used_otherwise(group):
+            return False
+        terms = group.terms(self.recording)
+        return bool(terms) and all(self._lies_as_known(term.use) for term in terms)
+
+    def _lies_as_known(self, u: int) -> bool:
+        """Whether rows of a use lie as those of such a use did, and fit the batch."""
+        names, (kind, axes, _) = self.key(u)
+        layouts = [
+            layout
+            for (others, (other, ndim, _)), layout in self.knowledge.row_layouts.items()
+            if (others, other, ndim) == (names, kind, axes)
+        ]
+        own = self._known_layout(u)
+        if own is None or None in layouts or (self.n > 1 and own not in layouts):
+            return False
+        return self._in_batch(own).fits(self.recording.uses[u].layer.inputs.lead, self.n)
+
+    def _in_batch(self, layout: RowLayout) -> RowLayout:
+        """A layout with what it takes from the batch: the example of each node or edge."""
+        if isinstance(layout, Segments):
+            return Segments(layout.kind, self.batch.segments.get(layout.kind))
+        return layout
 
     def key(self, u: int) -> UseKey:
         """A use's parameters and how often they were used before in this pass."""
@@ -230,7 +276,7 @@ class ForwardPass:
         vector = irregular(self.outputs, self.weights)
         reached = reachable_rows(self.recording, self.outputs, vector)
         unread = self._patterns(reached)
-        if unread <= self.knowledge.unread and unread:
+        if (unread <= self.knowledge.unread and unread) or not self.runs_again:
             return reached, frozenset()
         recording, outputs = self.recording, self.outputs
         complete = all(bool(mask.all()) for mask in reached)
@@ -256,7 +302,7 @@ class ForwardPass:
         """Run the model again with something done to its recorded calls; with its outputs."""
         own = self.batch.copied()
         order = ChannelsLast() if self.reordered else nullcontext()
-        with Tape(self.params, own.data, own.n, nudge) as tape, order:
+        with Tape(self.params, own.data, own.n, nudge, self.guards) as tape, order:
             output = self.forward(own.x, self.params)
         recording = tape.recording(output)
         output = with_examples(recording.output, self.batch, self.knowledge.interface)
@@ -275,8 +321,7 @@ class ForwardPass:
                 remedy="Keep the examples on one axis in this layer, begin with a batch of several "
                 "examples, or freeze it",
             )
-        if isinstance(row_layout, Segments):
-            row_layout = Segments(row_layout.kind, self.batch.segments.get(row_layout.kind))
+        row_layout = self._in_batch(row_layout)
         if not row_layout.fits(use.layer.inputs.lead, self.n):
             raise UnsupportedUse(
                 "rows lie in another way than in earlier batches",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import RemovableHandle
 
 from kfac_laplace.curvature.linalg.dtypes import accumulable, without_autocast
 from kfac_laplace.curvature.recording.autograd_graph import ancestors, nodes_with_parents
@@ -57,6 +58,32 @@ class Backward:
                 handle.remove()
         for (u, use), gradient in zip(self._last.items(), found, strict=True):
             _hand_on(u, use, gradient, receive)
+
+
+def listen(recording: Recording, uses: Sequence[int], receive: Receive) -> list[RemovableHandle]:
+    """Have `receive` called with gradient rows of somebody else's backward pass; once each use.
+
+    A second pass through the same graph is another loss, or derivatives of the first.
+
+    Args:
+        recording: a forward pass.
+        uses: indices of the uses wanted.
+        receive: what takes the rows.
+
+    Returns:
+        Handles that end it; the graph's own end does as well.
+    """
+    heard: set[int] = set()
+
+    def once(u: int, rows: Tensor) -> None:
+        if u not in heard:
+            heard.add(u)
+            receive(u, rows)
+
+    return [
+        recording.uses[u].edge.node.register_prehook(_hook(u, recording.uses[u], once))
+        for u in uses
+    ]
 
 
 def _hook(u: int, use: Use, receive: Receive) -> Callable[[Sequence[Tensor | None]], None]:
