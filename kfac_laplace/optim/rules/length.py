@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 
+from kfac_laplace.optim.rules.ranges import check_decay, check_least_zero
+from kfac_laplace.options import check_positive
+
 
 @dataclass(frozen=True)
 class AdamNorm:
     """Grafting: every group moves as far as under Adam, ‖U‖_F = ‖m̂ / (√v̂ + ε)‖_F.
 
-    Learning rates and schedules for Adam carry over; the scale of the loss drops out. m is the
-    rule's own momentum.
+    Learning rates and schedules for Adam carry over; the scale of the loss drops out, but for ε and
+    the damping. m is the rule's own momentum.
+    Source: Agarwal et al., "Learning rate grafting: transferability of optimizer tuning".
 
     Args:
         beta: decay of the average of squared gradients.
@@ -17,6 +21,11 @@ class AdamNorm:
 
     beta: float = 0.95
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        check_decay("beta", self.beta)
+        check_least_zero("eps", self.eps)
 
 
 @dataclass(frozen=True)
@@ -32,3 +41,7 @@ class KLClip:
     """
 
     bound: float = 1e-2
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        check_positive("KLClip", self.bound)

@@ -1,10 +1,9 @@
-"""What all rules share: the form of their state, of their answer, and the step itself."""
+"""What all rules share: the form of their state and of their answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from kfac_laplace.optim.bases import Eigenbases
@@ -47,13 +46,13 @@ class Direction:
 
     Args:
         update: the step at length one.
-        gradient: what the direction was made of (b, o, i), in the same units as `update`: after
-            momentum and its bias correction. None where no length asks for it.
-        norm: the norm (Frobenius, of the whole group) that the update shall have; None for any.
+        inner: ⟨U, m̂⟩ over the whole group, shape (), where the length asks for it.
+        norm: the Frobenius norm over the whole group that the update shall have, shape (); None for
+            its own.
     """
 
     update: Update
-    gradient: Tensor | None = None
+    inner: Tensor | None = None
     norm: Tensor | None = None
 
 
@@ -78,7 +77,8 @@ class Rule(Protocol):
         """Count a step in every state and turn gradients into directions. First phase of a step.
 
         Args:
-            gradients: of the mean loss by the matrices of each group, (b, o, i). Not changed.
+            gradients: of the mean loss by the matrices of each group, (b, o, i), in the dtype of
+                the bases. Not changed.
             states: of the same groups; updated in place.
             bases: of the same groups.
             dampings: for each group λ, in units of the curvature of the mean loss, in place of the
@@ -97,24 +97,12 @@ class Rule(Protocol):
         """
         ...
 
+    def turn(self, states: Sequence[State], before: Eigenbases, after: Eigenbases) -> None:
+        """Take moments from the bases they were made in to new ones. Call it when bases change.
 
-@torch.no_grad()
-def descend_(
-    parameters: Sequence[Tensor],
-    updates: Sequence[Update],
-    *,
-    lr: float | Tensor,
-    weight_decay: float,
-) -> None:
-    """W ← (1 − lr · weight_decay) W, then W ← W − lr · U, for parameters of one learning rate.
-
-    In the order of operations of `torch.optim.AdamW` (foreach=False). Source: Loshchilov and
-    Hutter, "Decoupled weight decay regularization", algorithm 2.
-
-    Args:
-        parameters: changed in place.
-        updates: of the same shapes, parameter by parameter (`Update.of`).
-        lr: learning rate.
-        weight_decay: decay per unit of the learning rate.
-    """
-    raise NotImplementedError
+        Args:
+            states: of some groups; updated in place.
+            before: their bases so far.
+            after: their bases from now on.
+        """
+        ...
