@@ -81,6 +81,18 @@ class Categorical(Likelihood):
             )
         return -1 if last else 1
 
+    def likely_axis(self, shape: Sequence[int]) -> int:
+        """The second of four axes and more, as images have it; the last of three, as tokens do."""
+        return 1 if len(shape) > 3 else -1
+
+    def axis_of_gradient(self, gradient: Tensor) -> tuple[int, ...]:
+        """Those along which it sums to zero, as a softmax does not see shifts."""
+        size = gradient.double()
+        total = size.abs().sum()
+        off = [float(size.sum(axis).abs().sum() / total) for axis in range(1, gradient.ndim)]
+        # Half the digits of bfloat16, in which the loss may have been computed.
+        return tuple(axis for axis, one in enumerate(off, 1) if one < 0.05)
+
     def check_axis(self, shape: Sequence[int], target: Tensor, axis: int) -> None:
         """Labels have the output's shape without its class axis."""
         if not shape or target.shape != without(shape, axis if len(shape) > 2 else -1):
@@ -237,6 +249,13 @@ class Categorical(Likelihood):
         own = (1 - self.label_smoothing) * self.label_weights(y)
         spread = self.label_smoothing * self.weight.mean().to(own)
         return torch.where(kept, own + spread, 0)[..., None]
+
+    def stand_in_targets(self, f: Tensor, generator: Generator) -> Tensor:
+        """Draws where classes have weights; otherwise any label that counts, shape (n, t)."""
+        if self.weight is not None:
+            return self.sample(f, generator)
+        counts = 0 if self.ignore_index != 0 else 1
+        return torch.full(f.shape[:2], counts, device=f.device)
 
     def predict(self, latent: Latent, sigma: Tensor, link: str) -> "SoftmaxPredictive":
         """Probabilities by a link, or by averages over samples."""

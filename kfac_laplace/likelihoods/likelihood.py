@@ -167,6 +167,22 @@ class Likelihood(ABC):
             raise ambiguous(shape, target.shape)
         return -1
 
+    def likely_axis(self, shape: Sequence[int]) -> int:
+        """What to take for `class_axis` before any target is known: the last by default.
+
+        Args:
+            shape: the output's.
+        """
+        return -1
+
+    def axis_of_gradient(self, gradient: Tensor) -> tuple[int, ...]:
+        """The axes that may hold the c outputs of one row, by a loss's gradient; () for no say.
+
+        Args:
+            gradient: of the loss by the model's output.
+        """
+        return ()
+
     @property
     def arranges_targets(self) -> bool:
         """Whether `align_target` comes with a `class_axis` of its own, and so knows of the axis."""
@@ -275,6 +291,14 @@ class Likelihood(ABC):
             then, so that D Λ D = m Λ). A row of zeros has no curvature at all.
         """
         return None
+
+    def stand_in_targets(self, f: Tensor, generator: Generator) -> Tensor:
+        """Targets for `importance` where none are known yet, as in training before the loss.
+
+        Draws at σ = 1 where the importance depends on them, outputs where it does not.
+        """
+        weighs = type(self).importance is not Likelihood.importance
+        return self.sample(f, generator) if weighs else f
 
     def precision(self, sigma: Tensor) -> Tensor:
         """Factor 1/σ² by which the stored curvature is scaled; 1 without noise."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -167,6 +167,11 @@ class KroneckerBlock(Block):
             weight * self.output_sum,
             weight**0.5 * self.output_rows,
         )
+
+    def with_loss_scaled(self, weight: float) -> Self:
+        """The block of `weight` times the loss: B alone depends on it."""
+        outputs = weight * self.output_sum, weight**0.5 * self.output_rows
+        return replace(self, output_sum=outputs[0], output_rows=outputs[1])
 
     def absorb(self, other: Self) -> Self:
         """Add another block into this one's own sums, which nobody else may hold."""

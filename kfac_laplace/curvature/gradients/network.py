@@ -1,6 +1,6 @@
 """A model as the backend sees it: run and recorded batch by batch, its parameters put in groups."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -206,14 +206,18 @@ class Network:
         recording = recording or self._recorded(batch, used, substitutes)
         return replace(self.read(recording, batch, used, known), reordered=reordered)
 
-    def tape(self, batch: AnyBatch, used: Mapping[str, Tensor]) -> Tape:
+    def tape(
+        self, batch: AnyBatch, used: Mapping[str, Tensor], data: Sequence[Tensor] | None = None
+    ) -> Tape:
         """A tape for a forward pass over a batch, whoever runs it: it records while it is entered.
 
         Args:
-            batch: the inputs, in the very tensors that the model receives.
+            batch: the inputs.
             used: the tensors that the model uses for its parameters, by name.
+            data: the very tensors that it receives and that differ between examples; the batch's
+                own by default.
         """
-        return Tape(used, batch.data, batch.n, guards=self.guards)
+        return Tape(used, batch.data if data is None else data, batch.n, guards=self.guards)
 
     def read(
         self,
@@ -222,7 +226,7 @@ class Network:
         used: Mapping[str, Tensor],
         knowledge: Knowledge,
     ) -> ForwardPass:
-        """What a tape recorded, as a pass; arguments as for `tape`."""
+        """What a tape recorded, as a pass in the light of what is known."""
         output = with_examples(recording.output, batch, knowledge.interface)
         return ForwardPass(
             self.forward,
