@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.optim.bases import Eigenbases
-from kfac_laplace.optim.rules.descent import count_, real_views, tensors
+from kfac_laplace.optim.rules.descent import count_, real_views, scale_, tensors
 from kfac_laplace.optim.rules.ranges import check_decay, check_least_zero
 from kfac_laplace.optim.rules.rule import Direction, State, Update
 
@@ -72,7 +72,7 @@ def adam_(
     m, v = real_views(tensors(states, "m")), real_views(tensors(states, "v"))
     steps = count_(states)
     torch._foreach_lerp_(m, gradients, 1 - beta_m)
-    torch._foreach_mul_(v, beta_v)
+    scale_(v, beta_v)
     torch._foreach_addcmul_(v, gradients, gradients, 1 - beta_v)
     denominators = torch._foreach_sqrt(v)
     torch._foreach_div_(denominators, [(1 - beta_v**step) ** 0.5 for step in steps])

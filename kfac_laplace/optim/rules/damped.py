@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kfac_laplace.errors import InvalidType
 from kfac_laplace.optim.bases import Eigenbases
 from kfac_laplace.optim.rules.adamw import adam_
 from kfac_laplace.optim.rules.damping import ExactDamping, FactoredDamping
@@ -37,6 +38,13 @@ class Damped:
         check_decay("momentum", self.momentum)
         if not isinstance(self.damping, FactoredDamping | ExactDamping):
             object.__setattr__(self, "damping", FactoredDamping(self.damping))
+        if not isinstance(self.length, AdamNorm | KLClip | None):
+            raise InvalidType(
+                "no length of a step",
+                where="length",
+                got=repr(self.length),
+                remedy="Pass AdamNorm(), KLClip(κ) or None",
+            )
 
     def init(self, gradient: Tensor) -> State:
         """Moment "m" (b, o, i) where there is momentum, "v" for `AdamNorm`, and "step" 0."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_laplace.optim.bases import Eigenbases
+from kfac_laplace.optim.bases import Bases, Eigenbases, Side
 from kfac_laplace.optim.rules.adamw import adam_
 from kfac_laplace.optim.rules.descent import tensors
 from kfac_laplace.optim.rules.ranges import check_decay, check_least_zero
@@ -53,17 +53,18 @@ class EigenAdam:
     ) -> list[Direction]:
         """See `Rule.directions`."""
         updates = adam_(bases.enter(gradients), states, self.betas, self.eps)
-        turned = [index for index, one in enumerate(bases.bases) if not one.own]
-        if turned:
-            numerators = [updates[index].numerator for index in turned]
-            denominators = [updates[index].denominator for index in turned]
-            inside = torch._foreach_div(
-                numerators, [one for one in denominators if one is not None]
-            )
-            some = bases if len(turned) == len(bases) else bases.only(turned)
-            for index, matrices in zip(turned, some.leave(inside), strict=True):
-                updates[index] = Update(matrices, None, updates[index].divisor)
-        return [Direction(update) for update in updates]
+        turned = [not one.own for one in bases.bases]
+        inside = [
+            one.numerator / one.denominator
+            if turns and one.denominator is not None
+            else one.numerator
+            for one, turns in zip(updates, turned, strict=True)
+        ]
+        outside = bases.leave(inside)
+        return [
+            Direction(Update(matrices, None, one.divisor) if turns else one)
+            for one, matrices, turns in zip(updates, outside, turned, strict=True)
+        ]
 
     def lengths(
         self, directions: Sequence[Direction], lrs: Sequence[float | Tensor]
@@ -73,12 +74,23 @@ class EigenAdam:
 
     @torch.no_grad()
     def turn(self, states: Sequence[State], before: Eigenbases, after: Eigenbases) -> None:
-        """m ← Q_Bᵀ (R_B m R_Aᵀ) Q_A from bases R to bases Q."""
+        """m ← Q_Bᵀ (R_B m R_Aᵀ) Q_A from bases R to bases Q; sides that stayed are left alone."""
         pairs = zip(before.bases, after.bases, strict=True)
-        changed = [index for index, (old, new) in enumerate(pairs) if old is not new]
-        if not changed:
-            return
-        moments = tensors([states[index] for index in changed], "m")
-        turned = after.only(changed).enter(before.only(changed).leave(moments))
-        for moment, new in zip(moments, turned, strict=True):
-            moment.copy_(new)
+        changes = [(index, *_changed(old, new)) for index, (old, new) in enumerate(pairs)]
+        changes = [(index, old, new) for index, old, new in changes if not (old.own and new.own)]
+        moments = tensors([states[index] for index, _, _ in changes], "m")
+        outside = Eigenbases([old for _, old, _ in changes]).leave(moments)
+        inside = Eigenbases([new for _, _, new in changes]).enter(outside)
+        for moment, turned in zip(moments, inside, strict=True):
+            moment.copy_(turned)
+
+
+def _changed(old: Bases, new: Bases) -> tuple[Bases, Bases]:
+    """Both bases with own coordinates for the sides that are the same in both."""
+    if old.left is new.left:
+        plain = Side(new.left.values)
+        old, new = Bases(plain, old.right), Bases(plain, new.right)
+    if old.right is new.right:
+        plain = Side(new.right.values)
+        old, new = Bases(old.left, plain), Bases(new.left, plain)
+    return old, new
