@@ -79,6 +79,8 @@ class Capture:
         self._paused = 0
         self._sums: Sums = {}
         self._n = 0
+        #: Output rows and scalar outputs of an example, in the last pass that was captured.
+        self.outputs_per_example: tuple[float, float] = (1.0, 1.0)
         model = self._network.model
         handles = (
             model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
@@ -203,6 +205,8 @@ class Capture:
         if not groups or not bool(output.detach().isfinite().all()):
             return
         passed = passed.knowing(replace(learned.knowledge, groups=groups))
+        rows = passed.output_rows
+        self.outputs_per_example = (len(rows) / passed.n, rows.numel() / passed.n)
         plan = Plan("kron", learned.settings, self._fisher, SumDtype(torch.float32))
         TrainingPass(passed, plan, self._generator, learned.all_read, self._receive)
 
