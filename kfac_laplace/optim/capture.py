@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch.overrides import _get_current_function_mode
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from kfac_laplace.curvature.estimate.estimator import Plan
 from kfac_laplace.curvature.estimate.fisher import Empirical, Fisher
@@ -174,8 +174,8 @@ class Capture:
     def _leave(self) -> Watched | None:
         """Stop recording."""
         watched, self._watched = self._watched, None
-        if watched is not None and _get_current_function_mode() is watched.tape:
-            watched.tape.__exit__(None, None, None)
+        if watched is not None:
+            _take_out(watched.tape)
         return watched
 
     def _after(self, model: Any, args: Any, kwargs: Any, returned: Any) -> None:
@@ -236,6 +236,17 @@ class _Hook:
     def __reduce__(self) -> tuple[type["_Hook"], tuple[()]]:
         """One without a method."""
         return _Hook, ()
+
+
+def _take_out(mode: Tape) -> None:
+    """End a mode, which another that begins and ends with the same call may lie above."""
+    if not any(mode is one for one in _get_current_function_mode_stack()):
+        return  # whoever unwound the call after an error took it along
+    above = []
+    while (top := _pop_mode()) is not mode:
+        above.append(top)
+    for one in reversed(above):
+        _push_mode(one)
 
 
 def _remove(handles: tuple[Any, ...]) -> None:

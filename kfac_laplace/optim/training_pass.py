@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class TrainingPass:
         self._finish: Callable[[], Blocks] | None
         self._leaves = _leaves(list(passed.params.values()))
         if isinstance(plan.fisher, Empirical):
-            self._finish = _listening(passed, plan, all_read)
+            self._finish = _listening(passed, plan, all_read, partial(_reaches, self._leaves))
         else:
             blocks = _estimated(passed, plan, generator)
             self._finish = lambda: blocks
@@ -106,7 +107,9 @@ def _estimated(passed: ForwardPass, plan: Plan, generator: Generator) -> Blocks:
     return _kronecker(estimate(passed, plan, y, generator))
 
 
-def _listening(passed: ForwardPass, plan: Plan, all_read: bool) -> Callable[[], Blocks]:
+def _listening(
+    passed: ForwardPass, plan: Plan, all_read: bool, counts: Callable[[], bool]
+) -> Callable[[], Blocks]:
     """Blocks of the caller's own gradient rows r: B = Σ r rᵀ; call the result when they came.
 
     Groups without any gradient are left out.
@@ -124,7 +127,7 @@ def _listening(passed: ForwardPass, plan: Plan, all_read: bool) -> Callable[[], 
                     part.receive(u, rows)
 
     wanted = sorted(frozenset[int]().union(*(part.uses for part in made.values())))
-    listen(passed.recording, wanted, receive)
+    listen(passed.recording, wanted, receive, counts)
 
     def end() -> Blocks:
         with torch.no_grad():

@@ -4,6 +4,7 @@ Holding all of them until the last is there costs as much memory as the forward 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,7 +61,9 @@ class Backward:
             _hand_on(u, use, gradient, receive)
 
 
-def listen(recording: Recording, uses: Sequence[int], receive: Receive) -> list[RemovableHandle]:
+def listen(
+    recording: Recording, uses: Sequence[int], receive: Receive, counts: Callable[[], bool]
+) -> list[RemovableHandle]:
     """Have `receive` called with gradient rows of somebody else's backward pass; once each use.
 
     A second pass through the same graph is another loss, or derivatives of the first.
@@ -69,21 +72,20 @@ def listen(recording: Recording, uses: Sequence[int], receive: Receive) -> list[
         recording: a forward pass.
         uses: indices of the uses wanted.
         receive: what takes the rows.
+        counts: asked in a backward pass, whether it is one that is meant.
 
     Returns:
         Handles that end it; the graph's own end does as well.
     """
     heard: set[int] = set()
 
-    def once(u: int, rows: Tensor) -> None:
-        if u not in heard:
+    def hook(u: int, gradients: Sequence[Tensor | None]) -> None:
+        if u not in heard and counts():
             heard.add(u)
-            receive(u, rows)
+            use = recording.uses[u]
+            _hand_on(u, use, gradients[use.edge.output_nr], receive)
 
-    return [
-        recording.uses[u].edge.node.register_prehook(_hook(u, recording.uses[u], once))
-        for u in uses
-    ]
+    return [recording.uses[u].edge.node.register_prehook(partial(hook, u)) for u in uses]
 
 
 def _hook(u: int, use: Use, receive: Receive) -> Callable[[Sequence[Tensor | None]], None]:
