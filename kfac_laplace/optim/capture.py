@@ -152,6 +152,7 @@ class Capture:
         return (
             model is self._network.model
             and not self._paused
+            and bool(self.known.tracked)
             and model.training
             and torch.is_grad_enabled()
             and torch._C._current_graph_task_id() == -1  # a checkpoint runs the model again

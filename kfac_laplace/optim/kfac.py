@@ -290,7 +290,7 @@ class KFAC(Optimizer):
         """Form units once the groups are known."""
         learned = self._capture.learned
         if learned is None:
-            self._unseen += 1
+            self._unseen += bool(self._capture.known.tracked)
             if self._unseen == UNSEEN:
                 log.warning(
                     "KFAC has seen no training pass of the model, so that all parameters are "

@@ -113,7 +113,8 @@ class Lesson:
         few = partial(first_examples, self.network, passed, None)
         settings = choose_settings(passed, self.kfac_approx, few)
         settings |= dict.fromkeys(self._of_nodes(passed, settings), "expand")
-        all_read = all(bool(mask.all()) for mask in passed.reachable)
+        used = bool(passed.recording.uses)
+        all_read = not used or all(bool(mask.all()) for mask in passed.reachable)
         return Learned(passed.learned, settings, all_read)
 
     def _of_nodes(self, passed: ForwardPass, settings: Mapping[str, Setting]) -> list[str]:
