@@ -153,3 +153,11 @@ def test_bases_of_strange_groups_are_refused():
     table.update(1, factors_of(SHAPES))
     with pytest.raises(InvalidValue, match="column, first, large, row, second"):
         table_of(SMALL).load_state_dict(table.state_dict())
+
+
+def test_the_dearest_side_leaves_the_others_to_the_other_steps():
+    """Six that together cost as much as one: two steps, half a period apart."""
+    costs = {("wide", 1): CHEAP} | {(f"layer {k}", 0): CHEAP // 6 for k in range(6)}
+    placed = phases(costs, 10)
+    assert placed.pop(("wide", 1)) == 0
+    assert set(placed.values()) == {5}

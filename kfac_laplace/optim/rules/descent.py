@@ -47,8 +47,8 @@ def descend_(
 
 def scale_(tensors: Sequence[Tensor], factor: float) -> None:
     """Multiply all by a number."""
-    # On the CPU the call for all (torch 2.13) rounds the number to the tensors' precision first, the
-    # call for one does not: of 0.97 bfloat16 makes 0.96875.
+    # On the CPU the call for all (torch 2.13) rounds the number to the tensors' precision first: of
+    # 0.97 bfloat16 makes 0.96875. The call for one does not.
     if any(one.dtype in (torch.bfloat16, torch.float16) for one in tensors):
         for one in tensors:
             one.mul_(factor)
