@@ -168,18 +168,13 @@ class Likelihood(ABC):
         return -1
 
     def likely_axis(self, shape: Sequence[int]) -> int:
-        """What to take for `class_axis` before any target is known: the last by default.
-
-        Args:
-            shape: the output's.
-        """
+        """`class_axis` by an output's shape alone, before any target is known: the last."""
         return -1
 
     def axis_of_gradient(self, gradient: Tensor) -> tuple[int, ...]:
-        """The axes that may hold the c outputs of one row, by a loss's gradient; () for no say.
+        """The axes that may be `class_axis`, by a loss's gradient with respect to the output.
 
-        Args:
-            gradient: of the loss by the model's output.
+        None of them for no say.
         """
         return ()
 
@@ -293,10 +288,7 @@ class Likelihood(ABC):
         return None
 
     def stand_in_targets(self, f: Tensor, generator: Generator) -> Tensor:
-        """Targets for `importance` where none are known yet, as in training before the loss.
-
-        Draws at σ = 1 where the importance depends on them, outputs where it does not.
-        """
+        """Targets for `importance` before any are known: draws where it depends on them."""
         weighs = type(self).importance is not Likelihood.importance
         return self.sample(f, generator) if weighs else f
 

@@ -57,7 +57,6 @@ class Capture:
         tracked: names of the parameters of which groups are made.
         fisher: which vectors.
         generator: source of labels and signs.
-        due: whether this step is one of those that are captured.
         output_fn: takes what the model returns to its outputs, where they cannot be told.
     """
 
@@ -67,12 +66,13 @@ class Capture:
         tracked: tuple[str, ...],
         fisher: Fisher,
         generator: Generator,
-        due: Callable[[], bool],
         output_fn: OutputFn | None = None,
     ):
         self._lesson = replace(lesson, network=network_for_training(lesson.network))
         self._fisher, self._generator = fisher, generator
-        self._due, self._output_fn = due, output_fn
+        self._output_fn = output_fn
+        #: Whether this step is one of those that are captured.
+        self.due = True
         self.known = Knowledge(tracked, reorders=False)
         self.learned: Learned | None = None
         self._watched: Watched | None = None
@@ -157,7 +157,7 @@ class Capture:
             and torch.is_grad_enabled()
             and torch._C._current_graph_task_id() == -1  # a checkpoint runs the model again
             and peek_interpreter_stack() is None
-            and self._due()
+            and self.due
         )
 
     def _enter(self, batch: AnyBatch, inputs: Any) -> None:

@@ -24,6 +24,7 @@ from kfac_laplace.curvature.model.kept import without_trace
 from kfac_laplace.curvature.model.random_states import random_states_kept
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.rows.row_layout import Segments
+from kfac_laplace.errors import UnsupportedUse
 from kfac_laplace.likelihoods.axes import canonical_axis
 
 
@@ -53,6 +54,16 @@ class Learned:
             if group.treatment == "kron" and group.role in ("joint", "weight")
             if not group.diagonal
         )
+
+    def check_covered(self) -> None:
+        """Raise `UnsupportedUse` for parameters that no layer rule covers."""
+        groups = [group for group in self.knowledge.groups if not group.covered]
+        if groups:
+            raise UnsupportedUse(
+                "no layer rule covers these parameters",
+                where=", ".join(name for group in groups for name in group.layout.params),
+                remedy="Choose uncovered='adamw', or register a rule",
+            )
 
 
 @dataclass(frozen=True)

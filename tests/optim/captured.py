@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.overrides import _get_current_function_mode
 
 from kfac_laplace import Curvature
 from kfac_laplace.curvature.estimate.fisher import resolve
@@ -35,7 +36,6 @@ def capture(
         tracked_names(network.model, frozenset(map(id, model.parameters()))),
         resolve(fisher),
         Generator().manual_seed(seed),
-        lambda: True,
         output_fn,
     )
 
@@ -91,3 +91,30 @@ def assert_same_factors(
 def reference(model: nn.Module, likelihood: str, data: Any, **options: Any) -> Curvature:
     """The curvature of a batch by the library's own pass in evaluation mode."""
     return Curvature(model, likelihood, **options).accumulate(*data)
+
+
+N = 8
+
+
+def small(seed: int = 0) -> nn.Module:
+    """Two layers in float64."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def batch(n: int = N) -> tuple[Tensor, Tensor]:
+    """Inputs and labels for it."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 3, dtype=torch.float64, generator=generator)
+    return x, torch.randint(0, 3, (n,), generator=generator)
+
+
+def wanted(model: nn.Module, data: Any, fisher: str = "exact") -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors by the library's own pass."""
+    return factors(reference(model, "classification", data, fisher=fisher).blocks)
+
+
+def assert_nothing_pending(found: Capture) -> None:
+    """No tape is running, and nothing waits for a step."""
+    assert _get_current_function_mode() is None
+    assert found.take() == {}
