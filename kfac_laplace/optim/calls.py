@@ -2,8 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch
@@ -11,9 +13,29 @@ from kfac_laplace.curvature.model.forward import as_output
 from kfac_laplace.curvature.model.graphs import is_graph
 from kfac_laplace.curvature.model.mappings import of_mapping
 from kfac_laplace.curvature.model.tensors import tensors_in
+from kfac_laplace.curvature.model.unchanged import unwrapped
 
 #: takes what the model returns to its outputs
 OutputFn = Callable[[Any], Tensor]
+
+
+def called_module(model: nn.Module) -> nn.Module:
+    """The module whose calls are seen: a compiled wrapper from outside, else the model itself.
+
+    Inside a wrapper there are no calls; one for parallel data calls the module that it holds.
+    """
+    while not hasattr(model, "_orig_mod") and model is not unwrapped(model):
+        assert isinstance(model.module, nn.Module)
+        model = model.module
+    return model
+
+
+def in_eager_mode(module: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which a compiled wrapper runs the Python module that it holds."""
+    if not hasattr(module, "_orig_mod"):
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -7,12 +7,12 @@ they count when the caller's backward pass has ended. What was found is summed u
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
@@ -24,7 +24,7 @@ from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.recording.tape import Tape
 from kfac_laplace.optim.averages import Sums
-from kfac_laplace.optim.calls import OutputFn, data_of, inputs_of, output_of
+from kfac_laplace.optim.calls import OutputFn, data_of, in_eager_mode, inputs_of, output_of
 from kfac_laplace.optim.learning import Learned, Lesson, network_for_training
 from kfac_laplace.optim.training_pass import Blocks, TrainingPass
 
@@ -39,11 +39,13 @@ class Watched:
         tape: what records it.
         batch: its inputs.
         params: the parameters that are tracked.
+        eager: in which a compiled model is not.
     """
 
     tape: Tape
     batch: AnyBatch
     params: Mapping[str, Tensor]
+    eager: AbstractContextManager[Any]
 
 
 class Capture:
@@ -58,6 +60,7 @@ class Capture:
         fisher: which vectors.
         generator: source of labels and signs.
         output_fn: takes what the model returns to its outputs, where they cannot be told.
+        called: the module on which the hooks stand, where it is a wrapper around the model.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Capture:
         fisher: Fisher,
         generator: Generator,
         output_fn: OutputFn | None = None,
+        called: nn.Module | None = None,
     ):
         self._lesson = replace(lesson, network=network_for_training(lesson.network))
         self._fisher, self._generator = fisher, generator
@@ -81,10 +85,10 @@ class Capture:
         self._n = 0
         #: Output rows and scalar outputs of an example, in the last pass that was captured.
         self.outputs_per_example: tuple[float, float] = (1.0, 1.0)
-        model = self._network.model
+        self._called = called = called or self._network.model
         handles = (
-            model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
-            model.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True),
+            called.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
+            called.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True),
         )
         self._end = weakref.finalize(self, _remove, handles)
 
@@ -137,7 +141,7 @@ class Capture:
         if not self._counts(model):
             return
         with self.paused():
-            inputs = inputs_of(model, args, kwargs)
+            inputs = inputs_of(self._network.model, args, kwargs)
             known = self.known if self.learned is None else self.learned.knowledge
             batch = self._network.batch(inputs, None, known.interface)
             # A single example does not show which rows are whose.
@@ -150,10 +154,10 @@ class Capture:
     def _counts(self, model: Any) -> bool:
         """Whether a call is a training pass to be captured, of the model itself, no copy."""
         return (
-            model is self._network.model
+            model is self._called
             and not self._paused
             and bool(self.known.tracked)
-            and model.training
+            and self._network.model.training
             and torch.is_grad_enabled()
             and torch._C._current_graph_task_id() == -1  # a checkpoint runs the model again
             and peek_interpreter_stack() is None
@@ -170,18 +174,21 @@ class Capture:
         }
         tape = self._network.tape(batch, tracked, data_of(batch, inputs))
         tape.__enter__()  # type: ignore[no-untyped-call]
-        self._watched = Watched(tape, batch, tracked)
+        eager = in_eager_mode(self._called)
+        eager.__enter__()
+        self._watched = Watched(tape, batch, tracked, eager)
 
     def _leave(self) -> Watched | None:
         """Stop recording."""
         watched, self._watched = self._watched, None
         if watched is not None:
+            watched.eager.__exit__(None, None, None)
             _take_out(watched.tape)
         return watched
 
     def _after(self, model: Any, args: Any, kwargs: Any, returned: Any) -> None:
         """Make blocks of a pass that was recorded, unless it failed."""
-        if model is not self._network.model or self._paused:
+        if model is not self._called or self._paused:
             return
         watched = self._leave()
         if watched is None or returned is None:
@@ -229,7 +236,9 @@ class _Hook:
         self._method = None if method is None else weakref.WeakMethod(method)
 
     def __call__(self, *args: Any) -> None:
-        """Call it."""
+        """Call it; not where a compiler reads the model, which would take it for a part of that."""
+        if torch.compiler.is_compiling():
+            return
         method = None if self._method is None else self._method()
         if method is not None:
             method(*args)

@@ -18,7 +18,7 @@ from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
-from kfac_laplace.optim.calls import OutputFn, calling
+from kfac_laplace.optim.calls import OutputFn, called_module, calling
 from kfac_laplace.optim.capture import Capture
 from kfac_laplace.optim.decomposition import EARLY
 from kfac_laplace.optim.estimate import Estimate
@@ -52,6 +52,7 @@ class KFAC(Optimizer):
 
     Args:
         model: the network; two hooks stand on its forward until `close`, or until this object ends.
+            It may be compiled; steps that are captured run it in eager mode.
         likelihood: what its outputs mean: "classification" or another name of docs/likelihoods.md,
             or a `Likelihood`. It is to be that of the loss.
         params: parameters or parameter groups, all of the model by default; they never change
@@ -134,7 +135,8 @@ class KFAC(Optimizer):
         self._updates = Updates(self._named, rule or EigenAdam(), self.estimate, self.state)
         lesson = Lesson(network, kfac_approx, class_axis)
         fisher = self.estimate.vectors
-        self._capture = Capture(lesson, tracked, fisher, self._generator, output_fn)
+        called = called_module(model)
+        self._capture = Capture(lesson, tracked, fisher, self._generator, output_fn, called)
         self._count(0)
         # With this, `GradScaler` tells the scale; without, loops may clip between as they like.
         if isinstance(self.estimate.vectors, Empirical):
@@ -270,7 +272,8 @@ class KFAC(Optimizer):
             if self._unseen == UNSEEN:
                 log.warning(
                     "KFAC has seen no training pass of the model, so that all parameters are "
-                    "updated by AdamW: call the model itself, in training mode and with gradients"
+                    "updated by AdamW: call the module that KFAC was given, in training mode and "
+                    "with gradients; if it is compiled, give KFAC what torch.compile returns"
                 )
         elif not self._updates.formed:
             if self._uncovered == "error":

@@ -166,3 +166,33 @@ def test_two_optimisers_for_the_parts_of_one_model():
     for k, optimizer in zip((0, 2), both, strict=True):
         own = {n for n, kind in optimizer.coverage.items() if kind == "kfac"}
         assert own == {f"{k}.weight", f"{k}.bias"}
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_a_compiled_model_makes_the_same_steps(fisher):
+    """It is compiled once: steps that are captured run in eager mode."""
+    make, x, y, _ = MODELS["mlp"]
+    plain, inner, graphs = make(), make(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = torch.compile(inner, backend=backend, fullgraph=True)
+    curvature = Estimate(fisher, every=3)
+    train(plain, KFAC(plain, curvature=curvature), x, y)
+    train(model, KFAC(model, curvature=curvature), x, y)
+    assert same_parameters(plain, inner)
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+def test_hooks_inside_a_compiled_model_keep_still(caplog):
+    """A compiler would read them as a part of the model."""
+    make, x, y, _ = MODELS["mlp"]
+    inner = make()
+    optimizer = KFAC(inner)
+    train(torch.compile(inner, backend="eager", fullgraph=True), optimizer, x, y, steps=4)
+    assert set(optimizer.coverage.values()) == {"adamw"}
+    assert "torch.compile" in caplog.text
+    torch.compiler.reset()

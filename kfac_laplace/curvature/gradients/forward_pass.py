@@ -187,15 +187,19 @@ class ForwardPass:
     def _lies_as_known(self, u: int) -> bool:
         """Whether rows of a use lie as those of such a use did, and fit the batch."""
         names, (kind, axes, _) = self.key(u)
-        layouts = [
-            layout
-            for (others, (other, ndim, _)), layout in self.knowledge.row_layouts.items()
-            if (others, other, ndim) == (names, kind, axes)
-        ]
+        layouts = self._layouts_by_kind.get((names, kind, axes), ())
         own = self._known_layout(u)
         if own is None or None in layouts or (self.n > 1 and own not in layouts):
             return False
         return self._in_batch(own).fits(self.recording.uses[u].layer.inputs.lead, self.n)
+
+    @cached_property
+    def _layouts_by_kind(self) -> dict[object, list[RowLayout | None]]:
+        """Known layouts by parameters, kind and axes of uses, whichever their turn."""
+        found: dict[object, list[RowLayout | None]] = {}
+        for (names, (kind, axes, _)), layout in self.knowledge.row_layouts.items():
+            found.setdefault((names, kind, axes), []).append(layout)
+        return found
 
     def _in_batch(self, layout: RowLayout) -> RowLayout:
         """A layout with what it takes from the batch: the example of each node or edge."""
