@@ -13,19 +13,22 @@ from torch.optim import Optimizer
 from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.estimate.fisher import Empirical
 from kfac_laplace.curvature.estimate.settings import KfacApprox
-from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.optim.averages import Sums
 from kfac_laplace.optim.calls import OutputFn, called_module, calling
 from kfac_laplace.optim.capture import Capture
 from kfac_laplace.optim.decomposition import EARLY
 from kfac_laplace.optim.estimate import Estimate
-from kfac_laplace.optim.learning import Lesson, tracked_names
+from kfac_laplace.optim.learning import Learned, Lesson, tracked_names
 from kfac_laplace.optim.loss_scale import unscale_
 from kfac_laplace.optim.parameters import check_numbers, parameter_groups
+from kfac_laplace.optim.ranks import ranks_of
 from kfac_laplace.optim.rules import EigenAdam, Rule, descend_
+from kfac_laplace.optim.shared import averaged_ggn
 from kfac_laplace.optim.state import learned_from_state, learned_to_state
 from kfac_laplace.optim.units import check_gradients
 from kfac_laplace.optim.updates import Updates
@@ -52,7 +55,8 @@ class KFAC(Optimizer):
 
     Args:
         model: the network; two hooks stand on its forward until `close`, or until this object ends.
-            It may be compiled; steps that are captured run it in eager mode.
+            It may be compiled; steps that are captured run it in eager mode. Pass it wrapped in
+            `DistributedDataParallel` where several ranks train it: their factors are summed.
         likelihood: what its outputs mean: "classification" or another name of docs/likelihoods.md,
             or a `Likelihood`. It is to be that of the loss.
         params: parameters or parameter groups, all of the model by default; they never change
@@ -84,7 +88,7 @@ class KFAC(Optimizer):
         ...     optimizer.zero_grad()
         ...     loss.backward()
         ...     optimizer.step()
-        >>> float(loss) < 0.5, optimizer.coverage
+        >>> loss.item() < 0.5, optimizer.coverage
         (True, {'weight': 'kfac', 'bias': 'kfac'})
     """
 
@@ -130,7 +134,7 @@ class KFAC(Optimizer):
         self._options = replace(
             options, subset_of_weights="all" if tracked == everything else list(tracked)
         )
-        self._unseen = 0
+        self._unseen, self._ranks = 0, ranks_of(model)
         self._generator = Generator().manual_seed(seed)
         self._updates = Updates(self._named, rule or EigenAdam(), self.estimate, self.state)
         lesson = Lesson(network, kfac_approx, class_axis)
@@ -195,26 +199,16 @@ class KFAC(Optimizer):
             NotFitted: nothing has been captured yet.
             InvalidValue: not a positive number.
         """
+        if not n_data > 0:
+            raise InvalidValue("must be positive", where="n_data", got=n_data)
         learned, averages = self._capture.learned, self._updates.averages
         if learned is None or not averages.names:
             raise NotFitted(
                 "no factors yet", where="curvature", remedy="Take steps in training mode first"
             )
-        if not n_data > 0:
-            raise InvalidValue("must be positive", where="n_data", got=n_data)
-        groups = tuple(group for group in learned.captured if group.name in averages)
-        rows, outputs = self._capture.outputs_per_example
         made = Curvature.of(self._network.model, self._options)
-        made.ggn = GGN(
-            self._options,
-            replace(learned.knowledge, groups=groups),
-            {group.name: learned.settings[group.name] for group in groups},
-            {group.name: averages.block(group.name, n_data) for group in groups},
-            statistic=torch.full((), torch.nan, dtype=torch.float64),
-            n_data=n_data,
-            n_rows=n_data * rows,
-            n_outputs=n_data * outputs,
-        )
+        shape = self._capture.outputs_per_example
+        made.ggn = averaged_ggn(averages, learned, self._options, n_data, shape)
         return made
 
     # --- the loop ----------------------------------------------------------------------------
@@ -249,8 +243,11 @@ class KFAC(Optimizer):
             return loss
         check_gradients(list(self._named.values()))
         self._form()
+        sums = self._capture.take(scale)
+        if self._capture.due:
+            sums = self._of_all_ranks(sums)
         self._count(self._steps + 1)
-        self._updates.take_in(self._steps, self._capture.take(scale))
+        self._updates.take_in(self._steps, sums)
         rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         updates = self._updates.by_parameter(rates)
         for group in self.param_groups:
@@ -264,8 +261,21 @@ class KFAC(Optimizer):
         self._steps = steps
         self._capture.due = steps + 1 in EARLY or steps % self.estimate.every == 0
 
+    def _of_all_ranks(self, sums: Sums) -> Sums:
+        """The sums of a captured step over all ranks, which come here together."""
+        learned = self._capture.learned
+        groups = () if learned is None else learned.captured
+        like = accumulable(next(iter(self._named.values())).detach().new_empty(0))
+        return self._ranks.summed(sums, groups, like)
+
     def _form(self) -> None:
-        """Take parameters together once their groups are known."""
+        """Take parameters together once their groups are known, those of the first rank."""
+        if self._ranks.several and not self._updates.formed:
+            own = self._capture.learned
+            state = None if own is None else learned_to_state(own, self._options)
+            state = self._ranks.of_first(state)
+            known = None if state is None else self._learned_of(state)
+            self._capture.learned = known
         learned = self._capture.learned
         if learned is None:
             self._unseen += bool(self._capture.known.tracked)
@@ -283,6 +293,9 @@ class KFAC(Optimizer):
             if others:
                 names = ", ".join(others)
                 log.info("without Kronecker factors, updated by AdamW: %s", names)
+
+    def _learned_of(self, state: Mapping[str, Any]) -> Learned:
+        return learned_from_state(state, self._network, self._options)
 
     # --- state -------------------------------------------------------------------------------
 
@@ -319,7 +332,7 @@ class KFAC(Optimizer):
         own = state_dict["kfac"]
         learned = None
         if own["learned"] is not None:
-            learned = learned_from_state(own["learned"], self._network, self._options)
+            learned = self._learned_of(own["learned"])
         self._updates.load_state_dict(own, None if learned is None else learned.captured)
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
         params = [p for group in self.param_groups for p in group["params"]]
