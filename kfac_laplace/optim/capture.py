@@ -17,7 +17,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from kfac_laplace.curvature.estimate.estimator import Plan
-from kfac_laplace.curvature.estimate.fisher import Empirical, Fisher
+from kfac_laplace.curvature.estimate.fisher import Empirical
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
@@ -25,6 +25,7 @@ from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.recording.tape import Tape
 from kfac_laplace.optim.averages import Sums
 from kfac_laplace.optim.calls import OutputFn, data_of, in_eager_mode, inputs_of, output_of
+from kfac_laplace.optim.estimate import Estimate
 from kfac_laplace.optim.learning import Learned, Lesson, network_for_training
 from kfac_laplace.optim.training_pass import Blocks, TrainingPass
 
@@ -57,7 +58,7 @@ class Capture:
     Args:
         lesson: the model, and what to learn from the first batch.
         tracked: names of the parameters of which groups are made.
-        fisher: which vectors.
+        estimate: which vectors, and up to which width there are factors.
         generator: source of labels and signs.
         output_fn: takes what the model returns to its outputs, where they cannot be told.
         called: the module on which the hooks stand, where it is a wrapper around the model.
@@ -67,13 +68,14 @@ class Capture:
         self,
         lesson: Lesson,
         tracked: tuple[str, ...],
-        fisher: Fisher,
+        estimate: Estimate,
         generator: Generator,
         output_fn: OutputFn | None = None,
         called: nn.Module | None = None,
     ):
         self._lesson = replace(lesson, network=network_for_training(lesson.network))
-        self._fisher, self._generator = fisher, generator
+        self._estimate, self._generator = estimate, generator
+        self._fisher = estimate.vectors
         self._output_fn = output_fn
         #: Whether this step is one of those that are captured.
         self.due = True
@@ -215,7 +217,8 @@ class Capture:
         passed = passed.knowing(replace(learned.knowledge, groups=groups))
         rows = passed.output_rows
         self.outputs_per_example = (len(rows) / passed.n, rows.numel() / passed.n)
-        plan = Plan("kron", learned.settings, self._fisher, SumDtype(torch.float32))
+        dtype, widest = SumDtype(torch.float32), self._estimate.largest
+        plan = Plan("kron", learned.settings, self._fisher, dtype, widest)
         TrainingPass(passed, plan, self._generator, learned.all_read, self._receive)
 
     def _receive(self, blocks: Blocks, n: int) -> None:

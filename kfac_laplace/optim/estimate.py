@@ -25,7 +25,8 @@ class Estimate:
         ema: decay β of the averages over captured steps, each weighted by its examples: with sums
             S_t over the n_t examples of step t, Σ_t β^{T−t} S_t / Σ_t β^{T−t} n_t. The first step
             alone is the first factor. 1 is the plain mean over all that was seen, 0 the last step.
-        largest: a side of a layer wider than this stays in its own coordinates.
+        largest: a side of a layer wider than this stays in its own coordinates; of its A only the
+            diagonal is kept, also for `curvature`.
 
     Raises:
         InvalidValue: an unknown estimator, or a number out of range.

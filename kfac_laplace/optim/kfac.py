@@ -100,8 +100,8 @@ class KFAC(Optimizer):
         *,
         lr: float | Tensor = 1e-2,
         weight_decay: float = 0.01,
-        rule: Rule | None = None,
-        curvature: Estimate | None = None,
+        rule: Rule = EigenAdam(),
+        curvature: Estimate = Estimate(),
         kfac_approx: KfacApprox = "auto",
         uncovered: str = "adamw",
         class_axis: int | None = None,
@@ -109,7 +109,7 @@ class KFAC(Optimizer):
         seed: int = 0,
     ):
         check_choice("uncovered", uncovered, UNCOVERED)
-        self.estimate = curvature or Estimate()
+        self.estimate = curvature
         self._uncovered = uncovered
         options = CurvatureOptions.of(
             likelihood,
@@ -134,13 +134,12 @@ class KFAC(Optimizer):
         self._options = replace(
             options, subset_of_weights="all" if tracked == everything else list(tracked)
         )
-        self._unseen, self._ranks = 0, ranks_of(model)
+        self._unseen, self._ranks = 0, ranks_of(model, self.estimate.largest)
         self._generator = Generator().manual_seed(seed)
-        self._updates = Updates(self._named, rule or EigenAdam(), self.estimate, self.state)
+        self._updates = Updates(self._named, rule, self.estimate, self.state)
         lesson = Lesson(network, kfac_approx, class_axis)
-        fisher = self.estimate.vectors
         called = called_module(model)
-        self._capture = Capture(lesson, tracked, fisher, self._generator, output_fn, called)
+        self._capture = Capture(lesson, tracked, self.estimate, self._generator, output_fn, called)
         self._count(0)
         # With this, `GradScaler` tells the scale; without, loops may clip between as they like.
         if isinstance(self.estimate.vectors, Empirical):

@@ -19,14 +19,19 @@ from kfac_laplace.curvature.linalg.packed import pack, unpack
 from kfac_laplace.optim.averages import Sums
 
 
-def ranks_of(model: nn.Module) -> "Ranks":
-    """The ranks that a model's wrapper for parallel data works with; one where there is none."""
+def ranks_of(model: nn.Module, widest: int) -> "Ranks":
+    """The ranks that a model's wrapper for parallel data works with; one where there is none.
+
+    Args:
+        model: as the caller has it.
+        widest: as for `Ranks`.
+    """
     while not isinstance(model, DistributedDataParallel):
         inner = getattr(model, "_orig_mod", None)
         if inner is None:
-            return Ranks(None)
+            return Ranks(None, widest)
         model = inner
-    return Ranks(model.process_group)
+    return Ranks(model.process_group, widest)
 
 
 class Ranks:
@@ -34,10 +39,11 @@ class Ranks:
 
     Args:
         group: their process group; None for one process.
+        widest: of input factors with more columns there is the diagonal alone.
     """
 
-    def __init__(self, group: Any):
-        self._group = group
+    def __init__(self, group: Any, widest: int):
+        self._group, self._widest = group, widest
 
     @property
     def several(self) -> bool:
@@ -65,43 +71,55 @@ class Ranks:
             return sums
         counts, flat = [], []
         for group in groups:
-            n, count, inputs, outputs = _parts(sums, group, like)
+            n, count, *factors = self._parts(sums, group, like)
             counts += [n, *count.tolist()]
-            flat += [pack(inputs).flatten(), pack(outputs).flatten()]
+            flat += [one.flatten() for one in factors]
         numbers = torch.tensor(counts, dtype=torch.float64, device=like.device)
         entries = torch.cat(flat)
         dist.all_reduce(numbers, group=self._group)
         dist.all_reduce(entries, group=self._group)
-        return _joined(groups, numbers, entries, flat)
+        return self._joined(groups, numbers, entries, flat)
 
+    def _parts(
+        self, sums: Sums, group: Group, like: Tensor
+    ) -> tuple[float, Tensor, Tensor, Tensor]:
+        """Examples, counts (b,), Σ a aᵀ and B, packed, of a group; zeros without any."""
+        shapes = self._shapes(group)
+        if group.name not in sums:
+            zeros = [like.new_zeros(shape) for shape in shapes]
+            return 0.0, like.new_zeros(group.layout.matrix[0]), zeros[0], zeros[1]
+        block, n = sums[group.name]
+        if block.has_diagonal_input:
+            inputs = block.input_sum
+        else:
+            inputs = pack(block.inputs.matrices())
+        return n, block.input_count, inputs, pack(block.outputs.matrices())
 
-def _parts(sums: Sums, group: Group, like: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
-    """Examples, counts (b,), Σ a aᵀ (b, i, i) and B (b, o, o) of a group; zeros without any."""
-    b, o, i = group.layout.matrix
-    if group.name not in sums:
-        zeros = like.new_zeros
-        return 0.0, zeros(b), zeros(b, i, i), zeros(b, o, o)
-    block, n = sums[group.name]
-    return n, block.input_count, block.inputs.matrices(), block.outputs.matrices()
-
-
-def _joined(
-    groups: Sequence[Group], numbers: Tensor, entries: Tensor, flat: Sequence[Tensor]
-) -> Sums:
-    """The blocks in sums over ranks, of groups that some rank has captured."""
-    found: Sums = {}
-    parts = iter(entries.split([len(one) for one in flat]))
-    start = 0
-    for group in groups:
+    def _shapes(self, group: Group) -> tuple[torch.Size, torch.Size]:
+        """Shapes of A and B, packed, or of A's diagonal."""
         b, o, i = group.layout.matrix
-        n, count = numbers[start], numbers[start + 1 : start + 1 + b]
-        start += 1 + b
-        inputs, outputs = (unpack(next(parts).view(_packed(b, width))) for width in (i, o))
-        if n > 0:
-            grams = Gram.of(inputs), Gram.of(outputs)
-            block = KroneckerBlock.of(group.layout, grams[0], count.clone(), grams[1])
-            found[group.name] = block, float(n)
-    return found
+        diagonal = i > self._widest
+        return torch.Size((b, i)) if diagonal else _packed(b, i), _packed(b, o)
+
+    def _joined(
+        self, groups: Sequence[Group], numbers: Tensor, entries: Tensor, flat: Sequence[Tensor]
+    ) -> Sums:
+        """The blocks in sums over ranks, of groups that some rank has captured."""
+        found: Sums = {}
+        parts = iter(entries.split([len(one) for one in flat]))
+        start = 0
+        for group in groups:
+            b = group.layout.matrix[0]
+            n, count = numbers[start], numbers[start + 1 : start + 1 + b]
+            start += 1 + b
+            a, outputs = (next(parts).view(shape) for shape in self._shapes(group))
+            if n > 0:
+                inputs = a.clone() if a.ndim == 2 else Gram.of(unpack(a))
+                block = KroneckerBlock.of(
+                    group.layout, inputs, count.clone(), Gram.of(unpack(outputs))
+                )
+                found[group.name] = block, float(n)
+        return found
 
 
 def _packed(b: int, width: int) -> torch.Size:

@@ -29,12 +29,21 @@ def averaged_ggn(
     Returns:
         Blocks and counts; the statistic is NaN, as only a pass over the data tells it.
     """
-    groups = tuple(group for group in learned.captured if group.name in averages)
+    blocks = {
+        group.name: averages.block(group.name, n_data)
+        for group in learned.captured
+        if group.name in averages
+    }
+    groups = tuple(
+        replace(group, diagonal=blocks[group.name].has_diagonal_input)
+        for group in learned.captured
+        if group.name in blocks
+    )
     return GGN(
         options,
         replace(learned.knowledge, groups=groups),
-        {group.name: learned.settings[group.name] for group in groups},
-        {group.name: averages.block(group.name, n_data) for group in groups},
+        {name: learned.settings[name] for name in blocks},
+        blocks,
         statistic=torch.full((), torch.nan, dtype=torch.float64),
         n_data=n_data,
         n_rows=n_data * outputs[0],

@@ -10,12 +10,12 @@ from torch import Generator, Tensor, nn
 from torch.overrides import _get_current_function_mode
 
 from kfac_laplace import Curvature
-from kfac_laplace.curvature.estimate.fisher import resolve
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.likelihoods import Likelihood, aligned_target, settled_axis
 from kfac_laplace.likelihoods import resolve as likelihood_named
 from kfac_laplace.optim.calls import calling
 from kfac_laplace.optim.capture import Capture
+from kfac_laplace.optim.estimate import Estimate
 from kfac_laplace.optim.learning import Lesson, tracked_names
 
 
@@ -28,13 +28,14 @@ def capture(
     class_axis: int | None = None,
     seed: int = 0,
     output_fn: Any = None,
+    largest: int = 4096,
 ) -> Capture:
     """A capture of every training pass of a model."""
     network = Network.of(model, likelihood_named(likelihood), calling(output_fn))
     return Capture(
         Lesson(network, kfac_approx, class_axis),
         tracked_names(network.model, frozenset(map(id, model.parameters()))),
-        resolve(fisher),
+        Estimate(fisher, largest=largest),
         Generator().manual_seed(seed),
         output_fn,
     )

@@ -79,10 +79,26 @@ class KroneckerAccumulator(Accumulator):
     """B vector by vector, then A from the input rows; several uses are more shared positions.
 
     Positions on which no output depends do not enter A: padding, and tokens that nothing reads.
+
+    Args:
+        group: a group of layer matrices.
+        passed: the forward pass.
+        setting: expand or reduce.
+        dtype: the precision of products and sums.
+        widest: of an A with more columns only the diagonal is summed; None: of none.
     """
 
-    def __init__(self, group: Group, passed: ForwardPass, setting: Setting, dtype: SumDtype):
+    def __init__(
+        self,
+        group: Group,
+        passed: ForwardPass,
+        setting: Setting,
+        dtype: SumDtype,
+        widest: int | None = None,
+    ):
         self._group, self._passed, self._dtype = group, passed, dtype
+        width = group.layout.matrix[2]
+        self._diagonal = group.diagonal or (widest is not None and width > widest)
         self._terms = passed.terms[group.name]
         self.uses = frozenset(term.use for term in self._terms)
         self._of_example: dict[int, Tensor] = {}  # of the vector at hand, by first block
@@ -150,11 +166,11 @@ class KroneckerAccumulator(Accumulator):
         if len(found) == 1 and self._group.layout.parts == 1:
             return KroneckerBlock.of(self._group.layout, found[0], count, outputs)
         # Parts that this batch does not use stay zero.
-        none = outputs.packed.new_zeros((b, i) if self._group.diagonal else (b, i, i))
+        none = outputs.packed.new_zeros((b, i) if self._diagonal else (b, i, i))
         for start, part in found.items():
             matrices = part.matrices() if isinstance(part, Gram) else part
             none[start : start + len(matrices)] = matrices
-        inputs = none if self._group.diagonal else Gram.of(none)
+        inputs = none if self._diagonal else Gram.of(none)
         return KroneckerBlock.of(self._group.layout, inputs, count, outputs)
 
     def _inputs(self, term: Term) -> tuple[Inputs, Tensor | None]:
@@ -171,7 +187,9 @@ class KroneckerAccumulator(Accumulator):
         for term in terms:
             inputs, live = self._inputs(term)
             dtype = self._dtype.of_rows(self._shared(term))
-            grams.append(inputs.gram(dtype, self._passed.budget))
+            whole = inputs.diagonal or not self._diagonal
+            sums = inputs.gram if whole else inputs.gram_diagonal
+            grams.append(sums(dtype, self._passed.budget))
             count = count + (inputs.count if live is None else live.sum())
         return sum(grams[1:], grams[0]), count
 
@@ -190,8 +208,9 @@ class KroneckerAccumulator(Accumulator):
         number = torch.stack(counts).sum(0)  # (n,)
         means = torch.stack(sums).sum(0)
         means = means / number.to(means.dtype).clamp_min(1)[:, None]
-        if terms[0].inputs.diagonal:
-            return means.double().square().sum(1), (number > 0).sum()
+        if self._diagonal:
+            dtype = torch.float64 if self._group.diagonal else self._dtype.sums(means)
+            return means.square().sum(1, dtype=dtype), (number > 0).sum()
         total = GramSum(len(means), means.shape[-1], means, self._dtype)
         total.add(means)
         return total.gram(), (number > 0).sum()

@@ -175,7 +175,7 @@ class KroneckerBlock(Block):
 
     def absorb(self, other: Self) -> Self:
         """Add another block into this one's own sums, which nobody else may hold."""
-        if self._has_diagonal_input:
+        if self.has_diagonal_input:
             inputs: Gram | Tensor = self.input_sum.add_(other.input_sum)
         else:
             inputs = self.inputs.absorb(other.inputs)
@@ -185,7 +185,7 @@ class KroneckerBlock(Block):
     @property
     def factors(self) -> KroneckerFactors:
         """A = Σ a aᵀ / count and B."""
-        inputs = self.input_sum if self._has_diagonal_input else self.inputs.matrices()
+        inputs = self.input_sum if self.has_diagonal_input else self.inputs.matrices()
         count = self._divisor.reshape(-1, *[1] * (inputs.ndim - 1))
         return KroneckerFactors(inputs / count.to(inputs.dtype), self.outputs.matrices())
 
@@ -195,13 +195,14 @@ class KroneckerBlock(Block):
         return self.input_count.where(self.input_count > 0, 1)
 
     @property
-    def _has_diagonal_input(self) -> bool:
+    def has_diagonal_input(self) -> bool:
+        """Whether only the diagonal of A is stored."""
         return self.input_sum.ndim == 2
 
     def dense(self) -> Tensor:
         """Block-diagonal over b of B ⊗ A, in parameter order."""
         a, b = self.factors
-        a = a.diag_embed() if self._has_diagonal_input else a
+        a = a.diag_embed() if self.has_diagonal_input else a
         blocks = [torch.kron(right, left) for left, right in zip(a, b, strict=True)]
         order = self.layout.order.to(a.device)
         return torch.block_diag(*blocks)[order[:, None], order]
@@ -212,7 +213,7 @@ class KroneckerBlock(Block):
         with torch.inference_mode(False):  # kept, so of use outside inference mode as well
             count = self._divisor.double()[:, None]
             mu = self.outputs.eigenvalues(self.name)
-            if self._has_diagonal_input:
+            if self.has_diagonal_input:
                 lam = eigenvalues_of_diagonal(self.input_sum, self.name) / count
             else:
                 lam = self.inputs.eigenvalues(self.name) / count
@@ -221,7 +222,7 @@ class KroneckerBlock(Block):
     def _bases(self) -> tuple[Tensor, Tensor | None]:
         """Eigenvectors of B and A; None for a diagonal A."""
         left = eigenbasis(self.outputs.matrices(), self.name)
-        if self._has_diagonal_input:
+        if self.has_diagonal_input:
             return left, None
         return left, eigenbasis(self.inputs.matrices(), self.name)
 

@@ -33,12 +33,14 @@ class Plan:
         settings: expand or reduce, by name of the groups with Kronecker factors.
         fisher: which backward vectors.
         dtype: the precision of products and sums.
+        widest: of input factors with more columns only the diagonal is wanted; None: of none.
     """
 
     structure: Structure
     settings: Mapping[str, Setting]
     fisher: Fisher
     dtype: SumDtype = SumDtype()
+    widest: int | None = None
 
 
 def estimate(passed: ForwardPass, plan: Plan, y: Tensor, generator: Generator) -> dict[str, Block]:
@@ -81,7 +83,8 @@ def _accumulator(passed: ForwardPass, plan: Plan, group: Group) -> Accumulator:
     """The sum for a group's block, by its structure."""
     treatment = group.treatment if plan.structure == "kron" else "diag"
     if treatment == "kron":
-        return KroneckerAccumulator(group, passed, plan.settings[group.name], plan.dtype)
+        setting = plan.settings[group.name]
+        return KroneckerAccumulator(group, passed, setting, plan.dtype, plan.widest)
     if treatment == "dense":
         return DenseAccumulator([group], group.layout, passed, plan.dtype)
     return DiagonalAccumulator(group, passed)

@@ -51,6 +51,15 @@ class Inputs(ABC):
         assert total is not None
         return total.gram()
 
+    def gram_diagonal(self, dtype: SumDtype, budget: Budget) -> Tensor:
+        """The diagonal Σ_{n,t} a², shape (b, i). Arguments as for `gram`."""
+        total: Tensor | None = None
+        for piece in self.pieces(dtype, budget):
+            squares = piece.flatten(1, -2).square().sum(1, dtype=dtype.sums(piece))
+            total = squares if total is None else total + squares
+        assert total is not None
+        return total
+
     def pieces(self, dtype: SumDtype, budget: Budget) -> Iterator[Tensor]:
         """All rows, some at a time: shape (b, ..., i). Arguments as for `gram`."""
         yield self.rows()
