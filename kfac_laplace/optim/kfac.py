@@ -37,6 +37,7 @@ from kfac_laplace.options import check_choice
 log = logging.getLogger("kfac_laplace")
 
 UNCOVERED = ("adamw", "error")
+RULE, ESTIMATE = EigenAdam(), Estimate()
 #: After so many steps without a training pass of the model a log record says so.
 UNSEEN = 3
 
@@ -100,8 +101,8 @@ class KFAC(Optimizer):
         *,
         lr: float | Tensor = 1e-2,
         weight_decay: float = 0.01,
-        rule: Rule = EigenAdam(),
-        curvature: Estimate = Estimate(),
+        rule: Rule = RULE,
+        curvature: Estimate = ESTIMATE,
         kfac_approx: KfacApprox = "auto",
         uncovered: str = "adamw",
         class_axis: int | None = None,
