@@ -86,11 +86,13 @@ class Categorical(Likelihood):
         """The second of four axes and more, as images have it; the last of three, as tokens do."""
         return 1 if len(shape) > 3 else -1
 
-    def axis_of_gradient(self, gradient: Tensor) -> tuple[int, ...]:
+    def axes_of_gradient(self, gradient: Tensor) -> tuple[int, ...] | None:
         """Those along which it sums to zero, as a softmax does not see shifts."""
-        size = gradient.double()
-        total = size.abs().sum()
-        off = [float(size.sum(axis).abs().sum() / total) for axis in range(1, gradient.ndim)]
+        entries = gradient.double()
+        total = float(entries.abs().sum())
+        if not 0 < total < math.inf:
+            return None
+        off = [float(entries.sum(axis).abs().sum()) / total for axis in range(1, gradient.ndim)]
         # Half the digits of bfloat16, in which the loss may have been computed.
         return tuple(axis for axis, one in enumerate(off, 1) if one < 0.05)
 

@@ -171,12 +171,9 @@ class Likelihood(ABC):
         """`class_axis` by an output's shape alone, before any target is known: the last."""
         return -1
 
-    def axis_of_gradient(self, gradient: Tensor) -> tuple[int, ...]:
-        """The axes that may be `class_axis`, by a loss's gradient with respect to the output.
-
-        None of them for no say.
-        """
-        return ()
+    def axes_of_gradient(self, gradient: Tensor) -> tuple[int, ...] | None:
+        """Axes that may be `class_axis`, by a loss's gradient by the output; None: no saying."""
+        return None
 
     @property
     def arranges_targets(self) -> bool:

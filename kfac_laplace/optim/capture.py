@@ -85,6 +85,7 @@ class Capture:
         self._paused = 0
         self._sums: Sums = {}
         self._n = 0
+        self._seen = False  # whether any pass has counted
         #: Output rows and scalar outputs of an example, in the last pass that was captured.
         self.outputs_per_example: tuple[float, float] = (1.0, 1.0)
         self._called = called = called or self._network.model
@@ -219,11 +220,13 @@ class Capture:
         self.outputs_per_example = (len(rows) / passed.n, rows.numel() / passed.n)
         dtype, widest = SumDtype(torch.float32), self._estimate.largest
         plan = Plan("kron", learned.settings, self._fisher, dtype, widest)
-        TrainingPass(passed, plan, self._generator, learned.all_read, self._receive)
+        read, looks = learned.all_read, not self._seen
+        TrainingPass(passed, plan, self._generator, read, self._receive, looks)
 
     def _receive(self, blocks: Blocks, n: int) -> None:
         """Add the blocks of a pass whose backward pass has ended."""
         self._n += n
+        self._seen = True
         for name, block in blocks.items():
             if name in self._sums:
                 before, m = self._sums[name]

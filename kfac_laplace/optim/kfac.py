@@ -243,9 +243,7 @@ class KFAC(Optimizer):
             return loss
         check_gradients(list(self._named.values()))
         self._form()
-        sums = self._capture.take(scale)
-        if self._capture.due:
-            sums = self._of_all_ranks(sums)
+        sums = self._of_all_ranks(self._capture.take(scale))
         self._count(self._steps + 1)
         self._updates.take_in(self._steps, sums)
         rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
@@ -263,6 +261,8 @@ class KFAC(Optimizer):
 
     def _of_all_ranks(self, sums: Sums) -> Sums:
         """The sums of a captured step over all ranks, which come here together."""
+        if self._ranks.several and not self._capture.due:
+            return {}  # of a pass before: other ranks need not have it
         learned = self._capture.learned
         groups = () if learned is None else learned.captured
         like = accumulable(next(iter(self._named.values())).detach().new_empty(0))

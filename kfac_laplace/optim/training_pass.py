@@ -1,5 +1,6 @@
 """One recorded training pass: its blocks, from our vectors or from the caller's backward pass."""
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,8 @@ from kfac_laplace.curvature.estimate.fisher import Empirical
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.recording.backward import listen
 from kfac_laplace.errors import InvalidValue
+
+log = logging.getLogger("kfac_laplace")
 
 Blocks = dict[str, KroneckerBlock]
 #: takes the blocks of a pass, and its number of examples
@@ -34,6 +37,7 @@ class TrainingPass:
         generator: source of labels and signs.
         all_read: whether outputs depend on every row, as far as is known.
         receive: a method that takes the blocks, held weakly.
+        looks: whether to look if the loss is that of the likelihood.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class TrainingPass:
         generator: Generator,
         all_read: bool,
         receive: Receive,
+        looks: bool,
     ):
         self._receive = weakref.WeakMethod(receive)
         self._n, self._done, self._task = passed.n, False, -1
@@ -58,8 +63,8 @@ class TrainingPass:
         # Writing into a view of the outputs takes their node out of the graph, no layer's.
         for node in (top.node, recording.uses[-1].edge.node):
             node.register_prehook(self._begun)
-        if recording.output.ndim > 2:
-            top.node.register_prehook(_checking_axis(passed, top.output_nr))
+        if looks:
+            top.node.register_prehook(_checking_loss(passed, top.output_nr))
 
     def _begun(self, gradients: Sequence[Tensor | None]) -> None:
         """A backward pass has come to the outputs: if it goes on to parameters, await its end."""
@@ -78,8 +83,11 @@ class TrainingPass:
                 receive(finish(), self._n)
 
 
-def _checking_axis(passed: ForwardPass, index: int) -> Callable[[Sequence[Tensor | None]], None]:
-    """What raises `InvalidValue` where the loss has its classes on another axis than we take."""
+def _checking_loss(passed: ForwardPass, index: int) -> Callable[[Sequence[Tensor | None]], None]:
+    """What looks, by the gradient of the outputs, whether the loss is that of the likelihood.
+
+    It raises `InvalidValue` where the loss has its classes on another axis than we take.
+    """
     likelihood, shape = passed.likelihood, passed.recording.output.shape
     axis = passed.knowledge.class_axis % len(shape)
 
@@ -87,8 +95,15 @@ def _checking_axis(passed: ForwardPass, index: int) -> Callable[[Sequence[Tensor
         gradient = gradients[index]
         if gradient is None or gradient.shape != shape:
             return
-        axes = likelihood.axis_of_gradient(gradient.detach())
-        if axes and axis not in axes:
+        axes = likelihood.axes_of_gradient(gradient.detach())
+        if axes == ():
+            log.warning(
+                "the loss does not look like that of the likelihood '%s': its gradients say "
+                "otherwise. Give KFAC the likelihood that belongs to the loss, as 'regression' or "
+                "'binary'; the curvature is another's otherwise",
+                type(likelihood).__name__,
+            )
+        elif axes and axis not in axes:
             raise InvalidValue(
                 "the loss takes another axis of the outputs for the classes of a row",
                 where="class_axis",

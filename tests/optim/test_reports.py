@@ -105,3 +105,30 @@ def test_one_rank_of_a_distributed_run(tmp_path):
         assert same_parameters(plain, inner)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_loss_of_another_likelihood_is_told_of_once(outputs, caplog):
+    """`KFAC(model)` is for cross-entropy; squares of residuals have other gradients."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, outputs), draws(8, 5)
+    optimizer = KFAC(model, curvature=Estimate(**ALWAYS))
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), draws(8, outputs, seed=1)).backward()
+        optimizer.step()
+    assert [r.getMessage() for r in caplog.records if "likelihood" in r.getMessage()]
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": torch.ones(3)}])
+def test_losses_that_belong_to_it_are_not(options, caplog):
+    model, x, y = mlp(), draws(8, 5), labels(8, 3)
+    optimizer = KFAC(model, curvature=Estimate(**ALWAYS))
+    F.cross_entropy(model(x), y, **options).backward()
+    optimizer.step()
+    other = nn.Linear(5, 2)
+    regression = KFAC(other, "regression", curvature=Estimate(**ALWAYS))
+    F.mse_loss(other(x), draws(8, 2, seed=1)).backward()
+    regression.step()
+    assert not caplog.records
