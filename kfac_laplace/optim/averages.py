@@ -42,9 +42,8 @@ class Averages:
             if name in self._sums and self._decay:
                 before, weight = self._sums[name]
                 before = before if self._decay == 1 else before.scaled(self._decay)
-                self._sums[name] = before.absorb(block), self._decay * weight + n
-            else:
-                self._sums[name] = block, n
+                block, n = before.absorb(block), self._decay * weight + n
+            self._sums[name] = block.compact(), n
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """B (b, o, o) and A (b, i, i) of the curvature per example of the loss."""

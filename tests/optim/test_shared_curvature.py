@@ -94,3 +94,16 @@ def test_nothing_is_claimed_before_the_first_step():
     optimizer.step()
     with pytest.raises(InvalidValue):
         optimizer.curvature(0)
+
+
+def test_averages_stay_small():
+    """Half of a square for each factor, or fewer numbers than that, however long a run is."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(40, 9), torch.randn(6, 40)
+    optimizer = KFAC(model, curvature=Estimate(every=1))
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.arange(6)).backward()
+        optimizer.step()
+        tensors = optimizer.curvature(6).blocks["weight"].tensors()
+        assert sum(t.numel() for t in tensors.values()) <= 41 * 42 / 2 + 9 * 10 / 2 + 1

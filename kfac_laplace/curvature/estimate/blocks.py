@@ -182,6 +182,12 @@ class KroneckerBlock(Block):
         count = self.input_count + other.input_count
         return type(self).of(self.layout, inputs, count, self.outputs.absorb(other.outputs))
 
+    def compact(self) -> Self:
+        """The same in what takes least memory, to be kept and added to for long."""
+        inputs = self.input_sum if self.has_diagonal_input else self.inputs.compact()
+        outputs = self.outputs.compact()
+        return type(self).of(self.layout, inputs, self.input_count, outputs)
+
     @property
     def factors(self) -> KroneckerFactors:
         """A = Σ a aᵀ / count and B."""

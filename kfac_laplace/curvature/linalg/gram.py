@@ -69,6 +69,12 @@ class Gram:
             self.rows.new_empty(b, 0, i),
         )
 
+    def compact(self) -> "Gram":
+        """The same in what takes least memory: rows as they are, or sums alone."""
+        k, i = self.rows.shape[1:]
+        summed = k and (self.packed.numel() or 2 * k > i)
+        return self._multiplied() if summed else self
+
     def matrices(self) -> Tensor:
         """The Gram matrices (b, i, i)."""
         summed = self.packed.numel() and not self.rows.numel()
