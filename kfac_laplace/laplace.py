@@ -249,7 +249,9 @@ class Laplace:
         """A curvature of no data, which knows of the model's rows what the last one knew."""
         afresh, known = Curvature.of(self.model, self.options), self.curvature.ggn.knowledge
         if known.shapes.items() <= afresh.network.shapes.items():
-            return afresh.remember(known.unchecked() if self._mode else known)
+            if self._mode:
+                return afresh.remember(known.unchecked())
+            return afresh.remember(known, self.curvature.settings)
         return afresh
 
     def _adopt(

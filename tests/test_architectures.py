@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from architectures.kinds import KINDS
 from architectures.table import as_lines, committed, layer_rows, network_rows
-from zoo.fitting import BUILDERS
+from zoo.fitting import BUILDERS, zoo_law
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_rows_of_a_layer(kind):
     assert committed("layers")[kind.name] == as_lines(layer_rows(kind))
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@zoo_law
 def test_row_of_a_network(name):
     assert committed("networks")[name] == as_lines(network_rows(name))
 

@@ -88,7 +88,9 @@ def _of_pass(
         passed = passed.knowing(_with_groups(passed, ggn.options))
         few = partial(first_examples, network, passed, parameters)
         blind = few if ggn.options.hessian_structure == "kron" else None
-        settings = choose_settings(passed, ggn.options.kfac_approx, blind)
+        layers = [g.name for g in passed.knowledge.groups if g.treatment == "kron"]
+        if [*settings] != layers:
+            settings = choose_settings(passed, ggn.options.kfac_approx, blind)
     passed = passed.knowing(_with_effects(passed, ggn.options, first))
     idle = idle_examples(passed.weights)
     # Examples whose labels are all ignored would enter the input factors alone.

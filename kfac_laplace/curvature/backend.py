@@ -111,10 +111,16 @@ class Curvature:
         made._start(model, options)
         return made
 
-    def remember(self, known: Knowledge) -> Self:
-        """Take over how rows lie in the same model: it need not be found out again."""
+    def remember(self, known: Knowledge, settings: Mapping[str, Setting] | None = None) -> Self:
+        """Take over what is known of the same model: it need not be found out again.
+
+        Args:
+            known: how rows lie.
+            settings: expand or reduce, as they were decided; decided anew unless they are those
+                of all groups that are found.
+        """
         rows = known.rows_alone(self.ggn.knowledge.tracked)
-        self.ggn = replace(self.ggn, knowledge=rows)
+        self.ggn = replace(self.ggn, knowledge=rows, settings=settings or {})
         return self
 
     def copy(self) -> Self:

@@ -117,7 +117,7 @@ def ggn_from_state(stored: Stored, network: Network, options: CurvatureOptions) 
     one = not likelihood.has_noise or likelihood.has_gaussian_noise  # others keep all residuals
     statistic = found["statistic"].tensor(() if one else None).to(network.device)
     targets = checked_targets(found["targets"], options.likelihood, counts).to(network.device)
-    settings = _settings(found, groups)
+    settings = settings_of(found["settings"], groups)
     return GGN(options, known, settings, blocks, statistic, targets=targets, **counts)
 
 
@@ -174,9 +174,9 @@ def _interface(stored: Stored) -> Interface:
     return Interface(ranks, frozenset(found["shared"].texts()), found["output_rank"].whole())
 
 
-def _settings(found: Mapping[str, Stored], groups: tuple[Group, ...]) -> dict[str, Setting]:
+def settings_of(stored: Stored, groups: tuple[Group, ...]) -> dict[str, Setting]:
     """Expand or reduce, for every group with Kronecker factors and no other."""
-    settings = found["settings"].fields([g.name for g in groups if g.treatment == "kron"])
+    settings = stored.fields([g.name for g in groups if g.treatment == "kron"])
     parts = {group.name: group.layout.parts for group in groups}
     return {name: _setting(one, parts[name]) for name, one in settings.items()}
 

@@ -8,6 +8,7 @@ from torch import Size, nn
 
 from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.estimate.fisher import MonteCarlo
+from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError, UnsupportedUse
@@ -35,6 +36,8 @@ class Grouping:
         tune: which precisions are tuned.
         began: root mean squares of the parameters when the tuner was made.
         training: what is special about training mode, None while it was not looked at.
+        settings: expand or reduce by group, none while they are to be decided. Rounds keep them:
+            evidences by others could not be compared.
     """
 
     model: nn.Module
@@ -48,6 +51,7 @@ class Grouping:
     tune: Tune = "auto"
     began: Mapping[str, float] = field(default_factory=dict)
     training: TrainingMode | None = None
+    settings: Mapping[str, Setting] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -108,8 +112,9 @@ class Grouping:
         return replace(self, training=training)
 
     def curvature(self, options: CurvatureOptions | None = None) -> Curvature:
-        """A curvature of no data, which knows how rows and outputs lie."""
-        return Curvature.of(self.model, options or self.options).remember(self.known)
+        """A curvature of no data, which knows how rows and outputs lie, and the settings."""
+        curvature = Curvature.of(self.model, options or self.options)
+        return curvature.remember(self.known, self.settings)
 
     def grouped(self, known: Knowledge) -> "Grouping":
         """The same parameters in the groups that were found."""
@@ -127,7 +132,7 @@ class Grouping:
         shapes = _shapes(curvature)
         if [*shapes.items()] != [*self.shapes.items()]:
             known = self.known.axis_alone(tuple(shapes))
-            return replace(self, known=known, shapes=shapes, prior=None, training=None)
+            return replace(self, known=known, shapes=shapes, prior=None, training=None, settings={})
         if self.prior is not None and self.prior.device != curvature.network.device:
             return self.grouped(self.known)
         return self

@@ -52,6 +52,8 @@ LATER: dict[str, Any] = {
     "modes": [],
     "began": {},
     "training": None,
+    "settings": {},
+    "constant": None,
 }
 
 
@@ -75,6 +77,7 @@ class Resumed:
         then: the first entry of each parameter at the first loss of the epoch.
         began: root mean squares of the parameters when the tuner was made.
         training: what is special about training mode, None where it was not looked at.
+        constant: loss of the best constant prediction in the last round, None before the first.
     """
 
     hyper: Hyperparameters
@@ -92,6 +95,7 @@ class Resumed:
     modes: tuple[bool, ...]
     began: dict[str, float]
     training: TrainingMode | None
+    constant: float | None
 
 
 def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.device) -> Resumed:
@@ -128,6 +132,7 @@ def resumed(found: Mapping[str, Stored], likelihood: Likelihood, device: torch.d
         tuple(one.flag() for one in found["modes"].entries()),
         {name: one.number() for name, one in found["began"].items().items()},
         _training(found["training"]),
+        None if found["constant"].value is None else found["constant"].number(),
     )
 
 

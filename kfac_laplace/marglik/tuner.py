@@ -22,6 +22,7 @@ from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
 from kfac_laplace.curvature.plain_groups import groups_to_plain, knowledge_of_groups
+from kfac_laplace.curvature.state import settings_of
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, settled_axis
@@ -74,6 +75,11 @@ UNITS = ("nats", "residuals")
 FEW_OUTPUTS = 5
 #: How many rounds' steps the round takes in which hyperparameters leave their start.
 AWAY = 5
+STILL_WAITS = (
+    "a posterior by the precisions of the start: in %d epochs the training loss has not settled. "
+    "optimize_prior() chooses precisions for the weights as they are; n_epochs_burnin=k has the "
+    "tuner move them from epoch k on"
+)
 
 
 class MarglikTuner:
@@ -199,6 +205,7 @@ class MarglikTuner:
         self._adam: dict[str, Any] | None = None
         self._epoch, self._burn_in = 0, BurnIn(over=n_epochs_burnin > 0)
         self._left_start = False
+        self._constant: float | None = None  # loss of the best constant prediction
         self._then: Tensor | None = None  # entries of the weights at the epoch's first loss
         self._modes: dict[nn.Module, bool] = {}
         self.history: list[Record] = []
@@ -352,10 +359,13 @@ class MarglikTuner:
         options = self.options.seeded(self.options.seed + epoch)
         if self._signs and (self._outputs or 0) > FEW_OUTPUTS:
             options = replace(options, fisher=Hybrid(passes=1))
-        la, groups, moments = self._fitted(seen, options)
-        groups = replace(groups, examples=self._few(seen)).looked_at(self._modes)
+        # What gradients are like before the network has learned says little of them later.
+        begins = burn_in.waits and (self._constant is None or burn_in.judged(self._constant).over)
+        la, groups, moments = self._fitted(seen, options, decide=begins)
+        groups = replace(groups, examples=self._few(seen), settings=la.curvature.settings)
+        groups, constant = groups.looked_at(self._modes), constant_unexplained(la.curvature.ggn)
         if burn_in.waits:
-            burn_in = burn_in.judged(constant_unexplained(la.curvature.ggn))
+            burn_in = burn_in.judged(constant)
         self._check_count(la.curvature.n_rows)
         self._synchronise()
         curvature_seconds = time.perf_counter() - start
@@ -373,7 +383,7 @@ class MarglikTuner:
                 epoch=epoch,
                 seconds=(time.perf_counter() - start, curvature_seconds),
             )
-        self._groups, self._patterns = groups, None
+        self._groups, self._patterns, self._constant = groups, None, constant
         self._take(hyper)
         self._adam, self._epoch, self._burn_in = moments, epoch, burn_in
         self._left_start |= away
@@ -404,10 +414,17 @@ class MarglikTuner:
         self._penalty = None
 
     def _fitted(
-        self, loader: Iterable[Any], options: CurvatureOptions
+        self, loader: Iterable[Any], options: CurvatureOptions, decide: bool = False
     ) -> tuple[Laplace, Grouping, dict[str, Any] | None]:
-        """A posterior fitted at today's hyperparameters, its groups, and Adam's moments."""
+        """A posterior fitted at today's hyperparameters, its groups, and Adam's moments.
+
+        Args:
+            loader: training data.
+            options: of the curvature.
+            decide: expand or reduce anew, whatever earlier rounds took.
+        """
         now, start = self._groups.today(), self._start[0]
+        now = replace(now, settings={}) if decide else now
         grouped = self._groups.prior is not None
         one = start if isinstance(start, Tensor) and start.numel() == 1 else 1.0
         la = Laplace(
@@ -508,7 +525,21 @@ class MarglikTuner:
 
     def laplace(self, loader: Iterable[Any]) -> Laplace:
         """Fit a posterior at the model's present weights with today's hyperparameters."""
+        if self._burn_in.waits:
+            log.info(STILL_WAITS, self._epoch)
         return self._fitted(loader, self.options)[0]
+
+    def __repr__(self) -> str:
+        """Likelihood, examples, rounds, and whether precisions move yet, on one line."""
+        name = type(self.likelihood).__name__
+        parts = [name, f"{self.n_data} examples", f"epoch {self._epoch}"]
+        if self.history:
+            parts.append(f"evidence {self.history[-1].evidence:.6g} in {len(self.history)} rounds")
+        held = self._groups.roles.held if self.groups else {}
+        if self.groups:
+            parts.append(f"{len(self.groups) - len(held)} of {len(self.groups)} precisions tuned")
+        waits = self._burn_in.waits or self._epoch + 1 < self.n_epochs_burnin
+        return f"MarglikTuner({', '.join([*parts, 'waiting'] if waits else parts)})"
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data, from which training goes on as if it had not stopped."""
@@ -535,6 +566,8 @@ class MarglikTuner:
             "modes": list(self._modes.values()),
             "began": dict(self._groups.began),
             "training": training_to_plain(self._groups.training),
+            "settings": dict(self._groups.settings),
+            "constant": self._constant,
         }
         return sealed(content)
 
@@ -556,7 +589,7 @@ class MarglikTuner:
         """
         device, now = self._network.device, self._groups.today()
         rows = now.known
-        now = replace(now, prior=None)
+        now = replace(now, prior=None, settings={})
         with refusing_damage():
             found = opened(state, KEYS, "a tuner", LATER)
             remedy = "Make the tuner with the stored options"
@@ -568,17 +601,23 @@ class MarglikTuner:
                 assert now.prior is not None
                 now.prior.full(read.hyper.prior_precision)
                 check_same_sharing(now.prior, found["sharing"].text())
+                if found["settings"].value:  # decided
+                    now = replace(now, settings=settings_of(found["settings"], read.groups))
             check_seal(state, "state")
         known = now.known
         if read.class_axis is not None:
             known = replace(known, class_axis=read.class_axis, axis_known=True)
         self._groups = replace(
-            now, known=known.with_rows_of(rows), began=read.began, training=read.training
+            now,
+            known=known.with_rows_of(rows),
+            began=read.began,
+            training=read.training,
         )
         self._take(read.hyper)
         self._epoch, self.history, self._patterns = read.epoch, read.history, read.patterns
         self._adam, self._start = read.adam, read.start
         self._outputs, self._left_start, self._then = read.outputs, read.left_start, read.then
+        self._constant = read.constant
         modules = [*self._network.model.modules()]
         self._modes = dict(zip(modules, read.modes, strict=len(read.modes) > 0))
         self._burn_in = read.burn_in if self.n_epochs_burnin == 0 else BurnIn(over=True)

@@ -104,9 +104,11 @@ def _by_tensor(stack: Tensor, count: int, mean: Mean) -> Tensor:
     if count > 1:
         rows = _centred(stack, mean).reshape(count, -1)
         return torch.linalg.vector_norm(rows, dim=1).square()
-    # A float32 norm of many entries loses digits that a dot product keeps.
     row = _centred(stack, mean).reshape(-1)
-    return torch.dot(row, row)[None]
+    # Float32 norms of many entries lose digits, and so do dot products of some machines.
+    cut = len(row) - len(row) % SMALL
+    pieces = torch.linalg.vector_norm(row[:cut].reshape(-1, SMALL), dim=1).square()
+    return (pieces.sum() + torch.dot(row[cut:], row[cut:]))[None]
 
 
 def _centred(stack: Tensor, mean: Mean) -> Tensor:

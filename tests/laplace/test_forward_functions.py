@@ -208,6 +208,7 @@ def assert_same_outcomes(got: dict[str, list[Tensor]], want: dict[str, list[Tens
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [name for name in FORMS if name != "plain"])
 def test_every_form_is_the_plain_one(form):
     assert_same_outcomes(outcomes("classes", FORMS[form]), outcomes("classes", FORMS["plain"]))

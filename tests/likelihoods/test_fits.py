@@ -104,6 +104,7 @@ def test_evidence_takes_the_loss_as_it_stands(name, likelihood, structure):
     torch.testing.assert_close(la.log_marginal_likelihood(), want)
 
 
+@pytest.mark.slow
 def test_monte_carlo_blocks_are_unbiased():
     """Every entry of the exact diagonal within four standard errors over 100 seeds."""
     case = example("tokens", Categorical(weight=WEIGHT, label_smoothing=0.3))

@@ -52,6 +52,7 @@ def test_one_logit_has_the_plain_probit():
     torch.testing.assert_close(centred(mean, covariance), probit(mean, covariance))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c", [2, 3, 10])
 @pytest.mark.parametrize("variance", [0.1, 0.3, 1.0])
 def test_moderate_variances_take_the_closed_form_near_the_integral(c, variance):
@@ -65,6 +66,7 @@ def test_moderate_variances_take_the_closed_form_near_the_integral(c, variance):
     assert error.max() < {0.1: 0.03, 0.3: 0.06, 1.0: 0.12}[variance]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c", [2, 3, 10])
 @pytest.mark.parametrize("variance", [3.0, 30.0, 300.0])
 def test_large_variances_take_points_that_stay_near_the_integral(c, variance):

@@ -88,6 +88,7 @@ def test_regressions_of_any_scale_settle_alike(spread):
     assert tuner._burn_in.over
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_does_not_count():
     """As of a batch that overflows in half precision, whose step is skipped."""
     (x, y), model = data(), network()
@@ -157,7 +158,7 @@ def test_hyperparameters_move_from_the_epoch_on_in_which_the_loss_has_settled():
     assert 5 < settled < 115
 
 
-def test_rounds_are_recorded_while_hyperparameters_wait():
+def test_rounds_are_recorded_while_hyperparameters_wait(caplog):
     (x, y), model = data(), network()
     tuner = MarglikTuner(model, "classification", len(x))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -165,6 +166,9 @@ def test_rounds_are_recorded_while_hyperparameters_wait():
     assert [record.epoch for record in records] == [1, 2, 3, 4]
     assert all(torch.equal(delta_of(records[0]), delta_of(record)) for record in records[1:])
     assert len({record.evidence for record in records}) == 4
+    with caplog.at_level("INFO", logger="kfac_laplace"):
+        tuner.laplace([(x, y)])
+    assert "in 4 epochs the training loss has not settled" in caplog.text
 
 
 def test_a_burn_in_of_the_users_own_is_all_there_is():
@@ -176,6 +180,7 @@ def test_a_burn_in_of_the_users_own_is_all_there_is():
     assert not torch.equal(delta_of(records[3]), delta_of(records[4]))
 
 
+@pytest.mark.slow
 def test_the_round_in_which_they_begin_to_move_takes_five_times_the_steps():
     """Adam's steps on log δ are at most its rate, and all of it in the same direction."""
     (x, y), model = data(), network()
@@ -197,6 +202,7 @@ def test_without_a_loss_there_is_nothing_to_wait_for():
     assert not torch.equal(delta_of(one), delta_of(two))
 
 
+@pytest.mark.slow
 def test_losses_of_held_out_data_do_not_count():
     """As validation computes them: without gradients, in evaluation mode."""
     (x, y), found = data(), []

@@ -110,6 +110,7 @@ def test_a_users_loop(name, fisher):
     torch.testing.assert_close(la(x).sum(-1), torch.ones(5))
 
 
+@pytest.mark.slow
 @every_model
 def test_training_in_one_call(name):
     model, batches = made(name)
@@ -122,6 +123,7 @@ def test_training_in_one_call(name):
     assert -float(la.log_marginal_likelihood()) == pytest.approx(margliks[-1], rel=1e-6)
 
 
+@pytest.mark.slow
 @every_model
 def test_recomputed_activations_change_nothing(name):
     """Checkpointing, as transformers switches it on, in training and in the curvature pass."""

@@ -4,6 +4,8 @@ import pytest
 import torch
 from cases import build
 from laws import Untouched
+from marglik.small_networks import made, rows
+from torch import nn
 
 from kfac_laplace import Laplace, MarglikTuner
 
@@ -273,3 +275,15 @@ def test_rounds_draw_signs_where_an_example_has_many_outputs(outputs, exact):
     assert found["left out"][0] == pytest.approx(found["exact"][0], rel=0.3)
     blocks = [curvature.blocks["weight"].dense() for _, curvature in found.values()]
     assert torch.equal(*blocks)
+
+
+def test_a_tuner_tells_on_one_line_where_it_is():
+    x, y = rows()
+    model = made(lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)))
+    tuner = MarglikTuner(model, "classification", len(y), n_epochs_burnin=3)
+    assert repr(tuner) == "MarglikTuner(Categorical, 20 examples, epoch 0, waiting)"
+    for _ in range(3):
+        tuner.step([(x, y)])
+    assert "evidence" in repr(tuner) and "in 1 rounds" in repr(tuner)
+    assert f"{len(tuner.groups)} precisions tuned" in repr(tuner)
+    assert "waiting" not in repr(tuner)

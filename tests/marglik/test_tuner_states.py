@@ -8,10 +8,13 @@ import inspect
 import pytest
 import torch
 from cases import build
+from marglik.small_networks import made, rows
 from mutants import GONE, mutants, with_value
+from torch import nn
 
-from kfac_laplace import MarglikTuner
+from kfac_laplace import Curvature, MarglikTuner
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError
+from kfac_laplace.marglik.state import LATER
 from kfac_laplace.posterior.state import BINDING, CHOSEN
 from kfac_laplace.states.plain import same, sealed
 from kfac_laplace.states.stored import FORMAT
@@ -152,6 +155,7 @@ def test_with_a_right_checksum_nothing_raw_comes_either():
     assert refused > 50
 
 
+LATER_OF_RECORDS = ("effective_dimensions", "constant_evidence")
 MOMENTS = ("adam", "state", 0)
 TABLE = [
     (("adam", "state"), GONE, "state.adam: an entry is missing"),
@@ -174,6 +178,8 @@ TABLE = [
     (("objective",), "magic", "objective"),
     (("groups",), [], "groups: no group"),
     (("groups", 1), GONE, "another model"),
+    (("settings", "0.weight"), "both", r"settings\.0\.weight"),
+    (("settings", "0.weight"), GONE, "settings: an entry is missing"),
 ]
 
 
@@ -216,3 +222,73 @@ def test_patterns_before_the_first_batch_come_back():
     other.load_state_dict(copy.deepcopy(tuner.state_dict()))
     other.prepare(case.batches)
     assert other.hyperparameters()["prior_precision"].tolist() == [2.0, 3.0]
+
+
+def test_states_from_before_these_entries():
+    """They tuned all from the first round on, and go on so."""
+    tuner, case = stepped(tune="all", n_epochs_burnin=1)
+    old = {name: one for name, one in tuner.state_dict().items() if name not in LATER}
+    history = [
+        {name: one for name, one in record.items() if name not in LATER_OF_RECORDS}
+        for record in old["history"]
+    ]
+    other, _ = stepped(rounds=0, tune="all", n_epochs_burnin=1)
+    other.load_state_dict(sealed({**old, "history": history}))
+    assert all(record.effective_dimensions.isnan().all() for record in other.history)
+    assert same(goes_on(other, case), goes_on(tuner, case))
+
+
+def decided(tuner, loader):
+    return dict(tuner.laplace(loader).curvature.settings)
+
+
+def test_settings_are_kept_once_precisions_move():
+    """Evidences of rounds by other settings could not be compared."""
+    x, y = rows()
+    loader = [((x[:, :2], x[:, 2:]), (y % 2).double()[:, None])]
+    model = made(lambda: Compared(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))))
+    tuner = MarglikTuner(model, "binary", len(y), n_epochs_burnin=1)
+    tuner.step(loader)
+    kept = decided(tuner, loader)
+    assert set(kept.values()) == {"expand"}  # gradients of the two uses cancel
+    model.sign = 1.0
+    assert set(Curvature(model, "binary").fit(loader).settings.values()) == {"reduce"}
+    assert decided(tuner, loader) == kept
+    again = MarglikTuner(model, "binary", len(y), n_epochs_burnin=1)
+    assert set(decided(again, loader).values()) == {"reduce"}
+    again.load_state_dict(tuner.state_dict())
+    assert decided(again, loader) == kept
+
+
+def test_settings_are_decided_anew_when_precisions_begin_to_move():
+    """Until then rounds keep those of the first, of a network that has not learned."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 40, 2, generator=generator, dtype=torch.float64)
+    loader = [((a, b), (a.sum(1) > b.sum(1)).double()[:, None])]
+    model = made(lambda: Compared(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))))
+    tuner, optimizer = MarglikTuner(model, "binary", 40), torch.optim.Adam(model.parameters(), 0.02)
+    model.sign, taken, moved = 1.0, [], []
+    for _ in range(100):
+        optimizer.zero_grad()
+        tuner.loss(model(a, b), loader[0][1]).backward()
+        optimizer.step()
+        before = tuner.hyperparameters()["prior_precision"]
+        tuner.step(loader)
+        model.sign = -1.0
+        taken.append(set(tuner.state_dict()["settings"].values()))
+        moved.append(not torch.equal(before.expand(2), tuner.hyperparameters()["prior_precision"]))
+    first = moved.index(True)
+    assert 5 < first and all(moved[first:])
+    assert taken[:first] == [{"reduce"}] * first
+    assert all("expand" in settings for settings in taken[first:])
+
+
+class Compared(nn.Module):
+    """Two uses of a network, which cancel or add up."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.sign = net, -1.0
+
+    def forward(self, a, b):
+        return self.net(a) + self.sign * self.net(b)

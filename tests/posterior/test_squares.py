@@ -134,11 +134,16 @@ class Watch(TorchDispatchMode):
         name = str(func)
         if "_local_scalar_dense" in name or "nonzero" in name or "is_nonzero" in name:
             self.waits.append(name)
-        given = {leaf.data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        given = {memory_of(leaf) for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
         for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor) and leaf.data_ptr() not in given:
+            if isinstance(leaf, torch.Tensor) and memory_of(leaf) not in given:
                 self.largest = max(self.largest, leaf.numel())
         return found
+
+
+def memory_of(tensor):
+    """Where its storage lies: that of a view is its base's."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def test_the_device_is_never_waited_for():
@@ -155,7 +160,7 @@ def test_no_temporary_of_a_large_tensor_but_its_gradient():
     chosen = WeightedSquares((("large",), ("small",)), (0.0, 0.0), torch.ones(2).double().split(1))
     with Watch() as watch:
         value = chosen(theta)
-    assert watch.largest <= 5
+    assert watch.largest <= 300 * 400 // 2**12 + 1
     with Watch() as watch:
         value.backward()
     assert watch.largest == 300 * 400
@@ -165,5 +170,5 @@ def test_a_float32_sum_over_many_entries_keeps_its_digits():
     theta = {"w": torch.rand(2_000_000)}
     chosen = WeightedSquares((("w",),), (0.0,), (torch.ones(1, dtype=torch.float64),))
     exact = theta["w"].double().square().sum()
-    # blocked products: far below the 1e-4 of sums in order
-    assert abs(float(chosen(theta)) / float(exact) - 1) < 1e-5
+    # norms of pieces of 2¹² entries, added pairwise; sums in order lose 1e-4, dot products 2e-5
+    assert abs(float(chosen(theta)) / float(exact) - 1) < 1e-6

@@ -17,13 +17,20 @@ from kfac_laplace import Laplace
 #: Networks whose like is among the others, or that take longest: their laws are slow tests.
 SLOW = frozenset(
     {
+        "bert-lora",
         "bert-sequence",
         "bert-token",
         "convnext",
         "gat-graph",
+        "gat-node",
         "gin-node",
         "gpt2-language",
+        "gpt2-sequence",
         "llama-language",
+        "llama-sequence",
+        "mobilenet-v3",
+        "nfnet",
+        "resnet18",
         "swin",
         "t5-language",
         "t5-sequence",

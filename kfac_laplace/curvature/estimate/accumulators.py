@@ -18,12 +18,8 @@ from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group, Term
 from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
 from kfac_laplace.curvature.linalg.gram import Gram, GramSum
-from kfac_laplace.curvature.recording.live_rows import is_nonzero
 from kfac_laplace.curvature.rows.inputs import Inputs
 from kfac_laplace.curvature.rows.layout import Layout
-
-#: Most rows that are not zero show it in their first entries.
-SOME_COLUMNS = 16
 
 
 class Accumulator(ABC):
@@ -109,10 +105,10 @@ class KroneckerAccumulator(Accumulator):
         self._settings = {t.start: of_part(setting, t.start // blocks) for t in self._terms}
         shared = "expand" in self._settings.values() and any(map(self._shared, self._terms))
         self._outputs = GramSum(b, o, passed.outputs.detach(), dtype.of_rows(shared))
-        self._live: dict[int, Tensor] = {}
-        self._complete = {t.use for t in self._terms if not _may_drop(t, passed.n)}
         for term in self._terms:
             passed.row_layout(term.use)  # rows that sum over examples are no rows
+            if _may_drop(term, passed.n):
+                passed.seen.watch(term.use)
 
     def _shared(self, term: Term) -> bool:
         """Whether examples have several rows at a use."""
@@ -121,10 +117,10 @@ class KroneckerAccumulator(Accumulator):
     def receive(self, use: int, rows: Tensor) -> None:
         """Add Σ b bᵀ over rows (expand), or sum them by example (reduce)."""
         own = self._group.own_rows(rows)
+        self._passed.seen.note(use, own)
         for term in self._terms:
             if term.use != use:
                 continue
-            self._see(term, own)
             if self._settings[term.start] == "expand":
                 self._outputs.add(own[0], term.start)
                 continue
@@ -138,16 +134,6 @@ class KroneckerAccumulator(Accumulator):
         for start, part in self._of_example.items():
             self._outputs.add(part, start)
         self._of_example = {}
-
-    def _see(self, term: Term, rows: Tensor) -> None:
-        """Remember which rows have received a gradient, until all of them have."""
-        if term.use in self._complete:
-            return
-        seen = _nonzero_rows(rows)
-        known = self._live.get(term.use)
-        self._live[term.use] = seen if known is None else known | seen
-        if bool(self._live[term.use].all()):
-            self._complete.add(term.use)
 
     def block(self) -> KroneckerBlock:
         """Sums and counts."""
@@ -175,10 +161,9 @@ class KroneckerAccumulator(Accumulator):
 
     def _inputs(self, term: Term) -> tuple[Inputs, Tensor | None]:
         """The rows that count, and their mask; None where all do."""
-        if term.use in self._complete:
+        if self._passed.seen.all_of(term.use):
             return term.inputs, None
-        reachable = self._passed.reachable[term.use]
-        live = self._live[term.use] | reachable if term.use in self._live else reachable
+        live = self._passed.live(term.use)
         return (term.inputs, None) if bool(live.all()) else (term.inputs.keep(live), live)
 
     def _rows(self, terms: Sequence[Term]) -> tuple[Gram | Tensor, Tensor]:
@@ -214,16 +199,6 @@ class KroneckerAccumulator(Accumulator):
         total = GramSum(len(means), means.shape[-1], means, self._dtype)
         total.add(means)
         return total.gram(), (number > 0).sum()
-
-
-def _nonzero_rows(rows: Tensor) -> Tensor:
-    """Which rows (1, b, *lead, o) have an entry that is not zero in any block, shape (*lead)."""
-    first = is_nonzero(rows[..., :SOME_COLUMNS]).any(-1).flatten(0, 1).any(0)
-    if rows.shape[-1] <= SOME_COLUMNS or bool(first.all()):
-        return first
-    others = rows[..., SOME_COLUMNS:].movedim((0, 1), (-3, -2))[~first]  # (m, 1, b, o)
-    first[~first] = is_nonzero(others).flatten(1).any(1)
-    return first
 
 
 def _may_drop(term: Term, n: int) -> bool:

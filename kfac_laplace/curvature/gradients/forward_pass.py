@@ -14,6 +14,7 @@ from torch import Tensor
 from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
 from kfac_laplace.curvature.gradients.groups import Group, Term
 from kfac_laplace.curvature.gradients.knowledge import Knowledge, UseKey
+from kfac_laplace.curvature.gradients.seen_rows import SeenRows
 from kfac_laplace.curvature.layers import GUARDS, Guard
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, with_examples
@@ -263,23 +264,52 @@ class ForwardPass:
             backward(vector, lambda u, rows: found.setdefault(u, []).append(rows))
         return {u: torch.cat(rows) if len(rows) > 1 else rows[0] for u, rows in found.items()}
 
-    @property
-    def reachable(self) -> list[Tensor]:
-        """For each use a mask over the leading axes of its rows: those that outputs depend on."""
-        return self._read[0]
+    @cached_property
+    def seen(self) -> SeenRows:
+        """Rows that have received a gradient, to be filled in by who makes gradients."""
+        return SeenRows()
+
+    def live(self, u: int) -> Tensor:
+        """Mask over the leading axes of a watched use's rows: those that outputs depend on."""
+        masks = self.seen.masks
+        if self._shown:
+            return masks[u]
+        reachable = self._read[0][u]
+        return masks[u] | reachable if u in masks else reachable
 
     @property
     def learned(self) -> Knowledge:
         """What is known after all that was asked of this pass."""
-        unread = self._read[1] if "_read" in vars(self) else frozenset()
-        return replace(self.knowledge, unread=self.knowledge.unread | unread)
+        if "_read" not in vars(self):
+            return self.knowledge
+        known, (found, unread) = self.knowledge, self._read
+        unread = known.unread | unread
+        unseen = known.unseen
+        # Where gradients show all that is read, they need no backward pass beside them again.
+        masks = self.seen.masks
+        if self._settles(found, unread) and all(torch.equal(found[u], masks[u]) for u in masks):
+            unseen = unseen | self._patterns(masks) if self.seen.noted else unseen
+        return replace(known, unread=unread, unseen=unseen)
+
+    def _settles(self, found: Sequence[Tensor], unread: frozenset[bytes]) -> bool:
+        """Whether these masks are known to be what is read, wherever rows are moved."""
+        patterns = self._patterns(dict(enumerate(found)))
+        return bool(patterns) and patterns <= unread
+
+    @cached_property
+    def _shown(self) -> bool:
+        """Whether rows without a gradient are as in earlier batches, where nothing read them."""
+        if not self.knowledge.unseen or not self.seen.noted:
+            return False
+        patterns = self._patterns(self.seen.masks)
+        return bool(patterns) and patterns <= self.knowledge.unseen
 
     @cached_property
     def _read(self) -> tuple[list[Tensor], frozenset[bytes]]:
         """Masks of the rows that are read, and the patterns found not to be, wherever they are."""
         vector = irregular(self.outputs, self.weights)
         reached = reachable_rows(self.recording, self.outputs, vector)
-        unread = self._patterns(reached)
+        unread = self._patterns(dict(enumerate(reached)))
         if (unread <= self.knowledge.unread and unread) or not self.runs_again:
             return reached, frozenset()
         recording, outputs = self.recording, self.outputs
@@ -291,16 +321,22 @@ class ForwardPass:
         )
         return found, unread if settled else frozenset()
 
-    def _patterns(self, reached: Sequence[Tensor]) -> frozenset[bytes]:
-        """Which rows of an example are not read, as digests; none where rows are not in order."""
-        masks = []
-        for u, mask in enumerate(reached):
+    def _patterns(self, masks: Mapping[int, Tensor]) -> frozenset[bytes]:
+        """Which rows of an example are not read, as digests; none where rows are not in order.
+
+        Args:
+            masks: over the leading axes of the rows, by use.
+        """
+        parts = []
+        for u, mask in masks.items():
             layout = self._known_layout(u)
             if not isinstance(layout, Axis) or not layout.fits(mask.shape, self.n):
                 return frozenset()
-            masks.append(layout.by_example(mask[None, ..., None], self.n, 0)[0, ..., 0])
-        joint = torch.cat(masks, 1).cpu().numpy()
-        return frozenset(blake2b(row.tobytes(), digest_size=16).digest() for row in joint)
+            parts.append(layout.by_example(mask[None, ..., None], self.n, 0)[0, ..., 0])
+        if not parts:
+            return frozenset()
+        joint, which = torch.cat(parts, 1).cpu().numpy(), str([*masks]).encode()
+        return frozenset(blake2b(which + row.tobytes(), digest_size=16).digest() for row in joint)
 
     def _again(self, nudge: Nudge) -> tuple[Recording, Tensor]:
         """Run the model again with something done to its recorded calls; with its outputs."""

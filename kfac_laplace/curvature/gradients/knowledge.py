@@ -28,6 +28,7 @@ class Knowledge:
         row_entries: gradient rows of one example and vector, all recorded calls together.
         unread: digests of the patterns of rows that no output of an example depends on, wherever
             the rows are moved.
+        unseen: digests of the patterns of rows without a gradient that were found to be these.
         reorders: whether images may be handed to convolutions with channels last.
         listed: whether the log says what has no Kronecker factors.
         effective: names of the tracked parameters that some batch's outputs depend on.
@@ -44,6 +45,7 @@ class Knowledge:
     settled: frozenset[UseKey] = frozenset()
     row_entries: int = 1
     unread: frozenset[bytes] = frozenset()
+    unseen: frozenset[bytes] = frozenset()
     reorders: bool = True
     listed: bool = False
     effective: frozenset[str] = frozenset()
@@ -116,6 +118,7 @@ class Knowledge:
             row_layouts={**self.row_layouts, **other.row_layouts},
             settled=self.settled | other.settled,
             unread=self.unread | other.unread,
+            unseen=self.unseen | other.unseen,
             reorders=self.reorders and other.reorders,
             listed=self.listed or other.listed,
             effective=self.effective | other.effective,

@@ -103,6 +103,7 @@ def test_a_batch_shows_the_layout(wire, n):
     assert found == [*LAYOUTS[wire], Axis(0)] and settled == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [7, 8, 33])
 @pytest.mark.parametrize("wire", LAYOUTS, ids=lambda wire: wire.__name__)
 def test_large_batches_give_the_blocks_of_single_examples(wire, n):

@@ -140,6 +140,73 @@ def test_expand_is_reduce_where_one_row_is_left():
         assert error < EXACT, name
 
 
+class Counted(torch.autograd.Function):
+    """The identity, which counts the backward passes through it."""
+
+    passes = 0
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        Counted.passes += 1
+        return grad
+
+
+class CountedTokens(Tokens):
+    """The same with its backward passes counted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(Counted.apply(x + 0 * self.token[0]))
+
+
+def in_turn(example: Case, batches: list[tuple[Tensor, Tensor]]) -> tuple[Curvature, list[int]]:
+    """What batches add up to, and through how many backward passes each was."""
+    curvature = Curvature(example.model, example.likelihood, fisher="mc", seed=3)
+    counts = []
+    for x, y in batches:
+        Counted.passes = 0
+        curvature.accumulate(x, y)
+        counts.append(Counted.passes)
+    return curvature, counts
+
+
+def test_known_rows_that_nothing_reads_are_not_looked_for_again():
+    """A vector's gradients show what is read, where what they leave out is known to be unread."""
+    example = seeded_case(CountedTokens, (3, WIDTH))
+    batches = [(example.x[k : k + 2], example.y[k : k + 2]) for k in (0, 2, 4, 0)]
+    curvature, counts = in_turn(example, batches)
+    assert counts[0] > 2 and counts[1:] == [1, 1, 1]
+    plain = [in_turn(example, [batch])[0] for batch in batches]
+    for name, block in curvature.blocks.items():
+        alone = [part.blocks[name].factors for part in plain]
+        if not hasattr(alone[0], "input"):
+            continue
+        want = torch.stack([factors.input for factors in alone]).mean(0)
+        assert relative_error(block.factors.input, want) < EXACT, name
+
+
+def test_other_padding_is_looked_for_again():
+    """Sentences of lengths that no batch had before."""
+    example = sentences()
+    lengths, generator = [(3, 3), (3, 1), (2, 4), (1, 3)], torch.Generator().manual_seed(1)
+    batches = []
+    for pair in lengths:
+        x = torch.randint(1, 6, (2, 4), generator=generator)
+        for words, length in zip(x, pair, strict=True):
+            words[length:] = 0
+        batches.append((x, torch.tensor([0, 2])))
+    whole = Curvature(example.model, "classification", fisher="mc").fit(batches)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    once = Curvature(example.model, "classification", fisher="mc").fit([(x, y)])
+    for name, block in whole.blocks.items():
+        if hasattr(block.factors, "input"):
+            want = once.blocks[name].factors.input
+            assert relative_error(block.factors.input, want) < EXACT, name
+
+
 class TokenHeads(nn.Module):
     """(n, t, i) -> (n, t, c), row by row."""
 

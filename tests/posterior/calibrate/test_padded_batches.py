@@ -163,6 +163,7 @@ def values(kind: str, outputs: int) -> list[Batch]:
     return batches
 
 
+@pytest.mark.slow
 @structures
 @pytest.mark.parametrize("flat", [False, True], ids=["rows", "one number a token"])
 @pytest.mark.parametrize("kind", ["regression", "binary", "poisson"])

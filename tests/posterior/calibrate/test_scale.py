@@ -144,6 +144,7 @@ def test_leave_one_out_equals_exact_refits_on_a_linear_gaussian_model(outputs, s
     assert found <= min(brute_force_nll(x, y, kappa) for kappa in grid) + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["full", "kron"])
 def test_leave_one_out_of_a_sample_of_points_leaves_them_out_entirely(structure):
     """More points than are looked at: the curvature of the rest must not contain theirs again."""

@@ -39,6 +39,7 @@ def test_signed_columns_are_roots_of_the_curvature():
     torch.testing.assert_close(lengths, lengths[:1].expand_as(lengths), rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "objective"),
     [
@@ -68,6 +69,7 @@ def test_one_column_of_one_output_is_exact(name):
     assert float(got(la.posterior)) == pytest.approx(float(want(la.posterior)), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [2, 4, 7, 10, 1000])
 @pytest.mark.parametrize("name", ["classes", "cnn", "padded", "regression", "tokens", "weighted"])
 def test_partitions_are_not_below_the_exact_determinant(name, rows):
@@ -119,6 +121,7 @@ def test_reports(name):
     assert exact.constant.dtype == torch.float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "objective"),
     [

@@ -121,6 +121,7 @@ def test_batches_and_their_order_do_not_matter(name):
         assert float(prepared(la, loader=other)(la.posterior)) == pytest.approx(want, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1, 4000, 20_000])
 @pytest.mark.parametrize("name", ["cnn", "vit", "padded", "embedding", "tokens", "groups"])
 def test_tiles_of_rows_give_the_same(name, budget):

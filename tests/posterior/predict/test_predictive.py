@@ -34,6 +34,7 @@ def test_probit_link_is_mackays_scaling_of_the_logits(structure):
     torch.testing.assert_close(la(case.x, link_approx="probit"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("pred_type", ["glm", "linear"])
 def test_monte_carlo_link_converges_to_the_integral(structure, pred_type):

@@ -1,0 +1,59 @@
+"""Rows of a pass that have received a gradient: what shows itself need not be looked for."""
+
+from torch import Tensor
+
+from kfac_laplace.curvature.recording.live_rows import is_nonzero
+
+#: Most rows that are not zero show it in their first entries.
+SOME_COLUMNS = 16
+
+
+class SeenRows:
+    """Which rows of some uses have received a gradient of any vector so far."""
+
+    def __init__(self) -> None:
+        self._masks: dict[int, Tensor | None] = {}
+        self._complete: set[int] = set()
+
+    def watch(self, use: int) -> None:
+        """Look at the rows of a use from now on."""
+        self._masks.setdefault(use, None)
+
+    def note(self, use: int, rows: Tensor) -> None:
+        """Remember which of the gradient rows (1, b, *lead, o) are not zero, until all were.
+
+        Args:
+            use: index in the recording; uses that are not watched are passed over.
+            rows: of one vector.
+        """
+        if use not in self._masks or use in self._complete:
+            return
+        known, seen = self._masks[use], _nonzero_rows(rows)
+        seen = seen if known is None else known | seen
+        self._masks[use] = seen
+        if bool(seen.all()):
+            self._complete.add(use)
+
+    def all_of(self, use: int) -> bool:
+        """Whether every row counts: all have been seen, or the use is not watched."""
+        return use in self._complete or use not in self._masks
+
+    @property
+    def masks(self) -> dict[int, Tensor]:
+        """By watched use a mask over the leading axes of its rows; none of uses never noted."""
+        return {use: mask for use, mask in sorted(self._masks.items()) if mask is not None}
+
+    @property
+    def noted(self) -> bool:
+        """Whether rows of all watched uses have come."""
+        return None not in self._masks.values()
+
+
+def _nonzero_rows(rows: Tensor) -> Tensor:
+    """Which rows (1, b, *lead, o) have an entry that is not zero in any block, shape (*lead)."""
+    first = is_nonzero(rows[..., :SOME_COLUMNS]).any(-1).flatten(0, 1).any(0)
+    if rows.shape[-1] <= SOME_COLUMNS or bool(first.all()):
+        return first
+    others = rows[..., SOME_COLUMNS:].movedim((0, 1), (-3, -2))[~first]  # (m, 1, b, o)
+    first[~first] = is_nonzero(others).flatten(1).any(1)
+    return first
