@@ -18,16 +18,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.experiments.cost import COST
-from benchmarks.experiments.experiment import Experiment, Place, chosen, run_missing
+from benchmarks.experiments.experiment import Experiment, Place, chosen, run_all
 from benchmarks.experiments.images import IMAGES
 from benchmarks.experiments.lines import Lines
+from benchmarks.experiments.optimizers.study import OPTIMIZERS
 from benchmarks.experiments.rotation import ROTATION
 from benchmarks.experiments.selection import SELECTION
 from benchmarks.experiments.uci import UCI
 from benchmarks.experiments.wrn import WRN
 
 OUT = Path(__file__).parents[1] / "results" / "experiments"
-ALL = (IMAGES, UCI, WRN, SELECTION, ROTATION, COST)
+ALL = (IMAGES, UCI, WRN, SELECTION, ROTATION, COST, OPTIMIZERS)
 EXPERIMENTS = {experiment.name: experiment for experiment in ALL}
 
 
@@ -44,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experiment = EXPERIMENTS[options.command]
     try:
         only = dict(only_of(text) for text in options.only)
-        cells = chosen(experiment.cells(options), only)
         lines = Lines(options.out / f"{experiment.name}.jsonl")
-        failed = run_missing(experiment, cells, lines, Place(options.device, options.data))
+        place = Place(options.device, options.data)
+        failed = run_all(experiment, lambda: chosen(experiment.cells(options), only), lines, place)
     except ValueError as error:
         parser.error(str(error))
     for cell in failed:
