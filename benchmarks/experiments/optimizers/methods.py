@@ -40,10 +40,11 @@ AS_SGD: dict[str, Range] = {
     "momentum": Decay(0.02, 0.2),
     **SCHEDULE,
 }
+#: Where the curvature is small a step is lr / damping: most of the rates of SGD diverge.
 DAMPED: dict[str, Range] = {
     **AS_SGD,
-    "lr": Logarithmic(1e-3, 1.0),
-    "damping": Logarithmic(1e-4, 0.1),
+    "lr": Logarithmic(1e-4, 0.3),
+    "damping": Logarithmic(1e-3, 0.3),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.experiments.figures import curves
 from benchmarks.experiments.lines import Line
+from benchmarks.experiments.optimizers import __doc__ as PROTOCOL
 from benchmarks.experiments.optimizers.methods import METHODS
 from benchmarks.experiments.optimizers.plan import FULL, HORIZONS
 from benchmarks.experiments.optimizers.reached import (
@@ -30,7 +31,7 @@ SIZES = tuple(field.name for field in fields(Size))
 
 def report(lines: Sequence[Line], folder: Path) -> str:
     """The protocol's numbers, task by task; curves go to the folder."""
-    text = f"# Optimisers\n\n{ranges()}\n"
+    text = f"# {PROTOCOL}\nSettings are drawn from these ranges:\n\n{ranges()}\n"
     for number, (group, those) in enumerate(grouped(lines, ("task", *SIZES)).items()):
         task = str(group[0])
         size = ", ".join(f"{n} {v}" for n, v in zip(SIZES, group[1:], strict=True))
@@ -51,7 +52,9 @@ def ranges() -> str:
 
 
 def parts(task: str, lines: Sequence[Line]) -> Iterator[str]:
-    """The tables of one task and size."""
+    """The tables of one task and size, by the largest budget of trials that was run."""
+    budget = max((line.cell["trials"] for line in lines if "trials" in line.cell), default=0)
+    lines = [line for line in lines if line.cell.get("trials", budget) == budget]
     phases = {phase: those for (phase,), those in grouped(lines, ("phase",)).items()}
     measure = TASKS[task].measure
     yield searches(phases.get("search", []))
@@ -156,13 +159,15 @@ def all_horizons(finals: Sequence[Line], measure: str, target: float) -> str:
         texts = []
         for horizon in HORIZONS:
             one = arrival(of(finals, name, horizon), measure, target)
-            texts.append(
-                f"{finite(one.steps, 'g')}, {finite(one.seconds, '.2f')} s ({one.reached})"
-                if one
-                else NOTHING
-            )
+            texts.append(arrived(one) if one else NOTHING)
         rows.append([name, *texts])
     return markdown(["method", *(f"horizon {horizon:g}" for horizon in HORIZONS)], rows)
+
+
+def arrived(one: Arrival) -> str:
+    """Steps, seconds, and how many seeds got there."""
+    found = f"{one.steps:g}, {one.seconds:.2f} s" if isfinite(one.steps) else NOTHING
+    return f"{found} ({one.reached})"
 
 
 def costs(lines: Sequence[Line]) -> str:

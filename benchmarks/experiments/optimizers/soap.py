@@ -1,6 +1,7 @@
 """The control: Adam in the eigenbases of the gradients' own covariances, after SOAP."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class GradientBases(Optimizer):
         bases = self._table.eigenbases(names, gradients)
         updates = self._rule.lengths(self._rule.directions(gradients, states, bases), [])
         steps = {
-            p: update.of(lambda part, p=p: part.reshape(p.shape))
+            p: update.of(partial(torch.reshape, shape=p.shape))
             for p, update in zip(matrices.values(), updates, strict=True)
         }
         self._descend(steps | self._by_adam(steps))
