@@ -2,11 +2,13 @@
 
     python -m benchmarks.experiments images --seeds 5 --sizes 100,300,1000
     python -m benchmarks.experiments images --only method=plain,tuned network=cnn
+    python -m benchmarks.experiments optimizers --tasks graphs,mnist-vit --only phase=search
     python -m benchmarks.experiments tables
 
 Each finished cell is a line of OUT/NAME.jsonl; a run that was killed goes on where it was. Needs
 the extra [demo]. MNIST, UCI and CIFAR-10 are read from the folder of --data, or of the environment
-variable KFAC_LAPLACE_DATA; benchmarks/experiments/data.py says which files.
+variable KFAC_LAPLACE_DATA; benchmarks/experiments/data.py says which files. Peers among the
+optimisers run where `asdfghjkl` (the extra [laplace]) and `pytorch-optimizer` are installed.
 """
 
 import argparse
