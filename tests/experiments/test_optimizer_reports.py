@@ -186,4 +186,7 @@ def test_another_budget_of_trials_is_not_mixed_in():
 def test_the_table_of_costs():
     found = {"cycle": [0.002, 0.004], "ratio": 1.5, "largest": 2.0, "state": 7.25}
     line = Line({"method": "soap", "phase": "cost"}, {**found, "parameters": 80})
-    assert "| soap | 3.00 | 1.50 | 2.00 | 7.2 | 80 |" in costs([line])
+    other = Line({"method": "asdl", "phase": "cost"}, {**line.found, "state": None})
+    table = costs([line, other])
+    assert "| soap | 3.00 | 1.50 | 2.00 | 7.2 | 80 |" in table
+    assert "| asdl | 3.00 | 1.50 | 2.00 | – | 80 |" in table

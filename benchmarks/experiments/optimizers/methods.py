@@ -80,12 +80,14 @@ class Method:
         ranges: of its settings.
         first_order: whether it counts among those that set the target.
         lacks: why it cannot run here, or None.
+        elsewhere: whether it keeps tensors that its optimiser's state does not show.
     """
 
     make: Make
     ranges: Mapping[str, Range]
     first_order: bool = False
     lacks: Callable[[], str | None] = lambda: None
+    elsewhere: bool = False
 
 
 def groups_of(model: nn.Module, lr: float) -> list[dict[str, Any]]:
@@ -181,9 +183,12 @@ METHODS: dict[str, Method] = {
     "nadamw": Method(nadamw, AS_ADAM, first_order=True),
     "soap": Method(soap, AS_ADAM),
     "shampoo": Method(
-        grafted_shampoo, AS_ADAM, lacks=lambda: lacking("pytorch_optimizer", "pytorch-optimizer")
+        grafted_shampoo,
+        AS_ADAM,
+        lacks=lambda: lacking("pytorch_optimizer", "pytorch-optimizer"),
+        elsewhere=True,
     ),
-    "asdl": Method(asdl, DAMPED, lacks=lambda: lacking("asdl", "asdfghjkl")),
+    "asdl": Method(asdl, DAMPED, lacks=lambda: lacking("asdl", "asdfghjkl"), elsewhere=True),
     "expand": Method(kfac("expand"), AS_ADAM, lacks=without_kfac),
     "reduce": Method(kfac("reduce"), AS_ADAM, lacks=without_kfac),
 }

@@ -178,7 +178,7 @@ def costs(lines: Sequence[Line]) -> str:
             f"{1000 * sum(line.found['cycle']) / len(line.found['cycle']):.2f}",
             f"{line.found['ratio']:.2f}",
             f"{line.found['largest']:.2f}",
-            f"{line.found['state']:.1f}",
+            NOTHING if line.found["state"] is None else f"{line.found['state']:.1f}",
             str(line.found["parameters"]),
         ]
         for line in lines

@@ -31,7 +31,8 @@ def step_costs(task: Task, size: Size, method: str, at: At) -> dict[str, Any]:
 
     Returns:
         "cycle" and "baseline": medians by place in the cycle; "ratio" of their sums; "largest", the
-        longest of the cycle over AdamW's step; "parameters"; "state", numbers kept for each.
+        longest of the cycle over AdamW's step; "parameters"; "state", numbers kept for each, None
+        where they cannot be counted.
     """
     kind = "seconds" if at.device == "cpu" else "wall_seconds"
     with torch.random.fork_rng():
@@ -59,7 +60,7 @@ def step_costs(task: Task, size: Size, method: str, at: At) -> dict[str, Any]:
         "ratio": statistics.fmean(own) / plain,
         "largest": max(own) / plain,
         "parameters": parameters,
-        "state": numbers_kept(steppers[0]) / parameters,
+        "state": None if METHODS[method].elsewhere else numbers_kept(steppers[0]) / parameters,
         "device": at.device,
     }
 
