@@ -3,6 +3,7 @@
 import torch
 from optim.problems import SHAPES, Run, assert_all_close, factors_of, gradients_of
 
+from kfac_laplace.optim import KFAC
 from kfac_laplace.optim.rules import EigenAdam
 
 BETAS, EPS = (0.8, 0.97), 1e-7
@@ -15,11 +16,24 @@ def eigenvectors(factor):
     return torch.linalg.eigh(factor).eigenvectors
 
 
+def carried(v, before, after):
+    """The diagonal in other coordinates of a covariance that is diagonal in these."""
+    left, right = (new.T @ old for new, old in zip(after, before, strict=True))
+    if v.numel() > 500:  # the same without the covariance
+        return left.square() @ v @ right.square().T
+    change = torch.kron(left, right)
+    return (change @ v.flatten().diag() @ change.T).diag().reshape(v.shape)
+
+
 def test_steps_are_those_of_the_formula():
-    """m kept in the parameters' coordinates, v in the eigenbasis of every step; block by block."""
+    """m kept in the parameters' coordinates, v in the eigenbasis of every step; block by block.
+
+    v is carried to the next basis as the diagonal of a covariance that was diagonal in the last.
+    """
     run = Run(EigenAdam(BETAS, EPS), SHAPES)
     m = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
     v = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
+    bases = {}
     for t in range(1, 7):
         gradients, factors = gradients_of(SHAPES), factors_of(SHAPES)
         found, expected = run.step(gradients, factors), {}
@@ -29,6 +43,9 @@ def test_steps_are_those_of_the_formula():
             for k in range(len(gradient)):
                 q_b, q_a = (eigenvectors(one)[k] for one in factors[name])
                 turned = q_b.T @ gradient[k] @ q_a
+                if (name, k) in bases:
+                    v[name][k] = carried(v[name][k], bases[name, k], (q_b, q_a))
+                bases[name, k] = q_b, q_a
                 v[name][k] = BETAS[1] * v[name][k] + (1 - BETAS[1]) * turned**2
                 m_hat = q_b.T @ (m[name][k] / (1 - BETAS[0] ** t)) @ q_a
                 v_hat = v[name][k] / (1 - BETAS[1] ** t)
@@ -68,3 +85,21 @@ def test_at_the_first_step_all_eigendirections_move_alike():
     found = list(run.step(gradients_of(SHAPES), factors_of(SHAPES)).values())
     for entered in run.bases().enter(found):
         torch.testing.assert_close(entered.abs(), torch.ones_like(entered), rtol=0, atol=1e-11)
+
+
+def test_factors_that_gain_rank_make_no_steps_without_bound():
+    """A layer of 60 inputs, 6 examples a step: by index v of a null space would divide others."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(60, 4)
+    optimizer = KFAC(model, "regression", lr=1e-2, rule=EigenAdam(BETAS))
+    before, largest = model.weight.detach().clone(), 0.0
+    for _ in range(12):
+        x, y = torch.randn(6, 60, generator=generator), torch.randn(6, 4, generator=generator)
+        optimizer.zero_grad()
+        (model(x) - y).square().sum(1).mean().backward()
+        optimizer.step()
+        after = model.weight.detach().clone()
+        largest, before = max(largest, float((after - before).norm())), after
+    # In any basis each of the 240 entries moves by about the learning rate, as under Adam.
+    assert largest < 3 * 1e-2 * 240**0.5

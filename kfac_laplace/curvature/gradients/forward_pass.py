@@ -5,16 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
-from kfac_laplace.curvature.gradients.groups import Group, Term
+from kfac_laplace.curvature.gradients.groups import Group, Term, check_consistent
 from kfac_laplace.curvature.gradients.knowledge import Knowledge, UseKey
-from kfac_laplace.curvature.gradients.seen_rows import SeenRows
+from kfac_laplace.curvature.gradients.seen_rows import SeenRows, patterns
 from kfac_laplace.curvature.layers import GUARDS, Guard
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, with_examples
@@ -115,7 +114,7 @@ class ForwardPass:
     @cached_property
     def terms(self) -> dict[str, list[Term]]:
         """For each group of layer matrices its uses, with the input rows that meet it."""
-        self._check_consistent()
+        check_consistent(self.knowledge.groups, self.recording)
         return {group.name: group.terms(self.recording) for group in self.knowledge.groups}
 
     @cached_property
@@ -148,29 +147,6 @@ class ForwardPass:
                 found.add(group.name)
         return frozenset(found)
 
-    def _check_consistent(self) -> None:
-        """A parameter grouped by its uses must be used in the same ways in every batch."""
-        for group in self.knowledge.groups:
-            if self._used_otherwise(group):
-                raise UnsupportedUse(
-                    "used in another way than in the first batch",
-                    where=min(group.layout.params),
-                    remedy="Use parameters in the same way in every batch, or freeze this one",
-                )
-
-    def _used_otherwise(self, group: Group) -> bool:
-        """Whether the matrices of layers are used in another way as well."""
-        names = set(group.layout.params)
-        return group.factored and (
-            bool(self.recording.loose & names)
-            or any(
-                not use.layer.kronecker or source.own_part is None
-                for use in self.recording.uses
-                for source in use.sources
-                if names.intersection(source.params)
-            )
-        )
-
     @cached_property
     def regular(self) -> tuple[Group, ...]:
         """The groups of layer matrices that this pass uses as earlier ones did, and uses at all.
@@ -180,7 +156,7 @@ class ForwardPass:
         return tuple(group for group in self.knowledge.groups if self._is_regular(group))
 
     def _is_regular(self, group: Group) -> bool:
-        if not group.factored or self._used_otherwise(group):
+        if not group.factored or group.used_otherwise(self.recording):
             return False
         terms = group.terms(self.recording)
         return bool(terms) and all(self._lies_as_known(term.use) for term in terms)
@@ -278,6 +254,11 @@ class ForwardPass:
         return masks[u] | reachable if u in masks else reachable
 
     @property
+    def reachable(self) -> list[Tensor]:
+        """For each use a mask over the leading axes of its rows: those that outputs depend on."""
+        return self._read[0]
+
+    @property
     def learned(self) -> Knowledge:
         """What is known after all that was asked of this pass."""
         if "_read" not in vars(self):
@@ -286,23 +267,19 @@ class ForwardPass:
         unread = known.unread | unread
         unseen = known.unseen
         # Where gradients show all that is read, they need no backward pass beside them again.
-        masks = self.seen.masks
-        if self._settles(found, unread) and all(torch.equal(found[u], masks[u]) for u in masks):
-            unseen = unseen | self._patterns(masks) if self.seen.noted else unseen
+        masks, read = self.seen.masks, self._patterns(dict(enumerate(found)))
+        shown = self.seen.noted and all(torch.equal(found[u], masks[u]) for u in masks)
+        if shown and read and read <= unread:
+            unseen = unseen | self._patterns(masks)
         return replace(known, unread=unread, unseen=unseen)
-
-    def _settles(self, found: Sequence[Tensor], unread: frozenset[bytes]) -> bool:
-        """Whether these masks are known to be what is read, wherever rows are moved."""
-        patterns = self._patterns(dict(enumerate(found)))
-        return bool(patterns) and patterns <= unread
 
     @cached_property
     def _shown(self) -> bool:
         """Whether rows without a gradient are as in earlier batches, where nothing read them."""
         if not self.knowledge.unseen or not self.seen.noted:
             return False
-        patterns = self._patterns(self.seen.masks)
-        return bool(patterns) and patterns <= self.knowledge.unseen
+        found = self._patterns(self.seen.masks)
+        return bool(found) and found <= self.knowledge.unseen
 
     @cached_property
     def _read(self) -> tuple[list[Tensor], frozenset[bytes]]:
@@ -322,21 +299,7 @@ class ForwardPass:
         return found, unread if settled else frozenset()
 
     def _patterns(self, masks: Mapping[int, Tensor]) -> frozenset[bytes]:
-        """Which rows of an example are not read, as digests; none where rows are not in order.
-
-        Args:
-            masks: over the leading axes of the rows, by use.
-        """
-        parts = []
-        for u, mask in masks.items():
-            layout = self._known_layout(u)
-            if not isinstance(layout, Axis) or not layout.fits(mask.shape, self.n):
-                return frozenset()
-            parts.append(layout.by_example(mask[None, ..., None], self.n, 0)[0, ..., 0])
-        if not parts:
-            return frozenset()
-        joint, which = torch.cat(parts, 1).cpu().numpy(), str([*masks]).encode()
-        return frozenset(blake2b(which + row.tobytes(), digest_size=16).digest() for row in joint)
+        return patterns(masks, {u: self._known_layout(u) for u in masks}, self.n)
 
     def _again(self, nudge: Nudge) -> tuple[Recording, Tensor]:
         """Run the model again with something done to its recorded calls; with its outputs."""

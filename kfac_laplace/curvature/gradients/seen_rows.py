@@ -1,8 +1,13 @@
 """Rows of a pass that have received a gradient: what shows itself need not be looked for."""
 
+from collections.abc import Mapping
+from hashlib import blake2b
+
+import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.recording.live_rows import is_nonzero
+from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout
 
 #: Most rows that are not zero show it in their first entries.
 SOME_COLUMNS = 16
@@ -47,6 +52,28 @@ class SeenRows:
     def noted(self) -> bool:
         """Whether rows of all watched uses have come."""
         return None not in self._masks.values()
+
+
+def patterns(
+    masks: Mapping[int, Tensor], layouts: Mapping[int, RowLayout | None], n: int
+) -> frozenset[bytes]:
+    """Which rows of an example are in some masks, as digests; none where rows are not in order.
+
+    Args:
+        masks: over the leading axes of the rows, by use.
+        layouts: how these rows lie.
+        n: number of examples.
+    """
+    parts = []
+    for u, mask in masks.items():
+        layout = layouts[u]
+        if not isinstance(layout, Axis) or not layout.fits(mask.shape, n):
+            return frozenset()
+        parts.append(layout.by_example(mask[None, ..., None], n, 0)[0, ..., 0])
+    if not parts:
+        return frozenset()
+    joint, which = torch.cat(parts, 1).cpu().numpy(), str([*masks]).encode()
+    return frozenset(blake2b(which + row.tobytes(), digest_size=16).digest() for row in joint)
 
 
 def _nonzero_rows(rows: Tensor) -> Tensor:
