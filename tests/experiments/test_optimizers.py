@@ -211,12 +211,17 @@ def test_bases_of_gradients_against_their_definition():
     )  # fmt: skip
     m, v = torch.zeros(3, 4).double(), torch.zeros(3, 4).double()
     left, right = torch.zeros(3, 3).double(), torch.zeros(4, 4).double()
+    q, p = torch.eye(3).double(), torch.eye(4).double()
     for step, (inputs, labels) in enumerate(zip(x, y, strict=True), 1):
         probs = (inputs @ w.T).softmax(-1)
         g = (probs - nn.functional.one_hot(labels, 3)).T @ inputs / len(labels)
         weight = 1.0 if step == 1 else 1 - ema
         left, right = left + weight * (g @ g.T - left), right + weight * (g.T @ g - right)
+        before = q, p
         q, p = torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1]
+        # the diagonal, in the new basis, of a covariance that was diagonal in the last
+        change = torch.kron(q.T @ before[0], p.T @ before[1])
+        v = (change @ v.flatten().diag() @ change.T).diag().view(3, 4)
         m = b1 * m + (1 - b1) * g  # in the matrix's own coordinates
         v = b2 * v + (1 - b2) * (q.T @ g @ p) ** 2
         inside = (q.T @ m @ p / (1 - b1**step)) / ((v / (1 - b2**step)).sqrt() + 1e-8)

@@ -18,12 +18,13 @@ class EigenAdam:
     """U = Q_B [(Q_Bᵀ m̂ Q_A) / (√v̂ + ε)] Q_Aᵀ.
 
     m averages gradients, v the squares of Q_Bᵀ G Q_A. When the basis turns, m turns with it: it is
-    kept in the eigenbasis, so that a step takes four products in place of six. v stays by index.
-    The scale of the loss drops out, but for ε. Where both sides stay in their own coordinates this
-    is AdamW, bit by bit.
+    kept in the eigenbasis, so that a step takes four products in place of six. v is carried over
+    as variances of uncorrelated entries are (`turn`). The scale of the loss drops out, but for ε.
+    Where both sides stay in their own coordinates this is AdamW, bit by bit.
 
     Source: Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam", algorithm 3, with the
-    bases of K-FAC factors (Martens and Grosse) in place of those of the gradients' covariances.
+    bases of K-FAC factors (Martens and Grosse) in place of those of the gradients' covariances, and
+    v carried over, where it stays by index there.
 
     Args:
         betas: decay of the averages of gradients and of their squares.
