@@ -150,9 +150,9 @@ class Capture:
             # A single example does not show which rows are whose.
             if self.learned is None or (batch.n > 1 and not known.row_layouts):
                 self.learned = self._lesson.learn(inputs, known)
-                known = self.learned.knowledge
-            batch = self._network.batch(inputs, None, known.interface)
-            self._enter(batch, inputs)
+                batch = self._network.batch(inputs, None, self.learned.knowledge.interface)
+            if self.learned.captured:
+                self._enter(batch, inputs)
 
     def _counts(self, model: Any) -> bool:
         """Whether a call is a training pass to be captured, of the model itself, no copy."""
@@ -168,14 +168,17 @@ class Capture:
         )
 
     def _enter(self, batch: AnyBatch, inputs: Any) -> None:
-        """Begin to record; parameters that are frozen now are not tracked."""
+        """Begin to record what groups with factors do; parameters frozen now are not tracked."""
+        assert self.learned is not None
         params = dict(self._network.model.named_parameters())
         tracked = {
             name: params[name]
             for name in self.known.tracked
             if name in params and params[name].requires_grad
         }
-        tape = self._network.tape(batch, tracked, data_of(batch, inputs))
+        names = {name for group in self.learned.captured for name in group.layout.params}
+        recorded = {name: p for name, p in tracked.items() if name in names}
+        tape = self._network.tape(batch, recorded, data_of(batch, inputs))
         tape.__enter__()  # type: ignore[no-untyped-call]
         eager = in_eager_mode(self._called)
         eager.__enter__()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,16 +55,13 @@ class Unit:
 
     def steps(self, update: Update) -> dict[str, Update]:
         """The update of each parameter that has a gradient, in its own dtype."""
-        return {
-            name: update.of(partial(self._part, name))
-            for name, p in self.params.items()
-            if p.grad is not None
-        }
+        parts = update.parts(self._parts)
+        return {name: parts[name] for name, p in self.params.items() if p.grad is not None}
 
-    def _part(self, name: str, whole: Tensor) -> Tensor:
-        """The entries of one parameter."""
-        part = whole if self.layout is None else self.layout.unpack(whole)[name]
-        return part.to(self.params[name].dtype)
+    def _parts(self, whole: Tensor) -> dict[str, Tensor]:
+        """The entries of each parameter."""
+        parts = {self.name: whole} if self.layout is None else self.layout.unpack(whole)
+        return {name: parts[name].to(p.dtype) for name, p in self.params.items()}
 
     def joined(self, states: Mapping[str, State]) -> State | None:
         """One state of those that the parameters had on their own; None where some had none."""

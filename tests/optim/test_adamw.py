@@ -54,6 +54,10 @@ def test_eigen_adam_in_own_coordinates_is_torchs_adamw(dtype):
     starts = [torch.randn(shape, dtype=dtype) for shape in shapes.values()]
     gradients = [draws(shape, dtype) for shape in shapes.values()]
     parts = (lambda matrices: matrices[..., :-1], lambda matrices: matrices[..., -1])
+
+    def split(matrices):
+        return {str(index): part(matrices) for index, part in enumerate(parts)}
+
     expected = [
         torchs(part(start).contiguous(), [part(one).contiguous() for one in drawn])
         for start, drawn in zip(starts, gradients, strict=True)
@@ -66,7 +70,7 @@ def test_eigen_adam_in_own_coordinates_is_torchs_adamw(dtype):
     for step in range(STEPS):
         directions = rule.directions([drawn[step] for drawn in gradients], states, bases)
         updates = rule.lengths(directions, [schedule(step)] * len(starts))
-        pieces = [update.of(part) for update in updates for part in parts]
+        pieces = [one for update in updates for one in update.parts(split).values()]
         descend_(weights, pieces, lr=schedule(step), weight_decay=DECAY)
         for weight, one in zip(weights, expected, strict=True):
             assert torch.equal(weight, one[step])

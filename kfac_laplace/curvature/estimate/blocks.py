@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from math import isfinite
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -100,7 +101,8 @@ class Block(ABC):
     def is_finite(self) -> bool:
         """Whether every raw sum is finite."""
         # One pass a tensor: a sum is finite only if its terms are.
-        return all(bool(torch.isfinite(tensor.sum())) for tensor in self.tensors().values())
+        sums = [tensor.sum() for tensor in self.tensors().values() if tensor.numel()]
+        return all(isfinite(float(one)) for one in sums)
 
 
 class KroneckerFactors(NamedTuple):

@@ -69,16 +69,7 @@ class Group:
 
     def used_otherwise(self, recording: Recording) -> bool:
         """Whether the matrices of layers are used in another way as well."""
-        names = set(self.layout.params)
-        return self.factored and (
-            bool(recording.loose & names)
-            or any(
-                not use.layer.kronecker or source.own_part is None
-                for use in recording.uses
-                for source in use.sources
-                if names.intersection(source.params)
-            )
-        )
+        return self.factored and not recording.used_otherwise.isdisjoint(self.layout.params)
 
     def terms(self, recording: Recording) -> list[Term]:
         """The uses in a recording, each with the input rows that meet this group."""

@@ -6,7 +6,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.recording.live_rows import is_nonzero
+from kfac_laplace.curvature.recording.live_rows import SMALLEST, is_nonzero
 from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout
 
 #: Most rows that are not zero show it in their first entries.
@@ -78,7 +78,11 @@ def patterns(
 
 def _nonzero_rows(rows: Tensor) -> Tensor:
     """Which rows (1, b, *lead, o) have an entry that is not zero in any block, shape (*lead)."""
-    first = is_nonzero(rows[..., :SOME_COLUMNS]).any(-1).flatten(0, 1).any(0)
+    some = rows[..., :SOME_COLUMNS]
+    largest = some.abs().amax((0, 1, -1))
+    if bool(((largest >= SMALLEST) & (largest < torch.inf)).all()):  # as almost always
+        return torch.ones_like(largest, dtype=torch.bool)
+    first = is_nonzero(some).any(-1).flatten(0, 1).any(0)
     if rows.shape[-1] <= SOME_COLUMNS or bool(first.all()):
         return first
     others = rows[..., SOME_COLUMNS:].movedim((0, 1), (-3, -2))[~first]  # (m, 1, b, o)

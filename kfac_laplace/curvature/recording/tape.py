@@ -10,6 +10,7 @@ unnoticed.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -84,6 +85,20 @@ class Recording:
     loose: frozenset[str]
     picks_rows: bool
     has_python_functions: bool
+
+    @cached_property
+    def used_otherwise(self) -> frozenset[str]:
+        """Names of the tracked parameters that reach the output in any way but as a layer's part.
+
+        Layers are those with Kronecker factors; a parameter, or one of its equal parts, is theirs.
+        """
+        return self.loose.union(
+            name
+            for use in self.uses
+            for source in use.sources
+            if not use.layer.kronecker or source.own_part is None
+            for name in source.params
+        )
 
 
 class Tape(TorchFunctionMode):

@@ -8,7 +8,7 @@ of parameters. A step has two phases, as some lengths depend on all groups:
         rule.turn(states, before, table.eigenbases(names, gradients))
     directions = rule.directions(gradients, states, table.eigenbases(names, gradients))
     updates = rule.lengths(directions, lrs)
-    parts = [update.of(part) for ...]  # from matrices to parameters
+    parts = update.parts(split)  # from matrices to parameters, of each
     descend_(parameters, parts, lr=lr, weight_decay=weight_decay)
 """
 

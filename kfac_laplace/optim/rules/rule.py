@@ -1,7 +1,7 @@
 """What all rules share: the form of their state and of their answer."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -29,10 +29,15 @@ class Update:
     denominator: Tensor | None = None
     divisor: float = 1.0
 
-    def of(self, part: Callable[[Tensor], Tensor]) -> "Update":
-        """That of one parameter: `part` takes its entries (a view) from matrices (b, o, i)."""
-        denominator = None if self.denominator is None else part(self.denominator)
-        return replace(self, numerator=part(self.numerator), denominator=denominator)
+    def parts(self, split: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, "Update"]:
+        """Those of parameters: `split` takes their entries by name from matrices (b, o, i)."""
+        numerators = split(self.numerator)
+        if self.denominator is None:
+            return {name: Update(one, None, self.divisor) for name, one in numerators.items()}
+        denominators = split(self.denominator)
+        return {
+            name: Update(one, denominators[name], self.divisor) for name, one in numerators.items()
+        }
 
     def matrices(self) -> Tensor:
         """U of W ← W − lr · U as a tensor of its own, shape (b, o, i)."""
