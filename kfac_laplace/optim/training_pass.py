@@ -52,7 +52,7 @@ class TrainingPass:
         self._receive = weakref.WeakMethod(receive)
         self._n, self._done, self._task = passed.n, False, -1
         self._finish: Callable[[], Blocks] | None
-        self._leaves = _leaves(list(passed.params.values()))
+        self._leaves = _leaves(passed)
         if isinstance(plan.fisher, Empirical):
             self._finish = _listening(passed, plan, all_read, partial(_reaches, self._leaves))
         else:
@@ -159,9 +159,10 @@ def _kronecker(blocks: Mapping[str, Block]) -> Blocks:
     return {name: b for name, b in blocks.items() if isinstance(b, KroneckerBlock)}
 
 
-def _leaves(parameters: Sequence[Tensor]) -> list[Node]:
-    """The graph nodes at which gradients of parameters are accumulated."""
-    return [get_gradient_edge(p).node for p in parameters if p.requires_grad]
+def _leaves(passed: ForwardPass) -> list[Node]:
+    """The graph nodes of what parameters were recorded as."""
+    uses = passed.recording.uses
+    return list({source.edge.node for use in uses for source in use.sources})
 
 
 def _reaches(leaves: Sequence[Any]) -> bool:

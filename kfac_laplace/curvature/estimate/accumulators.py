@@ -1,13 +1,15 @@
 """Sums over one batch, a class for each kind of block, fed with gradient rows vector by vector."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.estimate.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from kfac_laplace.curvature.estimate.settings import Setting, of_part
+from kfac_laplace.curvature.estimate.shared_grams import SharedGrams
 from kfac_laplace.curvature.gradients.by_group import (
     factored_gradient,
     flat_gradients,
@@ -82,6 +84,7 @@ class KroneckerAccumulator(Accumulator):
         setting: expand or reduce.
         dtype: the precision of products and sums.
         widest: of an A with more columns only the diagonal is summed; None: of none.
+        grams: those of other layers of the pass.
     """
 
     def __init__(
@@ -91,7 +94,9 @@ class KroneckerAccumulator(Accumulator):
         setting: Setting,
         dtype: SumDtype,
         widest: int | None = None,
+        grams: SharedGrams | None = None,
     ):
+        self._grams = SharedGrams() if grams is None else grams
         self._group, self._passed, self._dtype = group, passed, dtype
         width = group.layout.matrix[2]
         self._diagonal = group.diagonal or (widest is not None and width > widest)
@@ -107,12 +112,19 @@ class KroneckerAccumulator(Accumulator):
         self._outputs = GramSum(b, o, passed.outputs.detach(), dtype.of_rows(shared))
         for term in self._terms:
             passed.row_layout(term.use)  # rows that sum over examples are no rows
+            if self._settings[term.start] == "expand" and (key := self._key(term)) is not None:
+                self._grams.want(key)
             if _may_drop(term, passed.n):
                 passed.seen.watch(term.use)
 
     def _shared(self, term: Term) -> bool:
         """Whether examples have several rows at a use."""
         return term.inputs.count > self._passed.n
+
+    def _key(self, term: Term) -> Hashable | None:
+        """What tells whether another layer's A is the same; None where it is not to be known."""
+        key = None if self._diagonal else term.inputs.key
+        return None if key is None else (key, self._dtype.of_rows(self._shared(term)))
 
     def receive(self, use: int, rows: Tensor) -> None:
         """Add Σ b bᵀ over rows (expand), or sum them by example (reduce)."""
@@ -174,7 +186,8 @@ class KroneckerAccumulator(Accumulator):
             dtype = self._dtype.of_rows(self._shared(term))
             whole = inputs.diagonal or not self._diagonal
             sums = inputs.gram if whole else inputs.gram_diagonal
-            grams.append(sums(dtype, self._passed.budget))
+            make, key = partial(sums, dtype, self._passed.budget), self._key(term)
+            grams.append(make() if key is None or live is not None else self._grams.take(key, make))
             count = count + (inputs.count if live is None else live.sum())
         return sum(grams[1:], grams[0]), count
 

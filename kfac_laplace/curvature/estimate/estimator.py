@@ -16,6 +16,7 @@ from kfac_laplace.curvature.estimate.blocks import Block, Structure
 from kfac_laplace.curvature.estimate.fisher import Exact, Fisher
 from kfac_laplace.curvature.estimate.head import Cut, find_cut
 from kfac_laplace.curvature.estimate.settings import Setting
+from kfac_laplace.curvature.estimate.shared_grams import SharedGrams
 from kfac_laplace.curvature.gradients.by_group import copied_gradients
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
@@ -69,7 +70,8 @@ def accumulators(passed: ForwardPass, plan: Plan) -> dict[str, Accumulator]:
         if plan.structure == "full":
             layout = passed.knowledge.full_layout
             return {"full": DenseAccumulator(groups, layout, passed, plan.dtype)}
-        return {group.name: _accumulator(passed, plan, group) for group in groups}
+        shared = SharedGrams()
+        return {group.name: _accumulator(passed, plan, group, shared) for group in groups}
 
 
 def finished(passed: ForwardPass, made: dict[str, Accumulator]) -> dict[str, Block]:
@@ -79,12 +81,12 @@ def finished(passed: ForwardPass, made: dict[str, Accumulator]) -> dict[str, Blo
         return {name: made.pop(name).block() for name in list(made)}
 
 
-def _accumulator(passed: ForwardPass, plan: Plan, group: Group) -> Accumulator:
+def _accumulator(passed: ForwardPass, plan: Plan, group: Group, shared: SharedGrams) -> Accumulator:
     """The sum for a group's block, by its structure."""
     treatment = group.treatment if plan.structure == "kron" else "diag"
     if treatment == "kron":
         setting = plan.settings[group.name]
-        return KroneckerAccumulator(group, passed, setting, plan.dtype, plan.widest)
+        return KroneckerAccumulator(group, passed, setting, plan.dtype, plan.widest, shared)
     if treatment == "dense":
         return DenseAccumulator([group], group.layout, passed, plan.dtype)
     return DiagonalAccumulator(group, passed)
@@ -121,11 +123,14 @@ def _add_vector(
     copied: Mapping[str, Tensor],
 ) -> None:
     """Backpropagate a vector and add what it contributes to each sum."""
+    parts: dict[int, list[Accumulator]] = {}
+    for part in made.values():
+        for u in part.uses:
+            parts.setdefault(u, []).append(part)
 
     def receive(u: int, rows: Tensor) -> None:
-        for part in made.values():
-            if u in part.uses:
-                part.receive(u, rows)
+        for part in parts.get(u, ()):
+            part.receive(u, rows)
 
     backward(vector, receive)
     with without_autocast(vector.device):

@@ -79,9 +79,9 @@ def patterns(
 def _nonzero_rows(rows: Tensor) -> Tensor:
     """Which rows (1, b, *lead, o) have an entry that is not zero in any block, shape (*lead)."""
     some = rows[..., :SOME_COLUMNS]
-    largest = some.abs().amax((0, 1, -1))
-    if bool(((largest >= SMALLEST) & (largest < torch.inf)).all()):  # as almost always
-        return torch.ones_like(largest, dtype=torch.bool)
+    least, most = some.abs().amax((0, 1, -1)).aminmax()
+    if SMALLEST <= float(least) and float(most) < torch.inf:  # as almost always
+        return torch.ones(rows.shape[2:-1], dtype=torch.bool, device=rows.device)
     first = is_nonzero(some).any(-1).flatten(0, 1).any(0)
     if rows.shape[-1] <= SOME_COLUMNS or bool(first.all()):
         return first

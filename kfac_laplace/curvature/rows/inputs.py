@@ -1,7 +1,7 @@
 """The rows that meet a weight."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -25,6 +25,11 @@ class Inputs(ABC):
     diagonal = False
     #: Whether rows that receive no gradient are left out of A: padding, tokens that nothing reads.
     droppable = False
+
+    @property
+    def key(self) -> Hashable | None:
+        """Equal keys of inputs that exist at one time mean the same rows; None: not known."""
+        return None
 
     @property
     @abstractmethod
@@ -104,6 +109,12 @@ class Rows(Inputs):
     droppable = True
 
     @property
+    def key(self) -> Hashable:
+        """Where they lie in memory, and how."""
+        t = self.tensor
+        return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
+
+    @property
     def lead(self) -> tuple[int, ...]:
         """Leading axes."""
         return tuple(self.tensor.shape[1:-1])
@@ -165,6 +176,12 @@ class WithOne(Inputs):
     def droppable(self) -> bool:  # type: ignore[override]
         """As the inner rows."""
         return self.inner.droppable
+
+    @property
+    def key(self) -> Hashable | None:
+        """That of the inner rows, marked."""
+        inner = self.inner.key
+        return None if inner is None else ("with one", inner)
 
     @property
     def lead(self) -> tuple[int, ...]:

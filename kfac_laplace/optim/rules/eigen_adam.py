@@ -75,7 +75,7 @@ class EigenAdam:
 
     @torch.no_grad()
     def turn(self, states: Sequence[State], before: Eigenbases, after: Eigenbases) -> None:
-        """m ← Q_Bᵀ (R_B m R_Aᵀ) Q_A from bases R to bases Q; sides that stayed are left alone.
+        """m ← (Q_Bᵀ R_B) m (R_Aᵀ Q_A) from bases R to bases Q; sides that stayed are left alone.
 
         v ← |Q_Bᵀ R_B|² v |R_Aᵀ Q_A|², squared entry by entry: the second moments of gradients whose
         entries are uncorrelated in the old basis. By index, directions that had next to no gradient
@@ -85,23 +85,26 @@ class EigenAdam:
         changes = [(index, *_changed(old, new)) for index, (old, new) in enumerate(pairs)]
         changes = [(index, old, new) for index, old, new in changes if not (old.own and new.own)]
         moments = tensors([states[index] for index, _, _ in changes], "m")
-        outside = Eigenbases([old for _, old, _ in changes]).leave(moments)
-        inside = Eigenbases([new for _, _, new in changes]).enter(outside)
-        for moment, turned in zip(moments, inside, strict=True):
-            moment.copy_(turned)
         squares = tensors([states[index] for index, _, _ in changes], "v")
-        for square, (_, old, new) in zip(squares, changes, strict=True):
-            left, right = _overlap(old.left, new.left), _overlap(old.right, new.right)
-            moved = square if left is None else left @ square
-            square.copy_(moved if right is None else moved @ right.mT)
+        turns = [
+            Bases(_turn(old.left, new.left), _turn(old.right, new.right)) for _, old, new in changes
+        ]
+        squared = [Bases(_squared(one.left), _squared(one.right)) for one in turns]
+        for kept, by in ((moments, turns), (squares, squared)):
+            for one, turned in zip(kept, Eigenbases(by).enter(kept), strict=True):
+                one.copy_(turned)
 
 
-def _overlap(old: Side, new: Side) -> Tensor | None:
-    """|Qᵀ R|² (b, d, d) from eigenvectors R to Q, entry by entry; None where neither has any."""
+def _turn(old: Side, new: Side) -> Side:
+    """Rᵀ Q (b, d, d) from eigenvectors R to Q, as eigenvectors; none where neither side has any."""
     if old.vectors is None or new.vectors is None:
-        some = new.vectors.mT if new.vectors is not None else old.vectors
-        return None if some is None else some.square()
-    return (new.vectors.mT @ old.vectors).square()
+        return Side(new.values, new.vectors if old.vectors is None else old.vectors.mT)
+    return Side(new.values, old.vectors.mT @ new.vectors)
+
+
+def _squared(turn: Side) -> Side:
+    """The same with every entry squared."""
+    return Side(turn.values, None if turn.vectors is None else turn.vectors.square())
 
 
 def _changed(old: Bases, new: Bases) -> tuple[Bases, Bases]:
