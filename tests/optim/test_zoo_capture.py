@@ -19,8 +19,11 @@ from optim.captured import (
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo.case import N_DATA, build
-from zoo.fitting import zoo_law
+from zoo.fitting import BUILDERS
 
+#: One with convolutions, with attention, with recurrence and on graphs stand for the others, whose
+#: tests are slow ones.
+ALWAYS = {"gcn-graph", "group-norm-cnn", "lstm", "vit"}
 #: The query of a first token that sees itself alone: its gradient is zero up to rounding, in a
 #: network that computes in float32, and chance decides whether its row counts.
 BY_CHANCE = {"t5-language": {"decoder.block.0.layer.0.SelfAttention.q.weight"}}
@@ -58,7 +61,10 @@ def loss_of(model: nn.Module, likelihood: str, x, y: Tensor, class_axis: int | N
     return negative_log_likelihood(likelihood, output, y, class_axis) / N_DATA
 
 
-@zoo_law
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in BUILDERS],
+)
 @pytest.mark.parametrize(
     ("fisher", "setting"),
     [("exact", "expand"), ("mc", "reduce"), ("empirical", "expand"), ("empirical", "reduce")],
