@@ -206,9 +206,10 @@ class KFAC(Optimizer):
             raise NotFitted(
                 "no factors yet", where="curvature", remedy="Take steps in training mode first"
             )
-        made = Curvature.of(self._network.model, self._options)
         shape = self._capture.outputs_per_example
-        made.ggn = averaged_ggn(averages, learned, self._options, n_data, shape)
+        ggn = averaged_ggn(averages, learned, self._options, n_data, shape)
+        made = Curvature.of(self._network.model, ggn.options)
+        made.ggn = ggn
         return made
 
     # --- the loop ----------------------------------------------------------------------------
