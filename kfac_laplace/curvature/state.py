@@ -115,19 +115,20 @@ def ggn_from_state(stored: Stored, network: Network, options: CurvatureOptions) 
     check_unused(found["unused"], known, blocks)
     likelihood = options.likelihood
     one = not likelihood.has_noise or likelihood.has_gaussian_noise  # others keep all residuals
-    statistic = _statistic(found["statistic"], () if one else None).to(network.device)
+    statistic = _statistic(found, () if one else None).to(network.device)
     targets = checked_targets(found["targets"], options.likelihood, counts).to(network.device)
     settings = settings_of(found["settings"], groups)
     return GGN(options, known, settings, blocks, statistic, targets=targets, **counts)
 
 
-def _statistic(stored: Stored, shape: tuple[int, ...] | None) -> Tensor:
-    """The likelihood's sum; one NaN where no pass over the data has told it."""
-    value = stored.value
+def _statistic(found: Mapping[str, Stored], shape: tuple[int, ...] | None) -> Tensor:
+    """The likelihood's sum; one NaN where no pass over the data has told it, nor their targets."""
+    value, targets = found["statistic"].value, found["targets"].tensor()
     plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-    if plain and value.shape == () and value.is_floating_point() and bool(value.isnan()):
-        return cast(Tensor, value.detach())
-    return stored.tensor(shape)
+    if plain and not targets.numel() and value.shape == () and value.is_floating_point():
+        if bool(value.isnan()):
+            return cast(Tensor, value.detach())
+    return found["statistic"].tensor(shape)
 
 
 def axis_of(stored: Stored) -> int | None:
