@@ -26,6 +26,7 @@ from kfac_laplace.optim.estimate import Estimate
 from kfac_laplace.optim.learning import Learned, Lesson, tracked_names
 from kfac_laplace.optim.loss_scale import unscale_
 from kfac_laplace.optim.parameters import check_numbers, parameter_groups
+from kfac_laplace.optim.prior_damping import PriorDamping, TellsDamping
 from kfac_laplace.optim.ranks import ranks_of
 from kfac_laplace.optim.rules import EigenAdam, Rule, descend_
 from kfac_laplace.optim.shared import averaged_ggn
@@ -137,6 +138,8 @@ class KFAC(Optimizer):
         )
         self._unseen, self._ranks = 0, ranks_of(model, self.estimate.largest)
         self._generator = Generator().manual_seed(seed)
+        self._rule = rule
+        self._dampings: PriorDamping | None = None
         self._updates = Updates(self._named, rule, self.estimate, self.state)
         lesson = Lesson(network, kfac_approx, class_axis)
         called = called_module(model)
@@ -186,6 +189,31 @@ class KFAC(Optimizer):
         names = {group.name for group in learned.captured} if learned else set()
         return {name: learned.settings[name] for name in names} if learned else {}
 
+    @property
+    def model(self) -> nn.Module:
+        """The network, out of its wrappers."""
+        return self._network.model
+
+    @property
+    def options(self) -> CurvatureOptions:
+        """Those of `curvature`."""
+        return self._options
+
+    def damped_by(self, tuner: TellsDamping) -> None:
+        """Take the damping of each layer from a tuner's prior precisions, as they are at each step.
+
+        λ = δ/N is what the prior adds to the curvature of the tuner's loss (δ σ² T/N with a
+        noise). It takes the place of the number in `Damped`, which stays that of parameters without
+        a precision. A state does not hold it: call it again after making the optimiser anew.
+
+        Args:
+            tuner: a `MarglikTuner` of this model, whose loss is trained.
+
+        Raises:
+            InvalidValue: the rule has no damping.
+        """
+        self._dampings = PriorDamping.of(tuner, self._rule)
+
     def curvature(self, n_data: int) -> Curvature:
         """The averaged factors as the curvature of so many examples, at σ = 1 and T = 1.
 
@@ -206,9 +234,10 @@ class KFAC(Optimizer):
             raise NotFitted(
                 "no factors yet", where="curvature", remedy="Take steps in training mode first"
             )
-        made = Curvature.of(self._network.model, self._options)
         shape = self._capture.outputs_per_example
-        made.ggn = averaged_ggn(averages, learned, self._options, n_data, shape)
+        ggn = averaged_ggn(averages, learned, self._options, n_data, shape)
+        made = Curvature.of(self._network.model, ggn.options)
+        made.ggn = ggn
         return made
 
     # --- the loop ----------------------------------------------------------------------------
@@ -247,7 +276,8 @@ class KFAC(Optimizer):
         self._count(self._steps + 1)
         self._updates.take_in(self._steps, sums)
         rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
-        updates = self._updates.by_parameter(rates)
+        dampings = None if self._dampings is None else self._dampings.by_name(self._named)
+        updates = self._updates.by_parameter(rates, dampings)
         for group in self.param_groups:
             own = [p for p in group["params"] if p in updates]
             steps = [updates[p] for p in own]

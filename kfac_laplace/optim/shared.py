@@ -27,7 +27,8 @@ def averaged_ggn(
         outputs: output rows and scalar outputs of an example.
 
     Returns:
-        Blocks and counts; the statistic is NaN, as only a pass over the data tells it.
+        Blocks and counts; the statistic is NaN, as only a pass over the data tells it. Its options
+        are those of the parameters that have blocks.
     """
     blocks = {
         group.name: averages.block(group.name, n_data)
@@ -39,9 +40,14 @@ def averaged_ggn(
         for group in learned.captured
         if group.name in blocks
     )
+    known = replace(learned.knowledge, groups=groups)
+    params = known.params
+    if params != known.tracked:  # so that a state of it agrees with its options
+        known = replace(known, tracked=params, effective=known.effective.intersection(params))
+        options = replace(options, subset_of_weights=list(params))
     return GGN(
         options,
-        replace(learned.knowledge, groups=groups),
+        known,
         {name: learned.settings[name] for name in blocks},
         blocks,
         statistic=torch.full((), torch.nan, dtype=torch.float64),

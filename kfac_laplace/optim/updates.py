@@ -88,19 +88,28 @@ class Updates:
         if after is not before:
             self._rule.turn([self.states[u.key] for u in turned], before, after)
 
-    def by_parameter(self, rates: Mapping[Tensor, float | Tensor]) -> dict[Tensor, Update]:
+    def by_parameter(
+        self,
+        rates: Mapping[Tensor, float | Tensor],
+        dampings: Mapping[str, float] | None = None,
+    ) -> dict[Tensor, Update]:
         """The update of each parameter that has a gradient; counts a step in their states.
 
         Args:
             rates: the learning rate of each parameter.
+            dampings: λ by parameter name in place of the rule's own; a unit takes that of its
+                first parameter.
         """
         pairs = [(u, g) for u in self.units if (g := u.gradient()) is not None]
         factored = [(u, g) for u, g in pairs if u.layout is not None]
         alone = [(u, g) for u, g in pairs if u.layout is None]
-        return self._by_factors(factored, rates) | self._by_adam(alone)
+        return self._by_factors(factored, rates, dampings) | self._by_adam(alone)
 
     def _by_factors(
-        self, pairs: Sequence[tuple[Unit, Tensor]], rates: Mapping[Tensor, float | Tensor]
+        self,
+        pairs: Sequence[tuple[Unit, Tensor]],
+        rates: Mapping[Tensor, float | Tensor],
+        dampings: Mapping[str, float] | None,
     ) -> dict[Tensor, Update]:
         if not pairs:
             return {}
@@ -108,7 +117,8 @@ class Updates:
         units, gradients = [u for u, _ in pairs], [g for _, g in pairs]
         states = [self._state(self._rule, u, g) for u, g in pairs]
         bases = self._table.eigenbases([u.name for u in units], gradients)
-        directions = self._rule.directions(gradients, states, bases)
+        own = None if dampings is None else [dampings[u.name] for u in units]
+        directions = self._rule.directions(gradients, states, bases, own)
         return _split(units, self._rule.lengths(directions, [rates[u.key] for u in units]))
 
     def _by_adam(self, pairs: Sequence[tuple[Unit, Tensor]]) -> dict[Tensor, Update]:
