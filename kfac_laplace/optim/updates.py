@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.gradients.groups import Group
@@ -136,18 +137,34 @@ class Updates:
     # --- state -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages and bases; the moments are the optimiser's."""
+        """Averages and bases, and what form moments have, which are the optimiser's."""
         return {
+            "form": self._form(),
             "averages": self.averages.state_dict(),
             "bases": {} if self._table is None else self._table.state_dict(),
             "based": sorted(self._based),
         }
+
+    def _form(self) -> dict[str, Any]:
+        """On what the tensors of a state depend: the rule, its moments, which sides have bases."""
+        moments = sorted(self._rule.init(torch.empty(0)))
+        rule = f"{type(self._rule).__name__} ({', '.join(moments)})"
+        return {"rule": rule, "largest": self._estimate.largest}
 
     def load_state_dict(self, state: Mapping[str, Any], groups: Sequence[Group] | None) -> None:
         """Take up averages and bases of groups, None where none were known; nothing if it fails.
 
         Moments are the optimiser's: those of a unit under its first parameter.
         """
+        stored = state.get("form", {})
+        for option, own in self._form().items():
+            if stored.get(option) != own:
+                raise InvalidValue(
+                    f"the state was made with another {option}",
+                    where="state_dict.kfac.form",
+                    got=f"{stored.get(option)} where this optimiser has {own}",
+                    remedy="Load it into a KFAC with the options that it was made with",
+                )
         units = single(self._named) if groups is None else units_of(self._named, groups)
         layouts = {u.name: u.layout for u in units if u.layout is not None}
         if unknown := {*state["averages"], *state["bases"], *state["based"]} - layouts.keys():

@@ -136,3 +136,40 @@ def test_a_refused_state_changes_nothing():
     with pytest.raises(InvalidValue):
         optimizer.load_state_dict(wrong)
     assert_same_state(before, optimizer.state_dict())
+
+
+FORMS = {
+    "eigen adam": {"rule": EigenAdam()},
+    "damped": {"rule": Damped()},
+    "plain": {"rule": Damped(length=None)},
+    "narrow": {"curvature": Estimate(largest=4)},
+}
+
+
+@pytest.mark.parametrize("made", FORMS)
+@pytest.mark.parametrize("into", FORMS)
+def test_a_state_of_another_rule_or_of_other_bases_is_refused(made, into):
+    """Their moments have other names or coordinates, their bases other widths."""
+    first, second = network(), network()
+    optimizer, other = KFAC(first, **FORMS[made]), KFAC(second, **FORMS[into])
+    steps(first, optimizer, 0, 2)
+    steps(second, other, 0, 1)
+    state = stored(optimizer)[0]
+    if made == into:
+        other.load_state_dict(state)
+        assert_same_state(state, other.state_dict())
+        return
+    before = stored(other)[0]
+    said = "largest" if {made, into} == {"eigen adam", "narrow"} else "another rule"
+    with pytest.raises(InvalidValue, match=said):
+        other.load_state_dict(state)
+    assert_same_state(before, other.state_dict())
+
+
+def test_numbers_of_a_rule_may_change():
+    model = network()
+    optimizer = KFAC(model, rule=Damped(1e-3))
+    steps(model, optimizer, 0, 2)
+    other = KFAC(model, rule=Damped(1e-2, momentum=0.5))
+    other.load_state_dict(optimizer.state_dict())
+    assert_same_state(optimizer.state_dict(), other.state_dict())
