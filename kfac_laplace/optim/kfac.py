@@ -184,10 +184,12 @@ class KFAC(Optimizer):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Expand or reduce by name of the groups with factors."""
+        """Expand or reduce by name of the groups with factors, in the model's order."""
         learned = self._capture.learned
-        names = {group.name for group in learned.captured} if learned else set()
-        return {name: learned.settings[name] for name in names} if learned else {}
+        if learned is None:
+            return {}
+        names = {group.name for group in learned.captured}
+        return {name: learned.settings[name] for name in self._named if name in names}
 
     @property
     def model(self) -> nn.Module:
