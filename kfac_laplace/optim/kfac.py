@@ -25,6 +25,7 @@ from kfac_laplace.optim.decomposition import EARLY
 from kfac_laplace.optim.estimate import Estimate
 from kfac_laplace.optim.learning import Learned, Lesson, tracked_names
 from kfac_laplace.optim.loss_scale import unscale_
+from kfac_laplace.optim.memory import Numbers
 from kfac_laplace.optim.parameters import check_numbers, parameter_groups
 from kfac_laplace.optim.prior_damping import PriorDamping, TellsDamping
 from kfac_laplace.optim.ranks import ranks_of
@@ -190,6 +191,15 @@ class KFAC(Optimizer):
             return {}
         names = {group.name for group in learned.captured}
         return {name: learned.settings[name] for name in self._named if name in names}
+
+    def numbers_of_state(self) -> Numbers:
+        """How many numbers are kept beside the parameters: moments, bases, averaged factors.
+
+        Of what is trained, once every part has been made; before the first training pass, where
+        nothing is known of factors, as by AdamW. `per_parameter` is 2 for AdamW; a narrower
+        `Estimate(largest=)` takes less.
+        """
+        return self._updates.numbers()
 
     @property
     def model(self) -> nn.Module:

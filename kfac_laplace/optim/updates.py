@@ -11,6 +11,7 @@ from kfac_laplace.errors import InvalidValue
 from kfac_laplace.optim.averages import Averages, Sums
 from kfac_laplace.optim.decomposition import BasesTable
 from kfac_laplace.optim.estimate import Estimate
+from kfac_laplace.optim.memory import Numbers, numbers_of_state
 from kfac_laplace.optim.rules import AdamW, EigenAdam, Rule
 from kfac_laplace.optim.rules.rule import State, Update
 from kfac_laplace.optim.units import Unit, single, units_of
@@ -59,6 +60,21 @@ class Updates:
         shapes = {u.name: u.layout.matrix for u in units if u.layout is not None}
         wanted = self._estimate
         return BasesTable(shapes, every=wanted.bases_every, largest=wanted.largest)
+
+    def numbers(self) -> Numbers:
+        """How many numbers are kept, of what is trained, once all has its moments and bases."""
+        found = Numbers(0, 0, 0, 0)
+        for unit in self.units:
+            if not any(p.requires_grad for p in unit.params.values()):
+                continue
+            if unit.layout is None:
+                moments = self._beside.init(unit.key.detach().to("meta"))
+                kept = sum(one.numel() for one in moments.values() if isinstance(one, Tensor))
+                found += Numbers(unit.key.numel(), kept, 0, 0)
+            else:
+                largest = self._estimate.largest
+                found += numbers_of_state(unit.layout.matrix, self._rule, largest=largest)
+        return found
 
     # --- one step ----------------------------------------------------------------------------
 
