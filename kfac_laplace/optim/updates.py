@@ -1,5 +1,6 @@
 """From gradients to updates: units of parameters, their averaged factors, bases and moments."""
 
+import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -9,13 +10,19 @@ from torch import Tensor
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.optim.averages import Averages, Sums
-from kfac_laplace.optim.decomposition import BasesTable
+from kfac_laplace.optim.decomposition import EARLY, BasesTable, affordable
 from kfac_laplace.optim.estimate import Estimate
 from kfac_laplace.optim.memory import Numbers, numbers_of_state
 from kfac_laplace.optim.rules import AdamW, EigenAdam, Rule
 from kfac_laplace.optim.rules.rule import State, Update
 from kfac_laplace.optim.units import Unit, single, units_of
 
+log = logging.getLogger("kfac_laplace")
+
+WIDE = (
+    "steps %s decompose all factors, up to %d wide, which takes seconds or more on a CPU; with "
+    "Estimate(largest=%d), where wider sides stay in their own coordinates, they are cheap"
+)
 #: What an optimiser of torch keeps, by parameter.
 States = MutableMapping[Tensor, Any]
 
@@ -55,6 +62,16 @@ class Updates:
                     self.states.pop(p, None)
                 self.states[unit.key] = state
         self._table = self._new_table(self.units)
+        self._tell_of_wide_sides()
+
+    def _tell_of_wide_sides(self) -> None:
+        """Say so before decompositions that take long, and how to spare them."""
+        largest = self._estimate.largest
+        shapes = {u.name: u.layout.matrix for u in self.units if u.layout is not None}
+        less = affordable(shapes, largest)
+        if less is not None:
+            widest = max(d for _, *widths in shapes.values() for d in widths if d <= largest)
+            log.info(WIDE, ", ".join(map(str, EARLY)), widest, less)
 
     def _new_table(self, units: Sequence[Unit]) -> BasesTable:
         shapes = {u.name: u.layout.matrix for u in units if u.layout is not None}
