@@ -74,7 +74,7 @@ def calling(output_fn: OutputFn | None) -> Callable[[nn.Module, Any], Tensor]:
 
 def output_of(returned: Any, output_fn: OutputFn | None) -> Tensor:
     """The outputs in what a model returned; `InvalidType` where they cannot be told."""
-    return as_output(returned if output_fn is None else output_fn(returned))
+    return as_output(returned if output_fn is None else output_fn(returned), "output_fn")
 
 
 def data_of(batch: AnyBatch, inputs: Any) -> list[Tensor]:

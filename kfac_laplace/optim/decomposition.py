@@ -16,6 +16,8 @@ log = logging.getLogger("kfac_laplace")
 EARLY = (1, 2, 4, 7)
 #: Decompositions worth so many operations (d³) are not spread over steps: 2.5 ms on one core.
 CHEAP = 2**24
+#: From so many operations on, seconds on one core, those of an early step are worth a word.
+DEAR = 2**34
 #: A side of a group: its name, and 0 for the left (B) or 1 for the right (A).
 SideOf = tuple[str, int]
 SIDES = ("left", "right")
@@ -186,6 +188,31 @@ def phases(costs: Mapping[SideOf, int], every: int) -> dict[SideOf, int]:
         placed[side] = slot * every // count
         loads[slot] += costs[side]
     return placed
+
+
+def affordable(shapes: Mapping[str, tuple[int, int, int]], largest: int) -> int | None:
+    """The `largest` under which the decompositions of an early step stay below `DEAR` operations.
+
+    Args:
+        shapes: of each group's matrices, (b, o, i), by name.
+        largest: the one that is set.
+
+    Returns:
+        The width of the widest side that may be decomposed with all narrower ones, 0 if none may;
+        None where `largest` does as well.
+    """
+    by_width: dict[int, int] = {}
+    for b, *widths in shapes.values():
+        for d in widths:
+            if d <= largest:
+                by_width[d] = by_width.get(d, 0) + b * d**3
+    total = found = 0
+    for d in sorted(by_width):
+        total += by_width[d]
+        if total > DEAR:
+            return found
+        found = d
+    return None
 
 
 def _costs(shapes: Mapping[str, tuple[int, int, int]], largest: int) -> dict[SideOf, int]:

@@ -1,7 +1,7 @@
 """K-FAC as a `torch.optim.Optimizer`."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from kfac_laplace.optim.decomposition import EARLY
 from kfac_laplace.optim.estimate import Estimate
 from kfac_laplace.optim.learning import Learned, Lesson, tracked_names
 from kfac_laplace.optim.loss_scale import unscale_
+from kfac_laplace.optim.memory import Numbers
 from kfac_laplace.optim.parameters import check_numbers, parameter_groups
 from kfac_laplace.optim.prior_damping import PriorDamping, TellsDamping
 from kfac_laplace.optim.ranks import ranks_of
@@ -184,10 +185,21 @@ class KFAC(Optimizer):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Expand or reduce by name of the groups with factors."""
+        """Expand or reduce by name of the groups with factors, in the model's order."""
         learned = self._capture.learned
-        names = {group.name for group in learned.captured} if learned else set()
-        return {name: learned.settings[name] for name in names} if learned else {}
+        if learned is None:
+            return {}
+        names = {group.name for group in learned.captured}
+        return {name: learned.settings[name] for name in self._named if name in names}
+
+    def numbers_of_state(self) -> Numbers:
+        """How many numbers are kept beside the parameters: moments, bases, averaged factors.
+
+        Of what is trained, once every part has been made; before the first training pass, where
+        nothing is known of factors, as by AdamW. `per_parameter` is 2 for AdamW; a narrower
+        `Estimate(largest=)` takes less.
+        """
+        return self._updates.numbers()
 
     @property
     def model(self) -> nn.Module:
@@ -347,7 +359,7 @@ class KFAC(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up a state of the same model, parameter groups and options.
+        """Take up a state of the same model, groups and options; nothing where that is refused.
 
         Raises:
             InvalidValue: the state of another optimiser, model or likelihood.
@@ -359,22 +371,44 @@ class KFAC(Optimizer):
                 got=", ".join(map(str, state_dict)),
                 remedy="Pass what state_dict() made",
             )
+        self._check_groups(state_dict["param_groups"])
         own = state_dict["kfac"]
         learned = None
         if own["learned"] is not None:
             learned = self._learned_of(own["learned"])
-        self._updates.load_state_dict(own, None if learned is None else learned.captured)
-        super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
+        updates = Updates(self._named, self._rule, self.estimate, {})
+        updates.load_state_dict(own, None if learned is None else learned.captured)
         params = [p for group in self.param_groups for p in group["params"]]
-        for index, entry in state_dict["state"].items():  # torch casts to the parameters' dtype
-            p = params[index]
-            self.state[p] = {
-                key: value.to(p.device, copy=True) if isinstance(value, Tensor) else value
+        states = {  # torch casts to the parameters' dtype
+            params[index]: {
+                key: value.to(params[index].device, copy=True)
+                if isinstance(value, Tensor)
+                else value
                 for key, value in entry.items()
             }
-        self._updates.states = self.state  # another object now
+            for index, entry in state_dict["state"].items()
+        }
+        outputs, steps, draws = tuple(own["outputs"]), int(own["steps"]), own["generator"].cpu()
+        Generator().set_state(draws)
+        # What is refused was, before anything changed.
+        super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
+        self.state.update(states)
+        updates.states = self.state  # another object now
+        self._updates = updates
         self._capture.drop()
         self._capture.learned = learned
-        self._capture.outputs_per_example = tuple(own["outputs"])
-        self._generator.set_state(own["generator"].cpu())
-        self._count(int(own["steps"]))
+        self._capture.outputs_per_example = outputs
+        self._generator.set_state(draws)
+        self._count(steps)
+
+    def _check_groups(self, stored: Sequence[Mapping[str, Any]]) -> None:
+        """Raise `InvalidValue` unless stored groups have as many parameters as those here."""
+        found = [len(group["params"]) for group in stored]
+        own = [len(group["params"]) for group in self.param_groups]
+        if found != own:
+            raise InvalidValue(
+                "the state has other parameter groups",
+                where="state_dict.param_groups",
+                got=f"groups of {found} parameters where this optimiser has {own}",
+                remedy="Load it into a KFAC with the groups that it was made with",
+            )

@@ -11,13 +11,14 @@ from kfac_laplace.optim.rules.rule import Rule
 class Numbers:
     """Numbers kept for one group of b matrices (o, i).
 
-    A side wider than `largest` keeps d numbers where others keep d² + d or d².
+    A side wider than `largest` keeps d numbers where others keep d² + d or d²; but its B is kept
+    whole, as the curvature of the averages takes it.
 
     Args:
         parameters: b·o·i.
         moments: 2·b·o·i for Adam's rules, b·o·i for `Damped` without grafting.
         bases: b·(o² + o + i² + i).
-        factors: b·(o² + i²), or packed b·(o(o + 1) + i(i + 1))/2.
+        factors: b·(o² + i²), or packed b·(o(o + 1) + i(i + 1))/2; fewer as long as rows are.
     """
 
     parameters: int
@@ -57,9 +58,10 @@ def numbers_of_state(
     parameters = b * widths[0] * widths[1]
     moments = rule.init(torch.empty(shape, device="meta"))
     bases = factors = 0
-    for d in widths:
+    for side, d in enumerate(widths):
         dense = 1 < d <= largest
         bases += d * d + d if dense else d
-        factors += (d * (d + 1) // 2 if packed else d * d) if dense else d
+        whole = dense or side == 0
+        factors += (d * (d + 1) // 2 if packed else d * d) if whole else d
     kept = [one for one in moments.values() if isinstance(one, torch.Tensor)]
     return Numbers(parameters, parameters * len(kept), b * bases, b * factors)

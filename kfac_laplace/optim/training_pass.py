@@ -15,7 +15,9 @@ from kfac_laplace.curvature.estimate.blocks import Block, KroneckerBlock
 from kfac_laplace.curvature.estimate.estimator import Plan, accumulators, estimate, finished
 from kfac_laplace.curvature.estimate.fisher import Empirical
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
+from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.recording.backward import listen
+from kfac_laplace.curvature.recording.live_rows import is_nonzero
 from kfac_laplace.errors import InvalidValue
 
 log = logging.getLogger("kfac_laplace")
@@ -64,7 +66,8 @@ class TrainingPass:
         for node in (top.node, recording.uses[-1].edge.node):
             node.register_prehook(self._begun)
         if looks:
-            top.node.register_prehook(_checking_loss(passed, top.output_nr))
+            counts = partial(_reaches, self._leaves)
+            top.node.register_prehook(_checking_loss(passed, top.output_nr, counts))
 
     def _begun(self, gradients: Sequence[Tensor | None]) -> None:
         """A backward pass has come to the outputs: if it goes on to parameters, await its end."""
@@ -83,7 +86,9 @@ class TrainingPass:
                 receive(finish(), self._n)
 
 
-def _checking_loss(passed: ForwardPass, index: int) -> Callable[[Sequence[Tensor | None]], None]:
+def _checking_loss(
+    passed: ForwardPass, index: int, counts: Callable[[], bool]
+) -> Callable[[Sequence[Tensor | None]], None]:
     """What looks, by the gradient of the outputs, whether the loss is that of the likelihood.
 
     It raises `InvalidValue` where the loss has its classes on another axis than we take.
@@ -93,7 +98,7 @@ def _checking_loss(passed: ForwardPass, index: int) -> Callable[[Sequence[Tensor
 
     def check(gradients: Sequence[Tensor | None]) -> None:
         gradient = gradients[index]
-        if gradient is None or gradient.shape != shape:
+        if gradient is None or gradient.shape != shape or not counts():
             return
         axes = likelihood.axes_of_gradient(gradient.detach())
         if axes == ():
@@ -127,7 +132,8 @@ def _listening(
 ) -> Callable[[], Blocks]:
     """Blocks of the caller's own gradient rows r: B = Σ r rᵀ; call the result when they came.
 
-    Groups without any gradient are left out.
+    Groups without any gradient are left out. Rows without a gradient count where outputs of the
+    loss depend on them, as behind a rectifier that is off.
     """
     if not all_read:
         _ = passed.reachable  # afterwards the graph is gone
@@ -143,15 +149,41 @@ def _listening(
 
     wanted = sorted(frozenset[int]().union(*(part.uses for part in made.values())))
     listen(passed.recording, wanted, receive, counts)
+    _excluding_ignored(passed, counts)
 
     def end() -> Blocks:
         with torch.no_grad():
+            if all_read and not passed.seen.settled:
+                passed.seen.settle(None)
             for part in made.values():
                 part.finish_vector({})
         heard = {name: part for name, part in made.items() if part.uses <= came}
         return _kronecker(finished(passed, heard))
 
     return end
+
+
+def _excluding_ignored(passed: ForwardPass, counts: Callable[[], bool]) -> None:
+    """Once the gradient of the outputs shows some that the loss ignores, take out their rows.
+
+    What the others depend on takes a backward pass within the caller's, whose graph is still there.
+    """
+    recording, axis = passed.recording, passed.knowledge.class_axis
+    top = get_gradient_edge(recording.output)
+    shape = recording.output.shape
+
+    def look(gradients: Sequence[Tensor | None]) -> None:
+        gradient = gradients[top.output_nr]
+        if gradient is None or gradient.shape != shape or passed.seen.settled or not counts():
+            return
+        rows = accumulable(passed.likelihood.align(gradient.detach(), axis))
+        used = is_nonzero(rows).any(-1, keepdim=True)  # (rows, t, 1)
+        if not bool(used.all()):
+            weighted = passed.weighted(passed.by_example(used.to(rows)))
+            with torch.enable_grad():
+                passed.seen.settle(dict(enumerate(weighted.reachable)))
+
+    top.node.register_prehook(look)
 
 
 def _kronecker(blocks: Mapping[str, Block]) -> Blocks:

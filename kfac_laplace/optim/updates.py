@@ -1,19 +1,28 @@
 """From gradients to updates: units of parameters, their averaged factors, bases and moments."""
 
+import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.optim.averages import Averages, Sums
-from kfac_laplace.optim.decomposition import BasesTable
+from kfac_laplace.optim.decomposition import EARLY, BasesTable, affordable
 from kfac_laplace.optim.estimate import Estimate
+from kfac_laplace.optim.memory import Numbers, numbers_of_state
 from kfac_laplace.optim.rules import AdamW, EigenAdam, Rule
 from kfac_laplace.optim.rules.rule import State, Update
 from kfac_laplace.optim.units import Unit, single, units_of
 
+log = logging.getLogger("kfac_laplace")
+
+WIDE = (
+    "steps %s decompose all factors, up to %d wide, which takes seconds or more on a CPU; with "
+    "Estimate(largest=%d), where wider sides stay in their own coordinates, they are cheap"
+)
 #: What an optimiser of torch keeps, by parameter.
 States = MutableMapping[Tensor, Any]
 
@@ -53,11 +62,36 @@ class Updates:
                     self.states.pop(p, None)
                 self.states[unit.key] = state
         self._table = self._new_table(self.units)
+        self._tell_of_wide_sides()
+
+    def _tell_of_wide_sides(self) -> None:
+        """Say so before decompositions that take long, and how to spare them."""
+        largest = self._estimate.largest
+        shapes = {u.name: u.layout.matrix for u in self.units if u.layout is not None}
+        less = affordable(shapes, largest)
+        if less is not None:
+            widest = max(d for _, *widths in shapes.values() for d in widths if d <= largest)
+            log.info(WIDE, ", ".join(map(str, EARLY)), widest, less)
 
     def _new_table(self, units: Sequence[Unit]) -> BasesTable:
         shapes = {u.name: u.layout.matrix for u in units if u.layout is not None}
         wanted = self._estimate
         return BasesTable(shapes, every=wanted.bases_every, largest=wanted.largest)
+
+    def numbers(self) -> Numbers:
+        """How many numbers are kept, of what is trained, once all has its moments and bases."""
+        found = Numbers(0, 0, 0, 0)
+        for unit in self.units:
+            if not any(p.requires_grad for p in unit.params.values()):
+                continue
+            if unit.layout is None:
+                moments = self._beside.init(unit.key.detach().to("meta"))
+                kept = sum(one.numel() for one in moments.values() if isinstance(one, Tensor))
+                found += Numbers(unit.key.numel(), kept, 0, 0)
+            else:
+                largest = self._estimate.largest
+                found += numbers_of_state(unit.layout.matrix, self._rule, largest=largest)
+        return found
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -136,18 +170,34 @@ class Updates:
     # --- state -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages and bases; the moments are the optimiser's."""
+        """Averages and bases, and what form moments have, which are the optimiser's."""
         return {
+            "form": self._form(),
             "averages": self.averages.state_dict(),
             "bases": {} if self._table is None else self._table.state_dict(),
             "based": sorted(self._based),
         }
+
+    def _form(self) -> dict[str, Any]:
+        """On what the tensors of a state depend: the rule, its moments, which sides have bases."""
+        moments = sorted(self._rule.init(torch.empty(0)))
+        rule = f"{type(self._rule).__name__} ({', '.join(moments)})"
+        return {"rule": rule, "largest": self._estimate.largest}
 
     def load_state_dict(self, state: Mapping[str, Any], groups: Sequence[Group] | None) -> None:
         """Take up averages and bases of groups, None where none were known; nothing if it fails.
 
         Moments are the optimiser's: those of a unit under its first parameter.
         """
+        stored = state.get("form", {})
+        for option, own in self._form().items():
+            if stored.get(option) != own:
+                raise InvalidValue(
+                    f"the state was made with another {option}",
+                    where="state_dict.kfac.form",
+                    got=f"{stored.get(option)} where this optimiser has {own}",
+                    remedy="Load it into a KFAC with the options that it was made with",
+                )
         units = single(self._named) if groups is None else units_of(self._named, groups)
         layouts = {u.name: u.layout for u in units if u.layout is not None}
         if unknown := {*state["averages"], *state["bases"], *state["based"]} - layouts.keys():

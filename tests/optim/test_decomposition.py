@@ -4,10 +4,15 @@ import io
 
 import pytest
 import torch
+from optim.captured import capture
 from optim.problems import SHAPES, factors_of
+from torch import nn
 
 from kfac_laplace.errors import InvalidType, InvalidValue
-from kfac_laplace.optim.decomposition import CHEAP, EARLY, BasesTable, phases
+from kfac_laplace.optim.decomposition import CHEAP, EARLY, BasesTable, affordable, phases
+from kfac_laplace.optim.estimate import Estimate
+from kfac_laplace.optim.rules import EigenAdam
+from kfac_laplace.optim.updates import Updates
 
 SMALL = {"a": (1, 3, 4), "b": (2, 5, 1)}
 
@@ -161,3 +166,26 @@ def test_the_dearest_side_leaves_the_others_to_the_other_steps():
     placed = phases(costs, 10)
     assert placed.pop(("wide", 1)) == 0
     assert set(placed.values()) == {5}
+
+
+def test_what_is_too_wide_is_told_with_the_width_that_is_not():
+    """Operations are b d³ a side: 2³⁴ are those of two sides of 2048, and of nothing beside."""
+    two = {"a": (1, 2048, 8), "b": (1, 8, 2048)}
+    assert affordable({"a": (2, 2048, 5000)}, 4096) is None
+    assert affordable(two, 4096) == 8
+    assert affordable(two, 2047) is None
+    assert affordable({"a": (1, 2048, 1), "b": (2, 2047, 1)}, 4096) == 2047
+    assert affordable({"a": (8, 3000, 3000)}, 4096) == 0
+
+
+@pytest.mark.parametrize(("width", "largest", "told"), [(2600, 4096, 1), (2600, 512, 0), (8, 9, 0)])
+def test_wide_layers_are_told_of_before_anything_is_decomposed(width, largest, told, caplog):
+    model = nn.Linear(width, 2)
+    found = capture(model, "classification")
+    model(torch.ones(2, width))
+    named, estimate = dict(model.named_parameters()), Estimate(largest=largest)
+    with caplog.at_level("INFO", "kfac_laplace"):
+        Updates(named, EigenAdam(), estimate, {}).form(found.learned.captured)
+    assert len(caplog.records) == told
+    assert all("up to 2601 wide" in one.getMessage() for one in caplog.records)
+    assert all("Estimate(largest=2)" in one.getMessage() for one in caplog.records)

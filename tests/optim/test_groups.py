@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from optim.loops import (
     MODELS,
     convolutions,
@@ -85,3 +86,12 @@ def test_wrong_options_are_refused(options, error):
 def test_wrong_estimates_are_refused(options):
     with pytest.raises(InvalidValue):
         Estimate(**options)
+
+
+def test_settings_are_in_the_models_order():
+    """Names are in sets on the way, whose order strings have at random."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(12)))
+    optimizer = KFAC(model)
+    F.cross_entropy(model(torch.randn(4, 3)), torch.zeros(4, dtype=torch.long)).backward()
+    assert list(optimizer.settings) == [f"{k}.weight" for k in range(12)]

@@ -17,7 +17,8 @@ from optim.captured import (
 )
 from torch import nn
 
-from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.errors import InvalidType, InvalidValue, UnsupportedUse
+from kfac_laplace.optim import KFAC
 
 
 @pytest.fixture
@@ -123,6 +124,12 @@ def test_one_of_several_outputs_is_picked_by_a_function(data):
     want = wanted(plain, (2 * x, y))
     got = dict(zip(("0.weight", "2.weight"), factors(sums).values(), strict=True))
     assert_same_factors(got, want)
+
+
+def test_several_outputs_are_refused_with_the_option_of_the_optimiser(data):
+    optimizer = KFAC(TwoOutputs())
+    with pytest.raises(InvalidType, match="or pass output_fn"):
+        optimizer.model(data[0])
 
 
 def test_reentrant_checkpoints_are_refused(data):

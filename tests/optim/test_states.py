@@ -127,12 +127,80 @@ def test_states_of_others_are_refused():
             other.load_state_dict(state)
 
 
-def test_a_refused_state_changes_nothing():
+def two_groups(state):
+    first, *_ = state["param_groups"]
+    rest = {**first, "params": first["params"][1:]}
+    state["param_groups"] = [{**first, "params": first["params"][:1]}, rest]
+
+
+def fewer_parameters(state):
+    state["param_groups"][0]["params"].pop()
+
+
+def another_layer(state):
+    state["kfac"]["learned"]["ggn"]["groups"][0]["params"] = ["nobody"]
+
+
+def no_draws(state):
+    state["kfac"]["generator"] = torch.zeros(3, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (two_groups, InvalidValue),
+        (fewer_parameters, InvalidValue),
+        (another_layer, InvalidValue),
+        (no_draws, RuntimeError),  # torch's own
+    ],
+)
+def test_a_refused_state_changes_nothing(damage, error):
     model = network()
     optimizer = KFAC(model, curvature=CURVATURE)
     steps(model, optimizer, 0, 2)
-    before, wrong = stored(optimizer)[0], stored(optimizer)[0]
-    wrong["kfac"]["learned"]["ggn"]["groups"][0]["params"] = ["nobody"]
-    with pytest.raises(InvalidValue):
+    before, whole = stored(optimizer)[0], network()
+    other = KFAC(whole, curvature=CURVATURE)
+    steps(whole, other, 0, 5)
+    wrong = stored(other)[0]
+    damage(wrong)
+    with pytest.raises(error):
         optimizer.load_state_dict(wrong)
     assert_same_state(before, optimizer.state_dict())
+    steps(model, optimizer, 2, 4)
+
+
+FORMS = {
+    "eigen adam": {"rule": EigenAdam()},
+    "damped": {"rule": Damped()},
+    "plain": {"rule": Damped(length=None)},
+    "narrow": {"curvature": Estimate(largest=4)},
+}
+
+
+@pytest.mark.parametrize("made", FORMS)
+@pytest.mark.parametrize("into", FORMS)
+def test_a_state_of_another_rule_or_of_other_bases_is_refused(made, into):
+    """Their moments have other names or coordinates, their bases other widths."""
+    first, second = network(), network()
+    optimizer, other = KFAC(first, **FORMS[made]), KFAC(second, **FORMS[into])
+    steps(first, optimizer, 0, 2)
+    steps(second, other, 0, 1)
+    state = stored(optimizer)[0]
+    if made == into:
+        other.load_state_dict(state)
+        assert_same_state(state, other.state_dict())
+        return
+    before = stored(other)[0]
+    said = "largest" if {made, into} == {"eigen adam", "narrow"} else "another rule"
+    with pytest.raises(InvalidValue, match=said):
+        other.load_state_dict(state)
+    assert_same_state(before, other.state_dict())
+
+
+def test_numbers_of_a_rule_may_change():
+    model = network()
+    optimizer = KFAC(model, rule=Damped(1e-3))
+    steps(model, optimizer, 0, 2)
+    other = KFAC(model, rule=Damped(1e-2, momentum=0.5))
+    other.load_state_dict(optimizer.state_dict())
+    assert_same_state(optimizer.state_dict(), other.state_dict())

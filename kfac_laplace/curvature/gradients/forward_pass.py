@@ -248,7 +248,7 @@ class ForwardPass:
     def live(self, u: int) -> Tensor:
         """Mask over the leading axes of a watched use's rows: those that outputs depend on."""
         masks = self.seen.masks
-        if self._shown:
+        if self.seen.settled or self._shown:
             return masks[u]
         reachable = self._read[0][u]
         return masks[u] | reachable if u in masks else reachable

@@ -19,6 +19,8 @@ class SeenRows:
     def __init__(self) -> None:
         self._masks: dict[int, Tensor | None] = {}
         self._complete: set[int] = set()
+        #: Whether it is settled which rows count beside those that receive a gradient.
+        self.settled = False
 
     def watch(self, use: int) -> None:
         """Look at the rows of a use from now on."""
@@ -38,6 +40,19 @@ class SeenRows:
         self._masks[use] = seen
         if bool(seen.all()):
             self._complete.add(use)
+
+    def settle(self, rows: Mapping[int, Tensor] | None) -> None:
+        """Have these rows of watched uses count, and of all others those that receive a gradient.
+
+        Args:
+            rows: by use a mask over the leading axes of its rows; None: all rows count.
+        """
+        self.settled = True
+        if rows is None:
+            self._complete.update(self._masks)
+            return
+        for use, known in self._masks.items():
+            self._masks[use] = rows[use] if known is None else known | rows[use]
 
     def all_of(self, use: int) -> bool:
         """Whether every row counts: all have been seen, or the use is not watched."""
