@@ -29,6 +29,11 @@ class Update:
     denominator: Tensor | None = None
     divisor: float = 1.0
 
+    def of(self, part: Callable[[Tensor], Tensor]) -> "Update":
+        """That of one parameter: `part` takes its entries from matrices (b, o, i)."""
+        denominator = None if self.denominator is None else part(self.denominator)
+        return Update(part(self.numerator), denominator, self.divisor)
+
     def parts(self, split: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, "Update"]:
         """Those of parameters: `split` takes their entries by name from matrices (b, o, i)."""
         numerators = split(self.numerator)
