@@ -173,6 +173,71 @@ class Laplace:
         self._data = self._held_out = TrainingData()
         self._said: set[str] = set()
 
+    @classmethod
+    def from_curvature(
+        cls,
+        curvature: Curvature,
+        model: nn.Module,
+        *,
+        prior_precision: Given = 1.0,
+        prior_structure: PriorStructure = "layerwise",
+        prior_mean: Given = 0.0,
+        sigma_noise: float | Tensor = 1.0,
+        temperature: float = 1.0,
+        dict_key_y: str = "labels",
+        forward_fn: ForwardFn | None = None,
+        batch_fn: BatchFn | None = None,
+    ) -> Self:
+        """A posterior at the model's present weights by a curvature that is there, without a pass.
+
+        All but the prior and the hyperparameters is the curvature's: likelihood, structure, groups.
+        Parameters without a block stay at their values, as do norms where the curvature is that of
+        `kfac_laplace.optim.KFAC`. Such a curvature knows no log-likelihood: log-determinants,
+        predictions and samples are there, the evidence takes `fit`.
+
+        Args:
+            curvature: with data; merged, loaded or an optimiser's as well. It is not changed.
+            model: the network at its mode.
+            prior_precision: as for `Laplace`, like the following.
+            prior_structure: how δ is shared.
+            prior_mean: μ.
+            sigma_noise: σ.
+            temperature: T.
+            dict_key_y: name of the targets where batches are mappings.
+            forward_fn: the curvature's by default.
+            batch_fn: likewise.
+
+        Raises:
+            NotFitted: a curvature of no data.
+            InvalidValue: it has other parameters than the model, or a prior does not fit them.
+        """
+        if not curvature.blocks:
+            raise NotFitted(
+                "a posterior needs data", where="curvature", remedy="Call curvature.fit first"
+            )
+        options = dataclass_replace(
+            curvature.options,
+            forward_fn=forward_fn or curvature.options.forward_fn,
+            batch_fn=batch_fn or curvature.options.batch_fn,
+        )
+        made = cls(
+            model,
+            options.likelihood,
+            prior_precision=prior_precision,
+            prior_structure=prior_structure,
+            prior_mean=prior_mean,
+            sigma_noise=sigma_noise,
+            temperature=temperature,
+            dict_key_y=dict_key_y,
+            **options.keywords(),
+        )
+        own = Curvature.of(model, options)
+        own.network.unchanged(curvature.ggn.knowledge.shapes)
+        own.ggn = dataclass_replace(curvature.ggn, options=options)
+        own.generator.set_state(curvature.generator.get_state())
+        made._adopt(own, mode_of(own))
+        return made
+
     @property
     def seed(self) -> int:
         """Seed of all draws inside `fit`, and of predictions without a generator."""

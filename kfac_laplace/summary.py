@@ -75,11 +75,15 @@ def _evidence(posterior: Posterior) -> list[str]:
     ggn, hyper = posterior.ggn, posterior.hyperparameters
     with torch.no_grad():
         terms = {
-            "log marginal likelihood": posterior.log_marginal_likelihood,
-            "  log likelihood": posterior.log_likelihood,
             "  log det ratio": posterior.log_det_ratio,
             "  scatter": posterior.scatter,
         }
+        if posterior.expansion.knows_fit:
+            fit = {
+                "log marginal likelihood": posterior.log_marginal_likelihood,
+                "  log likelihood": posterior.log_likelihood,
+            }
+            terms = {**fit, **terms}
     constant = ggn.likelihood.constant_log_likelihood(ggn.targets) / float(hyper.temperature)
     lines = [[name, f"{float(value):.6g}"] for name, value in terms.items()]
     if not math.isnan(constant):

@@ -63,6 +63,7 @@ summary
 report
 laplace
 marglik
+optim
 __init__
 plots
 demo

@@ -2,11 +2,13 @@
 
     python -m benchmarks.experiments images --seeds 5 --sizes 100,300,1000
     python -m benchmarks.experiments images --only method=plain,tuned network=cnn
+    python -m benchmarks.experiments optimizers --tasks graphs,mnist-vit --only phase=search
     python -m benchmarks.experiments tables
 
 Each finished cell is a line of OUT/NAME.jsonl; a run that was killed goes on where it was. Needs
 the extra [demo]. MNIST, UCI and CIFAR-10 are read from the folder of --data, or of the environment
-variable KFAC_LAPLACE_DATA; benchmarks/experiments/data.py says which files.
+variable KFAC_LAPLACE_DATA; benchmarks/experiments/data.py says which files. Peers among the
+optimisers run where `asdfghjkl` (the extra [laplace]) and `pytorch-optimizer` are installed.
 """
 
 import argparse
@@ -18,16 +20,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.experiments.cost import COST
-from benchmarks.experiments.experiment import Experiment, Place, chosen, run_missing
+from benchmarks.experiments.experiment import Experiment, Place, chosen, run_all
 from benchmarks.experiments.images import IMAGES
 from benchmarks.experiments.lines import Lines
+from benchmarks.experiments.optimizers.study import OPTIMIZERS
 from benchmarks.experiments.rotation import ROTATION
 from benchmarks.experiments.selection import SELECTION
 from benchmarks.experiments.uci import UCI
 from benchmarks.experiments.wrn import WRN
 
 OUT = Path(__file__).parents[1] / "results" / "experiments"
-ALL = (IMAGES, UCI, WRN, SELECTION, ROTATION, COST)
+ALL = (IMAGES, UCI, WRN, SELECTION, ROTATION, COST, OPTIMIZERS)
 EXPERIMENTS = {experiment.name: experiment for experiment in ALL}
 
 
@@ -44,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experiment = EXPERIMENTS[options.command]
     try:
         only = dict(only_of(text) for text in options.only)
-        cells = chosen(experiment.cells(options), only)
         lines = Lines(options.out / f"{experiment.name}.jsonl")
-        failed = run_missing(experiment, cells, lines, Place(options.device, options.data))
+        place = Place(options.device, options.data)
+        failed = run_all(experiment, lambda: chosen(experiment.cells(options), only), lines, place)
     except ValueError as error:
         parser.error(str(error))
     for cell in failed:

@@ -34,7 +34,8 @@ class Experiment:
         name: of the command and of the file of results.
         about: one line for --help.
         options: adds the experiment's own options to a parser.
-        cells: all cells that options ask for, in the order in which they shall run.
+        cells: all cells that options ask for, in the order in which they shall run. Those that
+            follow from what came out of others may be left out until these are finished.
         run: what comes out of a cell; the same for the same cell, up to rounding and the clock.
         report: Markdown from finished cells; figures go to a folder.
     """
@@ -97,4 +98,22 @@ def run_missing(
             failed.append(cell)
             continue
         lines.append(Line(cell, {**found, **({"warnings": warnings} if warnings else {})}))
+    return failed
+
+
+def run_all(
+    experiment: Experiment, cells: Callable[[], Sequence[Cell]], lines: Lines, place: Place
+) -> list[Cell]:
+    """Run what is missing, and then the cells that follow from it; returns those that failed.
+
+    Args:
+        experiment: whose cells they are.
+        cells: all that are known by now; asked for again until there are no new ones.
+        lines: the file of results.
+        place: where to run.
+    """
+    failed, seen = [], set()
+    while new := [cell for cell in cells() if key_of(cell) not in seen]:
+        failed += run_missing(experiment, new, lines, place)
+        seen |= {key_of(cell) for cell in new}
     return failed

@@ -1,24 +1,15 @@
 """One batch more: a GGN, a model and a batch give the GGN of both."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Generator, Tensor
 
-from kfac_laplace.curvature.estimate.cancellation import (
-    EXAMPLES,
-    shares,
-    sharing_groups,
-)
+from kfac_laplace.curvature.estimate.choice import choose_settings, first_examples, idle_examples
 from kfac_laplace.curvature.estimate.estimator import Plan, estimate
-from kfac_laplace.curvature.estimate.settings import (
-    Setting,
-    chosen_settings,
-)
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.effect import effective
 from kfac_laplace.curvature.gradients.first_pass import examined
@@ -29,7 +20,6 @@ from kfac_laplace.curvature.gradients.probing import learn_row_layouts
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.model.batches import Batch
 from kfac_laplace.curvature.model.failures import ran_out_of_memory
-from kfac_laplace.curvature.model.kept import without_trace
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import (
@@ -96,12 +86,13 @@ def _of_pass(
     settings, first = ggn.settings, not passed.knowledge.groups
     if first:
         passed = passed.knowing(_with_groups(passed, ggn.options))
-        few = partial(_few, network, passed, parameters)
+        few = partial(first_examples, network, passed, parameters)
+        blind = few if ggn.options.hessian_structure == "kron" else None
         layers = [g.name for g in passed.knowledge.groups if g.treatment == "kron"]
         if [*settings] != layers:
-            settings = _settings(passed, ggn.options, few)
+            settings = choose_settings(passed, ggn.options.kfac_approx, blind)
     passed = passed.knowing(_with_effects(passed, ggn.options, first))
-    idle = _idle_examples(passed.weights)
+    idle = idle_examples(passed.weights)
     # Examples whose labels are all ignored would enter the input factors alone.
     if bool(idle.any()) and not bool(idle.all()) and isinstance(batch, Batch):
         kept = (~idle).nonzero()[:, 0]
@@ -208,67 +199,3 @@ def _covered(known: Knowledge) -> frozenset[str]:
     """Names of the parameters whose uses layer rules cover."""
     covered = (group.layout.params for group in known.groups if group.covered)
     return frozenset[str]().union(*covered)
-
-
-def _few(
-    network: Network, passed: ForwardPass, parameters: Mapping[str, Tensor] | None
-) -> ForwardPass:
-    """A pass over the first examples that count; that of the batch where these are all."""
-    weights = passed.weights
-    chosen = (~_idle_examples(weights)).nonzero()[:, 0]
-    chosen = torch.arange(passed.n) if len(chosen) <= 1 else chosen
-    if len(chosen[:EXAMPLES]) == passed.n or not isinstance(passed.batch, Batch):
-        return passed
-    chosen = chosen[:EXAMPLES].cpu()
-    few = network.record(passed.batch.select(chosen), passed.knowledge, parameters)
-    if weights is not None and len(weights) > 1:
-        weights = weights[chosen.to(weights.device)]
-    return few.weighted(weights)
-
-
-def _settings(
-    passed: ForwardPass, options: CurvatureOptions, few: Callable[[], ForwardPass]
-) -> dict[str, Setting]:
-    """Expand or reduce for each group with Kronecker factors.
-
-    "auto" is expand where the loss keeps the shared axis (token or pixel outputs), and reduce where
-    the model returns one output row for each example; but not for layers that it would blind.
-    """
-    layers = [group.name for group in passed.knowledge.groups if group.treatment == "kron"]
-    chosen = chosen_settings(options.kfac_approx, layers)
-    shared = passed.recording.output.ndim > 2 or passed.output_segments is not None
-    settings: dict[str, Setting] = {
-        name: "expand" if setting == "expand" or (setting == "auto" and shared) else "reduce"
-        for name, setting in chosen.items()
-    }
-    reduced = [group for group in sharing_groups(passed) if settings[group.name] == "reduce"]
-    if not reduced or options.hessian_structure != "kron":
-        return settings
-    with without_trace(passed.forward.model):
-        kept, blind = shares(few(), reduced), []
-    for group in reduced:
-        if chosen[group.name] == "auto":
-            settings[group.name] = kept[group.name].setting(group.layout.parts)
-        elif bool(kept[group.name].cancel.any()):
-            blind.append(group.name)
-    if blind:
-        _warn_of_cancellation(blind)
-    return settings
-
-
-def _idle_examples(weights: Tensor | None) -> Tensor:
-    """Mask (n,) of the examples without an output that counts, shape (1,) where all count."""
-    if weights is None:
-        return torch.zeros(1, dtype=torch.bool)
-    return (weights == 0).flatten(1).all(1)
-
-
-def _warn_of_cancellation(blind: list[str]) -> None:
-    """Say where reduce sees next to no curvature although there is some."""
-    log.warning(
-        "K-FAC-reduce sees less than a quarter of the curvature in %s: an example's gradients "
-        "cancel over the shared axis, as those of attention keys do. Give each of them the setting "
-        "'expand', as in kfac_approx={'%s': 'expand', '*': 'reduce'}, or leave it to 'auto'",
-        ", ".join(blind),
-        blind[0],
-    )

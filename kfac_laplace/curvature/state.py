@@ -115,10 +115,20 @@ def ggn_from_state(stored: Stored, network: Network, options: CurvatureOptions) 
     check_unused(found["unused"], known, blocks)
     likelihood = options.likelihood
     one = not likelihood.has_noise or likelihood.has_gaussian_noise  # others keep all residuals
-    statistic = found["statistic"].tensor(() if one else None).to(network.device)
+    statistic = _statistic(found, () if one else None).to(network.device)
     targets = checked_targets(found["targets"], options.likelihood, counts).to(network.device)
     settings = settings_of(found["settings"], groups)
     return GGN(options, known, settings, blocks, statistic, targets=targets, **counts)
+
+
+def _statistic(found: Mapping[str, Stored], shape: tuple[int, ...] | None) -> Tensor:
+    """The likelihood's sum; one NaN where no pass over the data has told it, nor their targets."""
+    value, targets = found["statistic"].value, found["targets"].tensor()
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if plain and not targets.numel() and value.shape == () and value.is_floating_point():
+        if bool(value.isnan()):
+            return cast(Tensor, value.detach())
+    return found["statistic"].tensor(shape)
 
 
 def axis_of(stored: Stored) -> int | None:
@@ -206,16 +216,27 @@ def _blocks(
             kind.text((kinds[name],))
     diagonal = {group.name for group in known.groups if group.diagonal}
     return {
-        name: _block(stored[name], kinds[name], layouts[name], name in diagonal, device)
+        name: block_from_state(stored[name], kinds[name], layouts[name], name in diagonal, device)
         for name in kinds
         if stored
     }
 
 
-def _block(
+def block_from_state(
     stored: Stored, kind: str, layout: Layout, diagonal: bool, device: torch.device
 ) -> Block:
-    """A block whose sums have the shapes of its layout."""
+    """A block whose sums have the shapes of its layout.
+
+    Args:
+        stored: what its `tensors()` were.
+        kind: "kron", "diag" or "dense".
+        layout: of its group.
+        diagonal: whether of A only the diagonal is there.
+        device: where it is to lie.
+
+    Raises:
+        InvalidValue: sums of other names or shapes.
+    """
     b, o, i = layout.matrix
     shapes: dict[str, tuple[int, ...]] = {}
     if kind == "dense":

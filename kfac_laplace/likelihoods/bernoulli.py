@@ -138,6 +138,10 @@ class Bernoulli(Likelihood):
         """w y + 1 − y for each logit, (n, t, c)."""
         return None if self.pos_weight is None else self.positive(y) + (1 - y)
 
+    def stand_in_targets(self, f: Tensor, generator: Generator) -> Tensor:
+        """Draws where positives have a weight; outputs where nothing depends on them."""
+        return f if self.pos_weight is None else self.sample(f, generator)
+
     def predict(self, latent: Latent, sigma: Tensor, link: str) -> "LogisticPredictive":
         """Probabilities by the mode or the probit link, or by averages over samples."""
         return LogisticPredictive(self, latent, link)

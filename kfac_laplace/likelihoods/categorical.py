@@ -18,6 +18,7 @@ from kfac_laplace.likelihoods.latent import Latent
 from kfac_laplace.likelihoods.likelihood import Likelihood
 from kfac_laplace.likelihoods.links import averaged, bridge, centred, probit
 from kfac_laplace.likelihoods.predictive import ClassPredictive
+from kfac_laplace.likelihoods.stick_breaking import StickBreaking
 
 
 class Categorical(Likelihood):
@@ -80,6 +81,20 @@ class Categorical(Likelihood):
                 remedy="Labels have the output's shape without its class axis, last or second",
             )
         return -1 if last else 1
+
+    def likely_axis(self, shape: Sequence[int]) -> int:
+        """The second of four axes and more, as images have it; the last of three, as tokens do."""
+        return 1 if len(shape) > 3 else -1
+
+    def axes_of_gradient(self, gradient: Tensor) -> tuple[int, ...] | None:
+        """Those along which it sums to zero, as a softmax does not see shifts."""
+        entries = gradient.double()
+        total = float(entries.abs().sum())
+        if not 0 < total < math.inf:
+            return None
+        off = [float(entries.sum(axis).abs().sum()) / total for axis in range(1, gradient.ndim)]
+        # Half the digits of bfloat16, in which the loss may have been computed.
+        return tuple(axis for axis, one in enumerate(off, 1) if one < 0.05)
 
     def check_axis(self, shape: Sequence[int], target: Tensor, axis: int) -> None:
         """Labels have the output's shape without its class axis."""
@@ -238,6 +253,13 @@ class Categorical(Likelihood):
         spread = self.label_smoothing * self.weight.mean().to(own)
         return torch.where(kept, own + spread, 0)[..., None]
 
+    def stand_in_targets(self, f: Tensor, generator: Generator) -> Tensor:
+        """Draws where classes have weights; otherwise any label that counts, shape (n, t)."""
+        if self.weight is not None:
+            return self.sample(f, generator)
+        counts = 0 if self.ignore_index != 0 else 1
+        return torch.full(f.shape[:2], counts, device=f.device)
+
     def predict(self, latent: Latent, sigma: Tensor, link: str) -> "SoftmaxPredictive":
         """Probabilities by a link, or by averages over samples."""
         return SoftmaxPredictive(self, latent, link)
@@ -307,44 +329,3 @@ class SoftmaxPredictive(ClassPredictive):
             )
         _, labels = self._likelihood.kept(y)
         return weights * super().log_prob(labels)
-
-
-class StickBreaking:
-    """Cholesky columns S_0 … S_{C−2} of diag(p) − p pᵀ, without any C×C matrix.
-
-    With tails q_c = Σ_{j ≥ c} p_j: S[c, c] = √(p_c q_{c+1} / q_c) and
-    S[j > c, c] = −p_j / q_{c+1} · S[c, c].
-
-    Args:
-        p: probabilities (n, t, c).
-    """
-
-    def __init__(self, p: Tensor):
-        self._p = p
-        # A reverse cumulative sum: 1 − cumsum loses the small tails to cancellation.
-        tail = _tails(p)
-        tiny = torch.finfo(p.dtype).tiny
-        self._rest = tail[..., 1:].clamp_min(tiny)
-        self._pivots = (p[..., :-1] * tail[..., 1:] / tail[..., :-1].clamp_min(tiny)).sqrt()
-
-    def column(self, c: int) -> Tensor:
-        """S_c, shape (n, t, c)."""
-        pivot = self._pivots[..., c, None]
-        below = -(self._p[..., c + 1 :] / self._rest[..., c, None]) * pivot
-        return torch.cat([torch.zeros_like(self._p[..., :c]), pivot, below], -1)
-
-    def mixed(self, coefficients: Tensor) -> Tensor:
-        """Σ_c coefficients_c S_c in O(n t c), for coefficients (n, t, c − 1)."""
-        pivots = coefficients * self._pivots
-        above = (pivots / self._rest).cumsum(-1)
-        return F.pad(pivots, (0, 1)) - self._p * F.pad(above, (1, 0))
-
-    def squares(self) -> Tensor:
-        """|S_c|², shape (n, t, c − 1)."""
-        below = _tails(self._p.square())[..., 1:].sqrt() / self._rest
-        return self._pivots.square() * (1 + below.square())
-
-
-def _tails(values: Tensor) -> Tensor:
-    """Σ_{j ≥ c} of the values along the last axis."""
-    return values.flip(-1).cumsum(-1).flip(-1)

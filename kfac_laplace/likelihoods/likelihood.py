@@ -167,6 +167,14 @@ class Likelihood(ABC):
             raise ambiguous(shape, target.shape)
         return -1
 
+    def likely_axis(self, shape: Sequence[int]) -> int:
+        """`class_axis` by an output's shape alone, before any target is known: the last."""
+        return -1
+
+    def axes_of_gradient(self, gradient: Tensor) -> tuple[int, ...] | None:
+        """Axes that may be `class_axis`, by a loss's gradient by the output; None: no saying."""
+        return None
+
     @property
     def arranges_targets(self) -> bool:
         """Whether `align_target` comes with a `class_axis` of its own, and so knows of the axis."""
@@ -275,6 +283,11 @@ class Likelihood(ABC):
             then, so that D Λ D = m Λ). A row of zeros has no curvature at all.
         """
         return None
+
+    def stand_in_targets(self, f: Tensor, generator: Generator) -> Tensor:
+        """Targets for `importance` before any are known: draws where it depends on them."""
+        weighs = type(self).importance is not Likelihood.importance
+        return self.sample(f, generator) if weighs else f
 
     def precision(self, sigma: Tensor) -> Tensor:
         """Factor 1/σ² by which the stored curvature is scaled; 1 without noise."""

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.ggn import GGN
@@ -92,6 +93,28 @@ def unexplained(likelihood: Likelihood, fit: Tensor, outputs: int, sigma: Tensor
         return -fit
     variance = sigma.to(fit) ** 2
     return -variance * (2 * fit + outputs * (2 * math.pi * variance).log())
+
+
+def statistic_of_batch(
+    likelihood: Likelihood, measure: Tensor, output: Tensor, target: Tensor, axis: int
+) -> Tensor:
+    """The likelihood's sum over a batch, as a curvature pass would make it of these outputs.
+
+    Args:
+        likelihood: p(y | f).
+        measure: `unexplained` of the batch.
+        output: what the model returned.
+        target: its targets.
+        axis: axis of the output that holds the outputs of one row.
+    """
+    if likelihood.has_gaussian_noise:
+        return len(output) * measure.detach().double()
+    if not likelihood.has_noise:
+        return -len(output) * measure.detach().double()
+    with torch.no_grad():
+        f = accumulable(likelihood.align(output.detach(), axis))
+        y = aligned_target(likelihood, target, output.shape, f, axis)
+        return likelihood.statistic(f, y)
 
 
 def constant_unexplained(ggn: GGN) -> float:

@@ -34,6 +34,9 @@ class Record:
         constant_evidence: log-likelihood of the best constant prediction over T: an evidence below
             it says that log-determinants, not data, choose the precisions. NaN where a likelihood
             does not know it.
+        shared: whether it took the curvature that the optimiser averages, and log-likelihoods of
+            the epoch's losses, in place of a pass over the data. Evidence and objective are
+            estimates then, of the network as it was trained, and `best` does not look at them.
     """
 
     epoch: int
@@ -50,10 +53,17 @@ class Record:
     parameters: int
     effective_dimensions: Tensor
     constant_evidence: float
+    shared: bool
 
     @classmethod
     def of(
-        cls, posterior: Posterior, objective: Objective, *, epoch: int, seconds: tuple[float, float]
+        cls,
+        posterior: Posterior,
+        objective: Objective,
+        *,
+        epoch: int,
+        seconds: tuple[float, float],
+        shared: bool,
     ) -> "Record":
         """The record of a posterior at the hyperparameters that a round chose.
 
@@ -62,6 +72,7 @@ class Record:
             objective: what the round maximised.
             epoch: epoch after which it took place.
             seconds: duration of the whole round, and of the curvature pass within it.
+            shared: whether the posterior's curvature is the optimiser's.
         """
         return cls(
             epoch=epoch,
@@ -78,6 +89,7 @@ class Record:
             parameters=posterior.prior.size,
             effective_dimensions=posterior.effective_dimensions_by_group(),
             constant_evidence=posterior.constant_evidence,
+            shared=shared,
         )
 
 
@@ -85,8 +97,8 @@ def best_of(history: Sequence[Record], n_data: int) -> Record | None:
     """The record of the largest objective among those that can be compared, or None.
 
     Evidences over other numbers of data, or of other parameters, are no larger or smaller. Counted
-    are rounds over the parameters of the last one and over `n_data` examples; where no round had as
-    many, over as many as the first of them.
+    are rounds with a pass over the data, over the parameters of the last one and over `n_data`
+    examples; where no round had as many, over as many as the first of them.
 
     Args:
         history: all records.
@@ -95,7 +107,14 @@ def best_of(history: Sequence[Record], n_data: int) -> Record | None:
     if not history:
         return None
     last = history[-1]
-    alike = [r for r in history if (r.groups, r.parameters) == (last.groups, last.parameters)]
+    alike = [
+        record
+        for record in history
+        if (record.groups, record.parameters) == (last.groups, last.parameters)
+        and not record.shared
+    ]
+    if not alike:
+        return None
     sizes = [record.n_data for record in alike]
     size = n_data if n_data in sizes else sizes[0]
     return max((r for r in alike if r.n_data == size), key=lambda record: record.objective)

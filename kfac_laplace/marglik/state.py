@@ -54,6 +54,7 @@ LATER: dict[str, Any] = {
     "training": None,
     "settings": {},
     "constant": None,
+    "shared": None,
 }
 
 
@@ -185,6 +186,8 @@ def _record(stored: Stored, likelihood: Likelihood) -> Record:
         none = torch.full((len(held["groups"].texts()),), math.nan, dtype=torch.float64)
         later = {"effective_dimensions": none, "constant_evidence": math.nan}
         stored = Stored({**stored.value, **later}, stored.where)
+    if "shared" not in held:  # likewise
+        stored = Stored({**stored.value, "shared": False}, stored.where)
     found = stored.fields([field.name for field in fields(Record)])
     values: dict[str, Any] = {name: one for name, one in found.items()}
     for field in fields(Record):
@@ -194,6 +197,8 @@ def _record(stored: Stored, likelihood: Likelihood) -> Record:
             values[field.name] = {name: inner.tensor().clone() for name, inner in tuned.items()}
         elif field.name == "groups":
             values[field.name] = one.texts()
+        elif field.name == "shared":
+            values[field.name] = one.flag()
         elif field.name == "effective_dimensions":
             shape = (len(found["groups"].texts()),)
             if not isinstance(one.value, Tensor) or one.value.shape != shape:

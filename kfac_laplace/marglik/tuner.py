@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.estimate.fisher import Hybrid
+from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
@@ -27,6 +29,7 @@ from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, settled_axis
 from kfac_laplace.marglik.burn_in import BEGINNING, AtMost, BurnIn
+from kfac_laplace.marglik.found import Found
 from kfac_laplace.marglik.grouping import Grouping, difference
 from kfac_laplace.marglik.live import LiveParameters, first_entries
 from kfac_laplace.marglik.loss import (
@@ -34,17 +37,32 @@ from kfac_laplace.marglik.loss import (
     looked_at,
     mean_log_likelihood,
     output_and_target,
+    statistic_of_batch,
     unexplained,
 )
 from kfac_laplace.marglik.record import Record, best_of, rounds_that_moved
 from kfac_laplace.marglik.roles import Roles, Tune
 from kfac_laplace.marglik.sample import Examples, KeepsFirst
+from kfac_laplace.marglik.shared import (
+    AveragesCurvature,
+    EpochFit,
+    check_shares,
+    last_pass,
+    settings_claim,
+    shared_ggn,
+)
+from kfac_laplace.marglik.shared_state import (
+    epoch_fit_from_plain,
+    last_pass_from_plain,
+    last_pass_to_plain,
+)
 from kfac_laplace.marglik.state import KEYS, LATER, check_goal, name_of, resumed, training_to_plain
 from kfac_laplace.marglik.training_mode import modes_of
 from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.bounds import Bounds
 from kfac_laplace.posterior.carry import carried
 from kfac_laplace.posterior.claims import round_claims, tell, waiting_claims
+from kfac_laplace.posterior.expansion import Expansion, mode_of
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.mackay import check_objective, mackay_steps
@@ -65,7 +83,7 @@ from kfac_laplace.posterior.sharing import PriorStructure, sharing_to_plain
 from kfac_laplace.posterior.state import check_options, check_same_sharing
 from kfac_laplace.posterior.steps import adam
 from kfac_laplace.states.plain import check_seal, sealed
-from kfac_laplace.states.stored import FORMAT, opened, refusing_damage
+from kfac_laplace.states.stored import FORMAT, Stored, opened, refusing_damage
 
 log = logging.getLogger("kfac_laplace")
 
@@ -117,6 +135,9 @@ class MarglikTuner:
         tune: which precisions are tuned: "auto" for those of the matrices of layers, where the
             evidence chooses well (`coverage` says which, and why not the others); "all"; or
             patterns of parameter names. The others stay at their initial value.
+        curvature: a `kfac_laplace.optim.KFAC` of this model: `step()` without a loader makes a
+            round from the curvature that it averages while it trains, without a pass over the data.
+            The first round, and the next after parameters were frozen or unfrozen, takes a loader.
         loss_units: "nats", or "residuals" for the loss times σ² where the noise is Gaussian: its
             scale, to which optimisers such as Adam adapt slowly, does not move then as σ does.
 
@@ -147,6 +168,7 @@ class MarglikTuner:
         objective: str | AnyObjective = "auto",
         tune: Tune = "auto",
         loss_units: str = "nats",
+        curvature: AveragesCurvature | None = None,
         **options: Unpack[CurvatureKeywords],
     ):
         at_least = {
@@ -205,6 +227,11 @@ class MarglikTuner:
         self._adam: dict[str, Any] | None = None
         self._epoch, self._burn_in = 0, BurnIn(over=n_epochs_burnin > 0)
         self._left_start = False
+        self.curvature = curvature
+        if curvature is not None:
+            check_shares(curvature, self._network, self.options, {*self._groups.shapes})
+        self._last_pass: GGN | None = None  # what rounds without one take from it
+        self._epoch_fit = EpochFit()
         self._constant: float | None = None  # loss of the best constant prediction
         self._then: Tensor | None = None  # entries of the weights at the epoch's first loss
         self._modes: dict[nn.Module, bool] = {}
@@ -248,6 +275,9 @@ class MarglikTuner:
                 self._then = first_entries(self._network.model)
             measure = unexplained(self.likelihood, fit, self._outputs, hyper.sigma_noise)
             self._burn_in = self._burn_in.with_batch(measure, len(output))
+            if self.curvature is not None:
+                own = statistic_of_batch(self.likelihood, measure, output, target, axis)
+                self._epoch_fit = self._epoch_fit.with_batch(own, len(output))
         settled = known.with_axis(axis, output.ndim)
         if settled is not self._groups.known:
             self._groups = replace(self._groups, known=settled)
@@ -327,15 +357,18 @@ class MarglikTuner:
         """After an epoch: where a round is due, one curvature pass and hyperparameter steps.
 
         Args:
-            loader: training data; read only when a round is due.
+            loader: training data; read only when a round is due. None, where there is a
+                `curvature`: a round by what the optimiser has averaged, and by the losses that
+                `loss` computed in this epoch, without a pass.
             epoch: number of the epoch, from 1; counted by the tuner where it is left out.
 
         Returns:
             The round's record, or None.
 
         Raises:
-            InvalidValue: a round is due and there is no loader, or the data are bad. Nothing is
-                changed then, the epoch count included.
+            InvalidValue: a round is due, and there is no loader where one is needed, or the data
+                are bad. Nothing is changed then, the epoch count included.
+            NotFitted: there is no loader, and the optimiser has captured nothing yet.
         """
         epoch = self._epoch + 1 if epoch is None else epoch
         check_whole("epoch", epoch, 0)
@@ -345,16 +378,46 @@ class MarglikTuner:
         # Losses between which no weight moved are no training.
         burn_in = self._burn_in.ended() if moved else replace(self._burn_in, sums=None)
         if epoch < self.n_epochs_burnin or epoch % self.marglik_frequency:
-            self._epoch, self._burn_in = epoch, burn_in
+            self._epoch, self._burn_in, self._epoch_fit = epoch, burn_in, EpochFit()
             return None
-        if loader is None:
-            raise InvalidValue(
-                "a round is due in this epoch",
-                where="loader",
-                got=None,
-                remedy="Pass the training loader",
+        start, shared = time.perf_counter(), loader is None
+        found = self._shared() if loader is None else self._passed(loader, epoch, burn_in)
+        if burn_in.waits:
+            burn_in = burn_in.judged(found.constant)
+        self._synchronise()
+        curvature_seconds = time.perf_counter() - start
+        goal = on_data(self.objective, found.posterior, found.data)
+        roles = found.groups.roles
+        away = self.n_epochs_burnin == 0 and burn_in.over and not self._left_start
+        steps = self.n_hypersteps * (AWAY if away else 1)
+        how = None if burn_in.waits else roles, steps
+        hyper, moments, bounds = self._improved(found.posterior, found.moments, goal, how)
+        with torch.no_grad():
+            record = Record.of(
+                found.posterior.apart_from_unused.at(hyper),
+                goal,
+                epoch=epoch,
+                seconds=(time.perf_counter() - start, curvature_seconds),
+                shared=shared,
             )
-        start, seen = time.perf_counter(), KeepsFirst(loader)
+        self._groups, self._patterns, self._constant = found.groups, None, found.constant
+        self._last_pass, self._epoch_fit = found.last_pass, EpochFit()
+        self._take(hyper)
+        self._adam, self._epoch, self._burn_in = moments, epoch, burn_in
+        self._left_start |= away
+        self.history.append(record)
+        tell([*roles.claims(), *found.claims], self._said)
+        if burn_in.waits and ("waits", "") not in self._said:
+            log.info("prior precisions stay until the training loss has settled")
+            self._said.add(("waits", ""))
+        rounds = len(self.history), rounds_that_moved(self.history)
+        told = waiting_claims if burn_in.waits else round_claims
+        tell(told(found.posterior.at(hyper), bounds, *rounds), self._said)
+        return record
+
+    def _passed(self, loader: Iterable[Any], epoch: int, burn_in: BurnIn) -> Found:
+        """What a round goes on from, by a pass over the data."""
+        seen = KeepsFirst(loader)
         # Another seed each round, so that Monte-Carlo labels are not the same ones again.
         options = self.options.seeded(self.options.seed + epoch)
         if self._signs and (self._outputs or 0) > FEW_OUTPUTS:
@@ -364,38 +427,34 @@ class MarglikTuner:
         la, groups, moments = self._fitted(seen, options, decide=begins)
         groups = replace(groups, examples=self._few(seen), settings=la.curvature.settings)
         groups, constant = groups.looked_at(self._modes), constant_unexplained(la.curvature.ggn)
-        if burn_in.waits:
-            burn_in = burn_in.judged(constant)
         self._check_count(la.curvature.n_rows)
-        self._synchronise()
-        curvature_seconds = time.perf_counter() - start
+        last = None
+        if self.curvature is not None:
+            last = last_pass(la.curvature.ggn, self.curvature, self.options)
         data = Data((loader,), self._key_y, options.seed)
-        goal = on_data(self.objective, la.posterior, data)
-        roles = groups.roles
-        away = self.n_epochs_burnin == 0 and burn_in.over and not self._left_start
-        steps = self.n_hypersteps * (AWAY if away else 1)
-        how = None if burn_in.waits else roles, steps
-        hyper, moments, bounds = self._improved(la.posterior, moments, goal, how)
-        with torch.no_grad():
-            record = Record.of(
-                la.posterior.apart_from_unused.at(hyper),
-                goal,
-                epoch=epoch,
-                seconds=(time.perf_counter() - start, curvature_seconds),
+        return Found(la.posterior, groups, moments, constant, data, last)
+
+    def _shared(self) -> Found:
+        """What a round goes on from, by the curvature that the optimiser averages."""
+        if self.curvature is None:
+            raise InvalidValue(
+                "a round is due in this epoch",
+                where="loader",
+                got=None,
+                remedy="Pass the training loader",
             )
-        self._groups, self._patterns, self._constant = groups, None, constant
-        self._take(hyper)
-        self._adam, self._epoch, self._burn_in = moments, epoch, burn_in
-        self._left_start |= away
-        self.history.append(record)
-        tell(roles.claims(), self._said)
-        if burn_in.waits and ("waits", "") not in self._said:
-            log.info("prior precisions stay until the training loss has settled")
-            self._said.add(("waits", ""))
-        rounds = len(self.history), rounds_that_moved(self.history)
-        told = waiting_claims if burn_in.waits else round_claims
-        tell(told(la.posterior.at(hyper), bounds, *rounds), self._said)
-        return record
+        groups, last = self._groups.today(), self._last_pass
+        if groups is not self._groups or self._constant is None:  # other parameters or device
+            last = None
+        ggn = shared_ggn(self.curvature, last, groups.known, self._epoch_fit)
+        assert groups.prior is not None and last is not None and self._constant is not None
+        found = Curvature.of(self.model, self.options)
+        found.ggn = ggn
+        expansion = Expansion(found.network, ggn, mode_of(found), groups.prior)
+        hyper = replace(self._hyper, prior_precision=groups.prior.full(self._hyper.prior_precision))
+        data = Data((), self._key_y, self.options.seed)
+        posterior, said = Posterior(expansion, hyper), settings_claim(ggn, last)
+        return Found(posterior, groups, self._adam, self._constant, data, last, tuple(said))
 
     def _check_count(self, count: int) -> None:
         """Say, once for each, that a round has another number of examples than was promised."""
@@ -412,6 +471,7 @@ class MarglikTuner:
         self._hyper = hyper.detached()
         self._temperature = float(hyper.temperature)
         self._penalty = None
+        self._damping: dict[str, float] | None = None
 
     def _fitted(
         self, loader: Iterable[Any], options: CurvatureOptions, decide: bool = False
@@ -518,8 +578,8 @@ class MarglikTuner:
     def best(self) -> Record | None:
         """The record of the largest objective (evidence), or None before the first round.
 
-        Compared are rounds over the parameters of the last one and over `n_data` examples; where
-        none had as many, over as many as the first of them.
+        Compared are rounds with a pass over the data, over the parameters of the last one and over
+        `n_data` examples; where none had as many, over as many as the first of them.
         """
         return best_of(self.history, self.n_data)
 
@@ -568,8 +628,36 @@ class MarglikTuner:
             "training": training_to_plain(self._groups.training),
             "settings": dict(self._groups.settings),
             "constant": self._constant,
+            "shared": None,
         }
+        if self.curvature is not None:
+            last = last_pass_to_plain(self._last_pass)
+            content["shared"] = {"last_pass": last, "epoch": asdict(self._epoch_fit)}
         return sealed(content)
+
+    def damping(self) -> dict[str, float]:
+        """λ = δ σ² T / N of each parameter, by name: what its prior adds to the curvature.
+
+        In units of the curvature of the mean negative log-likelihood at σ = T = 1, as
+        `kfac_laplace.optim.KFAC` has it; δ/N where there is no noise. The mean δ where a group has
+        several. Empty while δ is given by patterns and no batch was seen.
+        """
+        if self._damping is None:
+            hyper = self._hyper
+            unit = self.likelihood.precision(hyper.sigma_noise) / hyper.temperature * self.n_data
+            prior, strengths = self._groups.prior, hyper.prior_precision / unit
+            if self._patterns is not None:
+                self._damping = {}
+            elif prior is None:
+                same = hyper.prior_precision.numel() == 1
+                self._damping = dict.fromkeys(self._groups.shapes, float(strengths)) if same else {}
+            else:
+                means = {n: one.mean() for n, one in prior.by_group(strengths).items()}
+                numbers = torch.stack([*means.values()]).tolist()
+                layouts = prior.layouts.groups.values()
+                pairs = zip(layouts, numbers, strict=True)
+                self._damping = {name: x for layout, x in pairs for name in layout.params}
+        return dict(self._damping)
 
     def _plain_options(self) -> dict[str, Any]:
         structure = sharing_to_plain(self._fixed["prior_structure"])
@@ -603,6 +691,7 @@ class MarglikTuner:
                 check_same_sharing(now.prior, found["sharing"].text())
                 if found["settings"].value:  # decided
                     now = replace(now, settings=settings_of(found["settings"], read.groups))
+            last, fit = self._shared_of(found["shared"], now if now.prior else None)
             check_seal(state, "state")
         known = now.known
         if read.class_axis is not None:
@@ -618,6 +707,17 @@ class MarglikTuner:
         self._adam, self._start = read.adam, read.start
         self._outputs, self._left_start, self._then = read.outputs, read.left_start, read.then
         self._constant = read.constant
+        self._last_pass, self._epoch_fit = last, fit
         modules = [*self._network.model.modules()]
         self._modes = dict(zip(modules, read.modes, strict=len(read.modes) > 0))
         self._burn_in = read.burn_in if self.n_epochs_burnin == 0 else BurnIn(over=True)
+
+    def _shared_of(self, stored: Stored, now: Grouping | None) -> tuple[GGN | None, EpochFit]:
+        """What a state has for rounds without a pass; nothing where there will be none."""
+        if stored.value is None:
+            return None, EpochFit()
+        found, device = stored.fields(("last_pass", "epoch")), self._network.device
+        fit = epoch_fit_from_plain(found["epoch"], device)
+        known, settings = (None, {}) if now is None else (now.known, now.settings)
+        last = last_pass_from_plain(found["last_pass"], known, self.options, settings, device)
+        return (last, fit) if self.curvature is not None else (None, EpochFit())

@@ -43,6 +43,11 @@ class Expansion:
         return LogTable.of([blocks[name].spectrum for name in self.prior.layouts.groups])
 
     @cached_property
+    def knows_fit(self) -> bool:
+        """Whether the data's log-likelihood is known, which takes a pass over them."""
+        return not bool(self.ggn.statistic.isnan().any())
+
+    @cached_property
     def dense(self) -> Tensor:
         """The one block of hessian_structure="full", float64 (p, p)."""
         with torch.inference_mode(False):

@@ -14,6 +14,7 @@ from torch.nn.functional import softplus
 
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.errors import NotFitted
 from kfac_laplace.posterior.block import BlockNormal, DenseNormal, SpectralNormal
 from kfac_laplace.posterior.expansion import Expansion
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
@@ -128,8 +129,19 @@ class Posterior:
 
     @property
     def log_likelihood(self) -> Tensor:
-        """log p(D | θ*, σ), summed over examples, positions and outputs, before T."""
+        """log p(D | θ*, σ), summed over examples, positions and outputs, before T.
+
+        Raises:
+            NotFitted: no pass over the data was made, as where the curvature is an optimiser's.
+        """
         ggn = self.ggn
+        if self.informed and not self.expansion.knows_fit:
+            raise NotFitted(
+                "this curvature comes without the log-likelihood of the data, and so without "
+                "the evidence",
+                where="log_likelihood",
+                remedy="Call fit(train_loader), which makes a pass over them",
+            )
         fit = ggn.likelihood.log_likelihood(
             ggn.statistic, ggn.n_outputs, self.hyperparameters.sigma_noise
         )

@@ -15,6 +15,7 @@ from torch import nn
 from kfac_laplace import Curvature, MarglikTuner
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError
 from kfac_laplace.marglik.state import LATER
+from kfac_laplace.optim import KFAC
 from kfac_laplace.posterior.state import BINDING, CHOSEN
 from kfac_laplace.states.plain import same, sealed
 from kfac_laplace.states.stored import FORMAT
@@ -22,6 +23,8 @@ from kfac_laplace.states.stored import FORMAT
 
 def stepped(name="mlp-regression", rounds=2, **options):
     case = build(name)
+    if "curvature" in options:
+        options["curvature"] = options["curvature"](case.model, case.likelihood, weight_decay=0)
     tuner = MarglikTuner(case.model, case.likelihood, options.pop("n_data", 7), **options)
     for _ in range(rounds):
         tuner.step(case.batches)
@@ -62,6 +65,7 @@ OWN = {
     "lr_hyp": 0.3,
     "method": "mackay",
     "loss_units": "residuals",
+    "curvature": KFAC,
     "seed": 5,
     "factor_dtype": torch.float32,
     "memory_budget": 2**20,
@@ -155,7 +159,7 @@ def test_with_a_right_checksum_nothing_raw_comes_either():
     assert refused > 50
 
 
-LATER_OF_RECORDS = ("effective_dimensions", "constant_evidence")
+LATER_OF_RECORDS = ("effective_dimensions", "constant_evidence", "shared")
 MOMENTS = ("adam", "state", 0)
 TABLE = [
     (("adam", "state"), GONE, "state.adam: an entry is missing"),

@@ -1,13 +1,15 @@
 """Sums over one batch, a class for each kind of block, fed with gradient rows vector by vector."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.estimate.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from kfac_laplace.curvature.estimate.settings import Setting, of_part
+from kfac_laplace.curvature.estimate.shared_grams import SharedGrams
 from kfac_laplace.curvature.gradients.by_group import (
     factored_gradient,
     flat_gradients,
@@ -75,10 +77,29 @@ class KroneckerAccumulator(Accumulator):
     """B vector by vector, then A from the input rows; several uses are more shared positions.
 
     Positions on which no output depends do not enter A: padding, and tokens that nothing reads.
+
+    Args:
+        group: a group of layer matrices.
+        passed: the forward pass.
+        setting: expand or reduce.
+        dtype: the precision of products and sums.
+        widest: of an A with more columns only the diagonal is summed; None: of none.
+        grams: those of other layers of the pass.
     """
 
-    def __init__(self, group: Group, passed: ForwardPass, setting: Setting, dtype: SumDtype):
+    def __init__(
+        self,
+        group: Group,
+        passed: ForwardPass,
+        setting: Setting,
+        dtype: SumDtype,
+        widest: int | None = None,
+        grams: SharedGrams | None = None,
+    ):
+        self._grams = SharedGrams() if grams is None else grams
         self._group, self._passed, self._dtype = group, passed, dtype
+        width = group.layout.matrix[2]
+        self._diagonal = group.diagonal or (widest is not None and width > widest)
         self._terms = passed.terms[group.name]
         self.uses = frozenset(term.use for term in self._terms)
         self._of_example: dict[int, Tensor] = {}  # of the vector at hand, by first block
@@ -91,12 +112,19 @@ class KroneckerAccumulator(Accumulator):
         self._outputs = GramSum(b, o, passed.outputs.detach(), dtype.of_rows(shared))
         for term in self._terms:
             passed.row_layout(term.use)  # rows that sum over examples are no rows
+            if self._settings[term.start] == "expand" and (key := self._key(term)) is not None:
+                self._grams.want(key)
             if _may_drop(term, passed.n):
                 passed.seen.watch(term.use)
 
     def _shared(self, term: Term) -> bool:
         """Whether examples have several rows at a use."""
         return term.inputs.count > self._passed.n
+
+    def _key(self, term: Term) -> Hashable | None:
+        """What tells whether another layer's A is the same; None where it is not to be known."""
+        key = None if self._diagonal else term.inputs.key
+        return None if key is None else (key, self._dtype.of_rows(self._shared(term)))
 
     def receive(self, use: int, rows: Tensor) -> None:
         """Add Σ b bᵀ over rows (expand), or sum them by example (reduce)."""
@@ -136,11 +164,11 @@ class KroneckerAccumulator(Accumulator):
         if len(found) == 1 and self._group.layout.parts == 1:
             return KroneckerBlock.of(self._group.layout, found[0], count, outputs)
         # Parts that this batch does not use stay zero.
-        none = outputs.packed.new_zeros((b, i) if self._group.diagonal else (b, i, i))
+        none = outputs.packed.new_zeros((b, i) if self._diagonal else (b, i, i))
         for start, part in found.items():
             matrices = part.matrices() if isinstance(part, Gram) else part
             none[start : start + len(matrices)] = matrices
-        inputs = none if self._group.diagonal else Gram.of(none)
+        inputs = none if self._diagonal else Gram.of(none)
         return KroneckerBlock.of(self._group.layout, inputs, count, outputs)
 
     def _inputs(self, term: Term) -> tuple[Inputs, Tensor | None]:
@@ -156,7 +184,10 @@ class KroneckerAccumulator(Accumulator):
         for term in terms:
             inputs, live = self._inputs(term)
             dtype = self._dtype.of_rows(self._shared(term))
-            grams.append(inputs.gram(dtype, self._passed.budget))
+            whole = inputs.diagonal or not self._diagonal
+            sums = inputs.gram if whole else inputs.gram_diagonal
+            make, key = partial(sums, dtype, self._passed.budget), self._key(term)
+            grams.append(make() if key is None or live is not None else self._grams.take(key, make))
             count = count + (inputs.count if live is None else live.sum())
         return sum(grams[1:], grams[0]), count
 
@@ -175,8 +206,9 @@ class KroneckerAccumulator(Accumulator):
         number = torch.stack(counts).sum(0)  # (n,)
         means = torch.stack(sums).sum(0)
         means = means / number.to(means.dtype).clamp_min(1)[:, None]
-        if terms[0].inputs.diagonal:
-            return means.double().square().sum(1), (number > 0).sum()
+        if self._diagonal:
+            dtype = torch.float64 if self._group.diagonal else self._dtype.sums(means)
+            return means.square().sum(1, dtype=dtype), (number > 0).sum()
         total = GramSum(len(means), means.shape[-1], means, self._dtype)
         total.add(means)
         return total.gram(), (number > 0).sum()

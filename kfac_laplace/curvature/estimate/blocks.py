@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from math import isfinite
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -100,7 +101,8 @@ class Block(ABC):
     def is_finite(self) -> bool:
         """Whether every raw sum is finite."""
         # One pass a tensor: a sum is finite only if its terms are.
-        return all(bool(torch.isfinite(tensor.sum())) for tensor in self.tensors().values())
+        sums = [tensor.sum() for tensor in self.tensors().values() if tensor.numel()]
+        return all(isfinite(float(one)) for one in sums)
 
 
 class KroneckerFactors(NamedTuple):
@@ -168,19 +170,30 @@ class KroneckerBlock(Block):
             weight**0.5 * self.output_rows,
         )
 
+    def with_loss_scaled(self, weight: float) -> Self:
+        """The block of `weight` times the loss: B alone depends on it."""
+        outputs = weight * self.output_sum, weight**0.5 * self.output_rows
+        return replace(self, output_sum=outputs[0], output_rows=outputs[1])
+
     def absorb(self, other: Self) -> Self:
         """Add another block into this one's own sums, which nobody else may hold."""
-        if self._has_diagonal_input:
+        if self.has_diagonal_input:
             inputs: Gram | Tensor = self.input_sum.add_(other.input_sum)
         else:
             inputs = self.inputs.absorb(other.inputs)
         count = self.input_count + other.input_count
         return type(self).of(self.layout, inputs, count, self.outputs.absorb(other.outputs))
 
+    def compact(self) -> Self:
+        """The same in what takes least memory, to be kept and added to for long."""
+        inputs = self.input_sum if self.has_diagonal_input else self.inputs.compact()
+        outputs = self.outputs.compact()
+        return type(self).of(self.layout, inputs, self.input_count, outputs)
+
     @property
     def factors(self) -> KroneckerFactors:
         """A = Σ a aᵀ / count and B."""
-        inputs = self.input_sum if self._has_diagonal_input else self.inputs.matrices()
+        inputs = self.input_sum if self.has_diagonal_input else self.inputs.matrices()
         count = self._divisor.reshape(-1, *[1] * (inputs.ndim - 1))
         return KroneckerFactors(inputs / count.to(inputs.dtype), self.outputs.matrices())
 
@@ -190,13 +203,14 @@ class KroneckerBlock(Block):
         return self.input_count.where(self.input_count > 0, 1)
 
     @property
-    def _has_diagonal_input(self) -> bool:
+    def has_diagonal_input(self) -> bool:
+        """Whether only the diagonal of A is stored."""
         return self.input_sum.ndim == 2
 
     def dense(self) -> Tensor:
         """Block-diagonal over b of B ⊗ A, in parameter order."""
         a, b = self.factors
-        a = a.diag_embed() if self._has_diagonal_input else a
+        a = a.diag_embed() if self.has_diagonal_input else a
         blocks = [torch.kron(right, left) for left, right in zip(a, b, strict=True)]
         order = self.layout.order.to(a.device)
         return torch.block_diag(*blocks)[order[:, None], order]
@@ -207,7 +221,7 @@ class KroneckerBlock(Block):
         with torch.inference_mode(False):  # kept, so of use outside inference mode as well
             count = self._divisor.double()[:, None]
             mu = self.outputs.eigenvalues(self.name)
-            if self._has_diagonal_input:
+            if self.has_diagonal_input:
                 lam = eigenvalues_of_diagonal(self.input_sum, self.name) / count
             else:
                 lam = self.inputs.eigenvalues(self.name) / count
@@ -216,7 +230,7 @@ class KroneckerBlock(Block):
     def _bases(self) -> tuple[Tensor, Tensor | None]:
         """Eigenvectors of B and A; None for a diagonal A."""
         left = eigenbasis(self.outputs.matrices(), self.name)
-        if self._has_diagonal_input:
+        if self.has_diagonal_input:
             return left, None
         return left, eigenbasis(self.inputs.matrices(), self.name)
 

@@ -16,6 +16,7 @@ from kfac_laplace.curvature.estimate.blocks import Block, Structure
 from kfac_laplace.curvature.estimate.fisher import Exact, Fisher
 from kfac_laplace.curvature.estimate.head import Cut, find_cut
 from kfac_laplace.curvature.estimate.settings import Setting
+from kfac_laplace.curvature.estimate.shared_grams import SharedGrams
 from kfac_laplace.curvature.gradients.by_group import copied_gradients
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
@@ -33,12 +34,14 @@ class Plan:
         settings: expand or reduce, by name of the groups with Kronecker factors.
         fisher: which backward vectors.
         dtype: the precision of products and sums.
+        widest: of input factors with more columns only the diagonal is wanted; None: of none.
     """
 
     structure: Structure
     settings: Mapping[str, Setting]
     fisher: Fisher
     dtype: SumDtype = SumDtype()
+    widest: int | None = None
 
 
 def estimate(passed: ForwardPass, plan: Plan, y: Tensor, generator: Generator) -> dict[str, Block]:
@@ -50,32 +53,40 @@ def estimate(passed: ForwardPass, plan: Plan, y: Tensor, generator: Generator) -
         y: aligned targets.
         generator: source of labels and signs.
     """
-    with without_autocast(passed.device):
-        made = _accumulators(passed, plan)
+    made = accumulators(passed, plan)
     cut = find_cut(passed, plan.dtype) if _may_cut(plan) else None
     if cut is None:
         vectors = plan.fisher.vectors(passed.likelihood, passed.outputs.detach(), y, generator)
         _add_vectors(passed, vectors, made)
     else:
         made = _add_cut(cut, made)
+    return finished(passed, made)
+
+
+def accumulators(passed: ForwardPass, plan: Plan) -> dict[str, Accumulator]:
+    """An empty sum for each block; arguments as for `estimate`."""
+    groups = passed.knowledge.groups
+    with without_autocast(passed.device):
+        if plan.structure == "full":
+            layout = passed.knowledge.full_layout
+            return {"full": DenseAccumulator(groups, layout, passed, plan.dtype)}
+        shared = SharedGrams()
+        return {group.name: _accumulator(passed, plan, group, shared) for group in groups}
+
+
+def finished(passed: ForwardPass, made: dict[str, Accumulator]) -> dict[str, Block]:
+    """The blocks of sums to which all vectors have been added; `made` is emptied."""
     # One by one, so that the sums of a finished block need no memory beside the next.
     with without_autocast(passed.device):
         return {name: made.pop(name).block() for name in list(made)}
 
 
-def _accumulators(passed: ForwardPass, plan: Plan) -> dict[str, Accumulator]:
-    """An empty sum for each block."""
-    groups = passed.knowledge.groups
-    if plan.structure == "full":
-        return {"full": DenseAccumulator(groups, passed.knowledge.full_layout, passed, plan.dtype)}
-    return {group.name: _accumulator(passed, plan, group) for group in groups}
-
-
-def _accumulator(passed: ForwardPass, plan: Plan, group: Group) -> Accumulator:
+def _accumulator(passed: ForwardPass, plan: Plan, group: Group, shared: SharedGrams) -> Accumulator:
     """The sum for a group's block, by its structure."""
     treatment = group.treatment if plan.structure == "kron" else "diag"
     if treatment == "kron":
-        return KroneckerAccumulator(group, passed, plan.settings[group.name], plan.dtype)
+        setting = plan.settings[group.name]
+        return KroneckerAccumulator(group, passed, setting, plan.dtype, plan.widest, shared)
     if treatment == "dense":
         return DenseAccumulator([group], group.layout, passed, plan.dtype)
     return DiagonalAccumulator(group, passed)
@@ -112,11 +123,14 @@ def _add_vector(
     copied: Mapping[str, Tensor],
 ) -> None:
     """Backpropagate a vector and add what it contributes to each sum."""
+    parts: dict[int, list[Accumulator]] = {}
+    for part in made.values():
+        for u in part.uses:
+            parts.setdefault(u, []).append(part)
 
     def receive(u: int, rows: Tensor) -> None:
-        for part in made.values():
-            if u in part.uses:
-                part.receive(u, rows)
+        for part in parts.get(u, ()):
+            part.receive(u, rows)
 
     backward(vector, receive)
     with without_autocast(vector.device):

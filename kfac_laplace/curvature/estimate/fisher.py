@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from kfac_laplace.curvature.linalg.dtypes import in_double
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
-from kfac_laplace.likelihoods.categorical import StickBreaking
+from kfac_laplace.likelihoods.stick_breaking import StickBreaking
 from kfac_laplace.options import check_whole, unknown
 
 

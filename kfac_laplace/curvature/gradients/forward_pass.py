@@ -1,19 +1,20 @@
 """One recorded forward pass over a batch, as data: outputs, and where parameters met which rows."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
-from kfac_laplace.curvature.gradients.groups import Group, Term
+from kfac_laplace.curvature.gradients.groups import Group, Term, check_consistent
 from kfac_laplace.curvature.gradients.knowledge import Knowledge, UseKey
-from kfac_laplace.curvature.gradients.seen_rows import SeenRows
+from kfac_laplace.curvature.gradients.seen_rows import SeenRows, patterns
+from kfac_laplace.curvature.layers import GUARDS, Guard
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, with_examples
 from kfac_laplace.curvature.model.budget import Budget
@@ -43,6 +44,9 @@ class ForwardPass:
         weights: weights of the outputs in the loss, broadcastable to (n, t, c), where they differ.
         budget: how much memory gradients may take.
         reordered: whether images had another order in memory than the model gave them.
+        guards: checks of calls where the model runs again.
+        runs_again: whether the model may run again to tell which rows are read; a training pass,
+            which draws and counts, may not.
     """
 
     forward: Forward
@@ -54,6 +58,8 @@ class ForwardPass:
     weights: Tensor | None = None
     budget: Budget = Budget()
     reordered: bool = False
+    guards: Mapping[Callable[..., Any], Guard] = field(default_factory=lambda: GUARDS)
+    runs_again: bool = True
 
     def knowing(self, knowledge: Knowledge) -> "ForwardPass":
         """The same pass in the light of more."""
@@ -108,7 +114,7 @@ class ForwardPass:
     @cached_property
     def terms(self) -> dict[str, list[Term]]:
         """For each group of layer matrices its uses, with the input rows that meet it."""
-        self._check_consistent()
+        check_consistent(self.knowledge.groups, self.recording)
         return {group.name: group.terms(self.recording) for group in self.knowledge.groups}
 
     @cached_property
@@ -141,22 +147,42 @@ class ForwardPass:
                 found.add(group.name)
         return frozenset(found)
 
-    def _check_consistent(self) -> None:
-        """A parameter grouped by its uses must be used in the same ways in every batch."""
-        for group in self.knowledge.groups:
-            names = set(group.layout.params)
-            strange = group.factored and any(
-                not use.layer.kronecker or source.own_part is None
-                for use in self.recording.uses
-                for source in use.sources
-                if names.intersection(source.params)
-            )
-            if group.factored and (strange or self.recording.loose & names):
-                raise UnsupportedUse(
-                    "used in another way than in the first batch",
-                    where=sorted(names)[0],
-                    remedy="Use parameters in the same way in every batch, or freeze this one",
-                )
+    @cached_property
+    def regular(self) -> tuple[Group, ...]:
+        """The groups of layer matrices that this pass uses as earlier ones did, and uses at all.
+
+        A pass that somebody else runs need not use all: it may skip layers at random, or add heads.
+        """
+        return tuple(group for group in self.knowledge.groups if self._is_regular(group))
+
+    def _is_regular(self, group: Group) -> bool:
+        if not group.factored or group.used_otherwise(self.recording):
+            return False
+        terms = group.terms(self.recording)
+        return bool(terms) and all(self._lies_as_known(term.use) for term in terms)
+
+    def _lies_as_known(self, u: int) -> bool:
+        """Whether rows of a use lie as those of such a use did, and fit the batch."""
+        names, (kind, axes, _) = self.key(u)
+        layouts = self._layouts_by_kind.get((names, kind, axes), ())
+        own = self._known_layout(u)
+        if own is None or None in layouts or (self.n > 1 and own not in layouts):
+            return False
+        return self._in_batch(own).fits(self.recording.uses[u].layer.inputs.lead, self.n)
+
+    @cached_property
+    def _layouts_by_kind(self) -> dict[object, list[RowLayout | None]]:
+        """Known layouts by parameters, kind and axes of uses, whichever their turn."""
+        found: dict[object, list[RowLayout | None]] = {}
+        for (names, (kind, axes, _)), layout in self.knowledge.row_layouts.items():
+            found.setdefault((names, kind, axes), []).append(layout)
+        return found
+
+    def _in_batch(self, layout: RowLayout) -> RowLayout:
+        """A layout with what it takes from the batch: the example of each node or edge."""
+        if isinstance(layout, Segments):
+            return Segments(layout.kind, self.batch.segments.get(layout.kind))
+        return layout
 
     def key(self, u: int) -> UseKey:
         """A use's parameters and how often they were used before in this pass."""
@@ -222,10 +248,15 @@ class ForwardPass:
     def live(self, u: int) -> Tensor:
         """Mask over the leading axes of a watched use's rows: those that outputs depend on."""
         masks = self.seen.masks
-        if self._shown:
+        if self.seen.settled or self._shown:
             return masks[u]
         reachable = self._read[0][u]
         return masks[u] | reachable if u in masks else reachable
+
+    @property
+    def reachable(self) -> list[Tensor]:
+        """For each use a mask over the leading axes of its rows: those that outputs depend on."""
+        return self._read[0]
 
     @property
     def learned(self) -> Knowledge:
@@ -236,23 +267,19 @@ class ForwardPass:
         unread = known.unread | unread
         unseen = known.unseen
         # Where gradients show all that is read, they need no backward pass beside them again.
-        masks = self.seen.masks
-        if self._settles(found, unread) and all(torch.equal(found[u], masks[u]) for u in masks):
-            unseen = unseen | self._patterns(masks) if self.seen.noted else unseen
+        masks, read = self.seen.masks, self._patterns(dict(enumerate(found)))
+        shown = self.seen.noted and all(torch.equal(found[u], masks[u]) for u in masks)
+        if shown and read and read <= unread:
+            unseen = unseen | self._patterns(masks)
         return replace(known, unread=unread, unseen=unseen)
-
-    def _settles(self, found: Sequence[Tensor], unread: frozenset[bytes]) -> bool:
-        """Whether these masks are known to be what is read, wherever rows are moved."""
-        patterns = self._patterns(dict(enumerate(found)))
-        return bool(patterns) and patterns <= unread
 
     @cached_property
     def _shown(self) -> bool:
         """Whether rows without a gradient are as in earlier batches, where nothing read them."""
         if not self.knowledge.unseen or not self.seen.noted:
             return False
-        patterns = self._patterns(self.seen.masks)
-        return bool(patterns) and patterns <= self.knowledge.unseen
+        found = self._patterns(self.seen.masks)
+        return bool(found) and found <= self.knowledge.unseen
 
     @cached_property
     def _read(self) -> tuple[list[Tensor], frozenset[bytes]]:
@@ -260,7 +287,7 @@ class ForwardPass:
         vector = irregular(self.outputs, self.weights)
         reached = reachable_rows(self.recording, self.outputs, vector)
         unread = self._patterns(dict(enumerate(reached)))
-        if unread <= self.knowledge.unread and unread:
+        if (unread <= self.knowledge.unread and unread) or not self.runs_again:
             return reached, frozenset()
         recording, outputs = self.recording, self.outputs
         complete = all(bool(mask.all()) for mask in reached)
@@ -272,27 +299,13 @@ class ForwardPass:
         return found, unread if settled else frozenset()
 
     def _patterns(self, masks: Mapping[int, Tensor]) -> frozenset[bytes]:
-        """Which rows of an example are not read, as digests; none where rows are not in order.
-
-        Args:
-            masks: over the leading axes of the rows, by use.
-        """
-        parts = []
-        for u, mask in masks.items():
-            layout = self._known_layout(u)
-            if not isinstance(layout, Axis) or not layout.fits(mask.shape, self.n):
-                return frozenset()
-            parts.append(layout.by_example(mask[None, ..., None], self.n, 0)[0, ..., 0])
-        if not parts:
-            return frozenset()
-        joint, which = torch.cat(parts, 1).cpu().numpy(), str([*masks]).encode()
-        return frozenset(blake2b(which + row.tobytes(), digest_size=16).digest() for row in joint)
+        return patterns(masks, {u: self._known_layout(u) for u in masks}, self.n)
 
     def _again(self, nudge: Nudge) -> tuple[Recording, Tensor]:
         """Run the model again with something done to its recorded calls; with its outputs."""
         own = self.batch.copied()
         order = ChannelsLast() if self.reordered else nullcontext()
-        with Tape(self.params, own.data, own.n, nudge) as tape, order:
+        with Tape(self.params, own.data, own.n, nudge, self.guards) as tape, order:
             output = self.forward(own.x, self.params)
         recording = tape.recording(output)
         output = with_examples(recording.output, self.batch, self.knowledge.interface)
@@ -311,8 +324,7 @@ class ForwardPass:
                 remedy="Keep the examples on one axis in this layer, begin with a batch of several "
                 "examples, or freeze it",
             )
-        if isinstance(row_layout, Segments):
-            row_layout = Segments(row_layout.kind, self.batch.segments.get(row_layout.kind))
+        row_layout = self._in_batch(row_layout)
         if not row_layout.fits(use.layer.inputs.lead, self.n):
             raise UnsupportedUse(
                 "rows lie in another way than in earlier batches",

@@ -12,7 +12,7 @@ from kfac_laplace.curvature.recording.sources import Part, Source
 from kfac_laplace.curvature.recording.tape import Recording, Use
 from kfac_laplace.curvature.rows.inputs import Inputs, Ones, WithOne
 from kfac_laplace.curvature.rows.layout import Chain, Layout, flat_layout
-from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.errors import InvalidType, InvalidValue, UnsupportedUse
 from kfac_laplace.options import check_choice
 
 Subset = str | Sequence[str]
@@ -66,6 +66,10 @@ class Group:
     def factored(self) -> bool:
         """Whether the parameters are the matrices of layers, whatever the block's structure."""
         return self.role in ("joint", "weight", "bias")
+
+    def used_otherwise(self, recording: Recording) -> bool:
+        """Whether the matrices of layers are used in another way as well."""
+        return self.factored and not recording.used_otherwise.isdisjoint(self.layout.params)
 
     def terms(self, recording: Recording) -> list[Term]:
         """The uses in a recording, each with the input rows that meet this group."""
@@ -280,3 +284,14 @@ def _partner_name(source: Source, other: Source | None) -> str | None:
 
 def _is_weight(recording: Recording, name: str) -> bool:
     return any(use.weight is not None and name in use.weight.params for use in recording.uses)
+
+
+def check_consistent(groups: Sequence[Group], recording: Recording) -> None:
+    """A parameter grouped by its uses must be used in the same ways in every batch."""
+    for group in groups:
+        if group.used_otherwise(recording):
+            raise UnsupportedUse(
+                "used in another way than in the first batch",
+                where=min(group.layout.params),
+                remedy="Use parameters in the same way in every batch, or freeze this one",
+            )

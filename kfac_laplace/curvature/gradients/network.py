@@ -1,8 +1,8 @@
 """A model as the backend sees it: run and recorded batch by batch, its parameters put in groups."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -18,6 +18,7 @@ from kfac_laplace.curvature.gradients.groups import (
     select_parameters,
 )
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
+from kfac_laplace.curvature.layers import GUARDS, Guard
 from kfac_laplace.curvature.model.batches import (
     AnyBatch,
     as_batch,
@@ -46,12 +47,14 @@ class Network:
         likelihood: gives the class axis of the outputs.
         forward_fn: runs the model on the inputs of a batch, where calling it does not.
         budget: how much memory gradients may take.
+        guards: checks of calls while a pass is recorded, by function.
     """
 
     model: nn.Module
     likelihood: Likelihood
     forward_fn: ForwardFn | None = None
     budget: Budget = Budget()
+    guards: Mapping[Callable[..., Any], Guard] = field(default_factory=lambda: GUARDS)
 
     @classmethod
     def of(
@@ -201,6 +204,29 @@ class Network:
             known = replace(knowledge, reorders=order.harmless)
         reordered = order.used and recording is not None
         recording = recording or self._recorded(batch, used, substitutes)
+        return replace(self.read(recording, batch, used, known), reordered=reordered)
+
+    def tape(
+        self, batch: AnyBatch, used: Mapping[str, Tensor], data: Sequence[Tensor] | None = None
+    ) -> Tape:
+        """A tape for a forward pass over a batch, whoever runs it: it records while it is entered.
+
+        Args:
+            batch: the inputs.
+            used: the tensors that the model uses for its parameters, by name.
+            data: the very tensors that it receives and that differ between examples; the batch's
+                own by default.
+        """
+        return Tape(used, batch.data if data is None else data, batch.n, guards=self.guards)
+
+    def read(
+        self,
+        recording: Recording,
+        batch: AnyBatch,
+        used: Mapping[str, Tensor],
+        knowledge: Knowledge,
+    ) -> ForwardPass:
+        """What a tape recorded, as a pass in the light of what is known."""
         output = with_examples(recording.output, batch, knowledge.interface)
         return ForwardPass(
             self.forward,
@@ -208,9 +234,9 @@ class Network:
             replace(recording, output=output),
             batch,
             used,
-            known,
+            knowledge,
             budget=self.budget,
-            reordered=reordered,
+            guards=self.guards,
         )
 
     def _recorded(
@@ -222,7 +248,7 @@ class Network:
     ) -> Recording:
         """Record a forward pass over a copy of the batch: models may write into their inputs."""
         own = batch.copied()
-        with Tape(used, own.data, own.n) as tape, mode or nullcontext():
+        with self.tape(own, used) as tape, mode or nullcontext():
             output = self.forward(own.x, substitutes)
         return tape.recording(output)
 

@@ -14,6 +14,7 @@ from kfac_laplace.curvature.layers.registry import GUARDS as GUARDS
 from kfac_laplace.curvature.layers.registry import OPERATORS as OPERATORS
 from kfac_laplace.curvature.layers.registry import REPETITIONS as REPETITIONS
 from kfac_laplace.curvature.layers.registry import RULES as RULES
+from kfac_laplace.curvature.layers.registry import Guard as Guard
 from kfac_laplace.curvature.layers.registry import Layer as Layer
 from kfac_laplace.curvature.layers.registry import equivalent_form as equivalent_form
 from kfac_laplace.curvature.layers.registry import guard as guard

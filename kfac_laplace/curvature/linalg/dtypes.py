@@ -1,7 +1,8 @@
 """In which precision curvature is summed."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +65,8 @@ def in_double(tensor: Tensor) -> Tensor:
     return accumulable(tensor) if tensor.device.type == "mps" else tensor.double()
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which the caller's autocast does not round our own products."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -72,12 +72,13 @@ def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
         evaluate_afresh(model)
 
 
-def as_output(output: Any) -> Tensor:
+def as_output(output: Any, option: str = "forward_fn") -> Tensor:
     """The tensor that a model returned, alone or as the logits of an object or mapping.
 
     Args:
         output: a tensor; an object with `.logits`; a mapping with "logits" or "out"; or a tuple or
             list whose first entry is the only tensor in it, as recurrent layers return.
+        option: what the caller may pass to say which is meant.
 
     Raises:
         InvalidType: there is none, or there are several tensors, of which any may be meant, or it
@@ -94,7 +95,7 @@ def as_output(output: Any) -> Tensor:
             "the model must return one tensor (or an object with `.logits`)",
             where="model output",
             got=type(output).__name__,
-            remedy="Wrap the model in a module that returns it, or pass forward_fn",
+            remedy=f"Wrap the model in a module that returns it, or pass {option}",
         )
     if logits.is_complex():
         raise InvalidType(

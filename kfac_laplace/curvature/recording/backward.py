@@ -4,10 +4,12 @@ Holding all of them until the last is there costs as much memory as the forward 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import RemovableHandle
 
 from kfac_laplace.curvature.linalg.dtypes import accumulable, without_autocast
 from kfac_laplace.curvature.recording.autograd_graph import ancestors, nodes_with_parents
@@ -57,6 +59,33 @@ class Backward:
                 handle.remove()
         for (u, use), gradient in zip(self._last.items(), found, strict=True):
             _hand_on(u, use, gradient, receive)
+
+
+def listen(
+    recording: Recording, uses: Sequence[int], receive: Receive, counts: Callable[[], bool]
+) -> list[RemovableHandle]:
+    """Have `receive` called with gradient rows of somebody else's backward pass; once each use.
+
+    A second pass through the same graph is another loss, or derivatives of the first.
+
+    Args:
+        recording: a forward pass.
+        uses: indices of the uses wanted.
+        receive: what takes the rows.
+        counts: asked in a backward pass, whether it is one that is meant.
+
+    Returns:
+        Handles that end it; the graph's own end does as well.
+    """
+    heard: set[int] = set()
+
+    def hook(u: int, gradients: Sequence[Tensor | None]) -> None:
+        if u not in heard and counts():
+            heard.add(u)
+            use = recording.uses[u]
+            _hand_on(u, use, gradients[use.edge.output_nr], receive)
+
+    return [recording.uses[u].edge.node.register_prehook(partial(hook, u)) for u in uses]
 
 
 def _hook(u: int, use: Use, receive: Receive) -> Callable[[Sequence[Tensor | None]], None]:

@@ -10,6 +10,7 @@ unnoticed.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -20,7 +21,15 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kfac_laplace.curvature.layers import FORMS, GUARDS, OPERATORS, REPETITIONS, RULES, Layer
+from kfac_laplace.curvature.layers import (
+    FORMS,
+    GUARDS,
+    OPERATORS,
+    REPETITIONS,
+    RULES,
+    Guard,
+    Layer,
+)
 from kfac_laplace.curvature.model.tensors import tensors_in
 from kfac_laplace.curvature.recording.sources import Source, Sources
 from kfac_laplace.errors import UnsupportedUse
@@ -77,6 +86,20 @@ class Recording:
     picks_rows: bool
     has_python_functions: bool
 
+    @cached_property
+    def used_otherwise(self) -> frozenset[str]:
+        """Names of the tracked parameters that reach the output in any way but as a layer's part.
+
+        Layers are those with Kronecker factors; a parameter, or one of its equal parts, is theirs.
+        """
+        return self.loose.union(
+            name
+            for use in self.uses
+            for source in use.sources
+            if not use.layer.kronecker or source.own_part is None
+            for name in source.params
+        )
+
 
 class Tape(TorchFunctionMode):
     """Collects the uses of tracked tensors while it is active.
@@ -87,6 +110,8 @@ class Tape(TorchFunctionMode):
         n: number of examples.
         nudge: changes the output of a recorded call in place, if given; called with the call's
             place among them, its layer and its output.
+        guards: checks of calls by function, which refuse what would leave an example without a
+            Jacobian of its own. Training needs none.
     """
 
     def __init__(
@@ -95,8 +120,10 @@ class Tape(TorchFunctionMode):
         data: Iterable[Tensor],
         n: int,
         nudge: Nudge | None = None,
+        guards: Mapping[Callable[..., Any], Guard] = GUARDS,
     ):
         super().__init__()
+        self._guards = guards
         self._nudge = nudge
         self._sources = Sources(tracked)
         self._names = {id(tensor): name for name, tensor in tracked.items()}
@@ -116,8 +143,8 @@ class Tape(TorchFunctionMode):
         """Run the call, record it where sources meet data, and follow both through it."""
         kwargs = kwargs or {}
         tensors = list(tensors_in((args, kwargs)))
-        if func in GUARDS:
-            GUARDS[func](any(t in self._data for t in tensors), *args, **kwargs)
+        if func in self._guards:
+            self._guards[func](any(t in self._data for t in tensors), *args, **kwargs)
         made_of = [source for t in tensors if (source := self._sources.get(t)) is not None]
         # No graph comes of calls without gradients, as inside autograd functions: they are no uses.
         used = made_of if torch.is_grad_enabled() else []

@@ -1,7 +1,7 @@
 """The rows that meet a weight."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -27,6 +27,11 @@ class Inputs(ABC):
     droppable = False
 
     @property
+    def key(self) -> Hashable | None:
+        """Equal keys of inputs that exist at one time mean the same rows; None: not known."""
+        return None
+
+    @property
     @abstractmethod
     def lead(self) -> tuple[int, ...]:
         """Leading axes of the rows; the example axis is one of them, alone or flattened."""
@@ -50,6 +55,15 @@ class Inputs(ABC):
             del piece  # which the sums need no memory beside
         assert total is not None
         return total.gram()
+
+    def gram_diagonal(self, dtype: SumDtype, budget: Budget) -> Tensor:
+        """The diagonal Σ_{n,t} a², shape (b, i). Arguments as for `gram`."""
+        total: Tensor | None = None
+        for piece in self.pieces(dtype, budget):
+            squares = piece.flatten(1, -2).square().sum(1, dtype=dtype.sums(piece))
+            total = squares if total is None else total + squares
+        assert total is not None
+        return total
 
     def pieces(self, dtype: SumDtype, budget: Budget) -> Iterator[Tensor]:
         """All rows, some at a time: shape (b, ..., i). Arguments as for `gram`."""
@@ -93,6 +107,12 @@ class Rows(Inputs):
 
     tensor: Tensor
     droppable = True
+
+    @property
+    def key(self) -> Hashable:
+        """Where they lie in memory, and how."""
+        t = self.tensor
+        return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -156,6 +176,12 @@ class WithOne(Inputs):
     def droppable(self) -> bool:  # type: ignore[override]
         """As the inner rows."""
         return self.inner.droppable
+
+    @property
+    def key(self) -> Hashable | None:
+        """That of the inner rows, marked."""
+        inner = self.inner.key
+        return None if inner is None else ("with one", inner)
 
     @property
     def lead(self) -> tuple[int, ...]:

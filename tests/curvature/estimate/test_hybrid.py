@@ -21,7 +21,7 @@ from kfac_laplace import (
     Laplace,
     MonteCarlo,
 )
-from kfac_laplace.likelihoods.categorical import StickBreaking
+from kfac_laplace.likelihoods.stick_breaking import StickBreaking
 
 ROWS = torch.tensor([[0.5, -1.0, 1.5, 0.1], [2.0, 0.0, -0.5, 3.0]], dtype=torch.float64)  # (t, c)
 WEIGHTED = Categorical(weight=[0.5, 1.0, 2.0, 0.0], label_smoothing=0.1)
