@@ -54,7 +54,7 @@ def differences(damping, likelihood):
 
 
 def test_without_damping_coordinates_of_inputs_do_not_matter():
-    """Condition numbers of factors are some thousands: rounding grows to 3e-13."""
+    """Condition numbers of factors are up to 1,500: rounding grows to 3e-13."""
     assert differences(ExactDamping(0.0), "regression").max() < 1e-10
 
 
@@ -71,7 +71,7 @@ def test_without_damping_coordinates_of_inputs_do_not_matter():
 def test_what_damping_costs_of_it_shrinks_like_its_strength(likelihood, damping, strength, rate):
     """To first order the difference is λ, in the matrix that is inverted, or √λ, in its factors.
 
-    The next order is the same once more: up to 1 % here, as larger strengths show.
+    The next order is the same once more: about 1 % here, as larger strengths show.
     """
     larger = differences(damping(strength), likelihood)
     smaller = differences(damping(strength / 10), likelihood)
