@@ -133,7 +133,7 @@ class KFAC(Optimizer):
         self._named = {n: p for n, p in network.model.named_parameters() if id(p) in own}
         wanted = {id(p) for group in self.param_groups if group["kfac"] for p in group["params"]}
         tracked = tracked_names(network.model, frozenset(wanted))
-        everything = network.select("all", complex_stay_out=True)
+        everything = tuple(n for n, p in network.model.named_parameters() if p.requires_grad)
         self._options = replace(
             options, subset_of_weights="all" if tracked == everything else list(tracked)
         )

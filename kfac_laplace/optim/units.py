@@ -61,7 +61,8 @@ class Unit:
     def _parts(self, whole: Tensor) -> dict[str, Tensor]:
         """The entries of each parameter."""
         parts = {self.name: whole} if self.layout is None else self.layout.unpack(whole)
-        return {name: parts[name].to(p.dtype) for name, p in self.params.items()}
+        # Those of complex parameters are pairs of real numbers.
+        return {name: parts[name].to(p.dtype.to_real()) for name, p in self.params.items()}
 
     def joined(self, states: Mapping[str, State]) -> State | None:
         """One state of those that the parameters had on their own; None where some had none."""

@@ -96,3 +96,44 @@ def test_no_factors_for_groups_that_want_none():
     assert set(optimizer.coverage.values()) == {"adamw"}
     for (name, p), q in zip(model.named_parameters(), want.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+class Filtered(nn.Module):
+    """A filter of complex gains over frequencies, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gains = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.gains, 4))
+
+
+def steps_of(model, optimizer, count):
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
+    for _ in range(count):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), x.argmax(1) % 3).backward()
+        optimizer.step()
+
+
+def test_complex_parameters_take_adamws_steps_and_resume():
+    """In the first step the gradients are the same; later ones see another head."""
+    model, want = Filtered(), Filtered()
+    optimizer = KFAC(model, lr=0.02, weight_decay=0.1)
+    options = {"lr": 0.02, "weight_decay": 0.1, "betas": BETAS, "foreach": False}
+    steps_of(model, optimizer, 1)
+    steps_of(want, torch.optim.AdamW(want.parameters(), **options), 1)
+    assert torch.equal(model.gains, want.gains)
+    assert optimizer.coverage == {"gains": "adamw", "head.weight": "kfac", "head.bias": "kfac"}
+    again = Filtered()
+    again.load_state_dict(model.state_dict())
+    resumed = KFAC(again, lr=0.02, weight_decay=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    for one, its in ((model, optimizer), (again, resumed)):
+        steps_of(one, its, 6)
+    assert torch.equal(model.gains, again.gains) and torch.equal(
+        model.head.weight, again.head.weight
+    )
