@@ -187,7 +187,7 @@ def assert_refused(la: Laplace, case: Case, matrix: Tensor) -> None:
     smallest = float(torch.linalg.eigvalsh(matrix).min())
     assert smallest < 0
     message = re.escape(f"curvature is {REFUSAL}. got smallest eigenvalue {smallest:.3e}")
-    for ask in (la.log_marginal_likelihood, lambda: la(case.x), lambda: la.sample(1)):
+    for ask in (la.log_marginal_likelihood, lambda: la.predict(case.x), lambda: la.sample(1)):
         with pytest.raises(InvalidValue, match=f"^0.weight: {message}"):
             ask()
 

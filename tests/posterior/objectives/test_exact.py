@@ -99,7 +99,7 @@ def test_slopes_are_finite_differences(name, objective):
 
 
 @pytest.mark.parametrize("name", ["classes", "padded", "weighted", "tokens", "cnn"])
-@pytest.mark.parametrize("delta", [1e-12, 1.0])
+@pytest.mark.parametrize("delta", [1e-8, 1.0])
 def test_gamma_is_at_most_the_columns(name, delta):
     """N·(C − 1) for softmax, over labels that count; K-FAC's exceeds it."""
     case = CASES[name]()
@@ -108,6 +108,7 @@ def test_gamma_is_at_most_the_columns(name, delta):
     columns = counting * (case.model(case.batches[0][0]).shape[-1] - 1)
     for objective in (ExactGGN(), Columns(), Columns(each=3), Bracket(rows=6)):
         gamma = prepared(la, objective).effective_dimensions(la.posterior).sum()
+        # Rounding is 2e-16 of the largest eigenvalue, some tens, over δ.
         assert float(gamma) <= columns * (1 + 1e-6)
 
 
