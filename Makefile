@@ -1,8 +1,10 @@
 # Every target sets up all it needs in one `.venv` of this clone; all are safe to repeat.
-# Options: PYTHON=python3.12, SELECT=<pytest -m expression>, ARGS=<more arguments for the tool>.
+# Options: PYTHON=python3.12, SELECT=<pytest -m expression>, ARGS=<more arguments for the tool>,
+# PROCESSES=<of the tests; 0: in this one, as a debugger wants it>.
 
 PYTHON ?= python3
 SELECT = not slow
+PROCESSES = auto
 ARGS =
 
 VENV = .venv
@@ -40,7 +42,7 @@ demo: $(STAMP)  ## train with and without tuning: a table, plots and JSON (ARGS=
 	@$(BIN)/kfac-laplace demo $(ARGS)
 
 test: $(STAMP)  ## the tests, without the slow ones
-	@$(BIN)/python -m pytest -m "$(SELECT)" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(SELECT)" -n $(PROCESSES) --dist loadfile $(ARGS)
 
 test-slow:  ## the slow tests alone
 	@$(MAKE) --no-print-directory test SELECT=slow

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+
+class Entry(Enum):
+    """What no state holds."""
+
+    GONE = "gone"
+
+
 #: Stands for an entry that is taken away.
-GONE = object()
+GONE = Entry.GONE
 #: What no entry is, or few are.
 ANYTHING = (
     None,
