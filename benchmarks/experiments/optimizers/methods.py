@@ -28,7 +28,7 @@ SCHEDULE: dict[str, Range] = {
 }
 #: Weight decay is decoupled: per unit of the learning rate.
 AS_ADAM: dict[str, Range] = {
-    "lr": Logarithmic(5e-4, 5e-2),
+    "lr": Logarithmic(1e-3, 0.2),
     "weight_decay": Logarithmic(1e-3, 0.5),
     "beta2": Decay(1e-3, 0.1),
     **SCHEDULE,
