@@ -1,4 +1,4 @@
-"""Which factors are decomposed when, and the bases that result: one table for all groups."""
+"""The bases of all groups, decomposed when they are due."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -8,30 +8,20 @@ from torch import Tensor
 
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.optim.bases import Bases, Eigenbases, Side, decompose, own_coordinates
+from kfac_laplace.optim.schedule import Schedule, SideOf
 from kfac_laplace.options import check_whole
 
 log = logging.getLogger("kfac_laplace")
 
-#: Steps of a run at which every basis is made anew, as factors change most at its start.
-EARLY = (1, 2, 4, 7)
-#: Decompositions worth so many operations (d³) are not spread over steps: 2.5 ms on one core.
-CHEAP = 2**24
-#: From so many operations on, seconds on one core, those of an early step are worth a word.
-DEAR = 2**34
-#: A side of a group: its name, and 0 for the left (B) or 1 for the right (A).
-SideOf = tuple[str, int]
 SIDES = ("left", "right")
 #: B and A.
 Factors = tuple[Tensor, Tensor]
 
 
 class BasesTable:
-    """The bases of all groups with factors, made anew by schedule.
+    """The bases of all groups with factors, made anew by schedule (`Schedule`).
 
-    All sides at the steps `EARLY`; afterwards each side once in `every` steps. Where all together
-    would take longer than a step should (`CHEAP`), they fall on several steps, at about the same
-    cost each; what is cheap is done at multiples of `every`. Which are due depends on the step
-    alone, so a run that is resumed goes on as it would have.
+    A run that is resumed goes on as it would have.
 
     Args:
         shapes: of each group's matrices, (b, o, i), by name.
@@ -42,20 +32,15 @@ class BasesTable:
     def __init__(self, shapes: Mapping[str, tuple[int, int, int]], *, every: int, largest: int):
         check_whole("every", every, least=1)
         check_whole("largest", largest, least=0)
-        self._shapes, self._every, self._largest = dict(shapes), every, largest
-        self._phases = phases(_costs(shapes, largest), every)
+        self._shapes, self._largest = dict(shapes), largest
+        self._schedule = Schedule(shapes, every=every, largest=largest)
         self._sides: dict[SideOf, Side] = {}
         self._failed: set[SideOf] = set()  # of which a log record has told
         self._kept: dict[tuple[str, ...], Eigenbases] = {}
 
     def due(self, step: int) -> set[str]:
         """Names of the groups of which some side is due at a step (1, 2, …)."""
-        return {name for name, _ in self._due(step)}
-
-    def _due(self, step: int) -> list[SideOf]:
-        """Sides that are due at a step."""
-        early, phase = step in EARLY, step % self._every
-        return [side for side, its in self._phases.items() if early or its == phase]
+        return {name for name, _ in self._schedule.due(step)}
 
     def update(
         self, step: int, factors: Mapping[str, Factors], dtype: torch.dtype | None = None
@@ -64,7 +49,8 @@ class BasesTable:
 
         Where a decomposition fails in float32 and in float64, or a factor is not finite, the old
         basis is kept and a log record says so, once for each side. A side that has no basis yet is
-        due at any step at which its factor is there, whatever the schedule says.
+        due at any step at which its factor is there, whatever the schedule says; one that waits for
+        its first step has its own coordinates until then.
 
         Args:
             step: number of the step, from 1.
@@ -72,7 +58,7 @@ class BasesTable:
                 example of the mean loss, by name. Groups that are not in it are not due.
             dtype: of the bases, that of the gradients; None for that of the factors.
         """
-        due = set(self._due(step))
+        due = set(self._schedule.due(step))
         sides = [
             side
             for name in factors
@@ -81,9 +67,8 @@ class BasesTable:
         ]
         for name in {name for name, _ in sides}:
             self._check(name, factors[name])
-        found = decompose(
-            [factors[name][which] for name, which in sides], largest=self._largest, dtype=dtype
-        )
+        wanted = [self._wanted(side, factors[side[0]][side[1]], step) for side in sides]
+        found = decompose(wanted, largest=self._largest, dtype=dtype)
         made = {side: one for side, one in zip(sides, found, strict=True) if one is not None}
         for side in sides:
             if side not in made:
@@ -92,6 +77,11 @@ class BasesTable:
         if made:
             self._kept.clear()
         return bool(made)
+
+    def _wanted(self, side: SideOf, factor: Tensor, step: int) -> Tensor:
+        """A factor, or its diagonal while the side waits for its first decomposition."""
+        waits = factor.ndim == 3 and self._schedule.waits(side, step)
+        return factor.diagonal(dim1=-2, dim2=-1) if waits else factor
 
     def _check(self, name: str, factors: Factors) -> None:
         """Factors have the shapes of the group's sides."""
@@ -172,53 +162,3 @@ class BasesTable:
             if f"{side}_values" in tensors
         }
         self._kept.clear()
-
-
-def phases(costs: Mapping[SideOf, int], every: int) -> dict[SideOf, int]:
-    """A phase 0 ≤ p < every for each side, so that the phases cost about the same.
-
-    The dearest first, each where least has fallen so far: the dearest phase then costs at most the
-    mean and one side more (Graham, "Bounds on multiprocessing timing anomalies"). So few phases are
-    used, at equal distances, that each is worth `CHEAP`.
-    """
-    count = min(every, max(1, -(-sum(costs.values()) // CHEAP)))
-    loads, placed = [0] * count, {}
-    for side in sorted(costs, key=lambda side: (-costs[side], side)):
-        slot = loads.index(min(loads))
-        placed[side] = slot * every // count
-        loads[slot] += costs[side]
-    return placed
-
-
-def affordable(shapes: Mapping[str, tuple[int, int, int]], largest: int) -> int | None:
-    """The `largest` under which the decompositions of an early step stay below `DEAR` operations.
-
-    Args:
-        shapes: of each group's matrices, (b, o, i), by name.
-        largest: the one that is set.
-
-    Returns:
-        The width of the widest side that may be decomposed with all narrower ones, 0 if none may;
-        None where `largest` does as well.
-    """
-    by_width: dict[int, int] = {}
-    for b, *widths in shapes.values():
-        for d in widths:
-            if d <= largest:
-                by_width[d] = by_width.get(d, 0) + b * d**3
-    total = found = 0
-    for d in sorted(by_width):
-        total += by_width[d]
-        if total > DEAR:
-            return found
-        found = d
-    return None
-
-
-def _costs(shapes: Mapping[str, tuple[int, int, int]], largest: int) -> dict[SideOf, int]:
-    """Operations of each side's decompositions, up to a constant."""
-    return {
-        (name, which): b * (d**3 if d <= largest else d)
-        for name, (b, *widths) in shapes.items()
-        for which, d in enumerate(widths)
-    }

@@ -21,7 +21,6 @@ from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.optim.averages import Sums
 from kfac_laplace.optim.calls import OutputFn, called_module, calling
 from kfac_laplace.optim.capture import Capture
-from kfac_laplace.optim.decomposition import EARLY
 from kfac_laplace.optim.estimate import Estimate
 from kfac_laplace.optim.learning import Learned, Lesson, tracked_names
 from kfac_laplace.optim.loss_scale import unscale_
@@ -30,6 +29,7 @@ from kfac_laplace.optim.parameters import check_numbers, parameter_groups
 from kfac_laplace.optim.prior_damping import PriorDamping, TellsDamping
 from kfac_laplace.optim.ranks import ranks_of
 from kfac_laplace.optim.rules import EigenAdam, Rule, descend_
+from kfac_laplace.optim.schedule import EARLY
 from kfac_laplace.optim.shared import averaged_ggn
 from kfac_laplace.optim.state import learned_from_state, learned_to_state
 from kfac_laplace.optim.units import check_gradients

@@ -10,18 +10,19 @@ from torch import Tensor
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.optim.averages import Averages, Sums
-from kfac_laplace.optim.decomposition import EARLY, BasesTable, affordable
+from kfac_laplace.optim.decomposition import BasesTable
 from kfac_laplace.optim.estimate import Estimate
 from kfac_laplace.optim.memory import Numbers, numbers_of_state
 from kfac_laplace.optim.rules import AdamW, EigenAdam, Rule
 from kfac_laplace.optim.rules.rule import State, Update
+from kfac_laplace.optim.schedule import affordable
 from kfac_laplace.optim.units import Unit, single, units_of
 
 log = logging.getLogger("kfac_laplace")
 
 WIDE = (
-    "steps %s decompose all factors, up to %d wide, which takes seconds or more on a CPU; with "
-    "Estimate(largest=%d), where wider sides stay in their own coordinates, they are cheap"
+    "some steps decompose factors up to %d wide, which takes seconds or more on a CPU; with "
+    "Estimate(largest=%d), where wider sides stay in their own coordinates, none does"
 )
 #: What an optimiser of torch keeps, by parameter.
 States = MutableMapping[Tensor, Any]
@@ -68,10 +69,10 @@ class Updates:
         """Say so before decompositions that take long, and how to spare them."""
         largest = self._estimate.largest
         shapes = {u.name: u.layout.matrix for u in self.units if u.layout is not None}
-        less = affordable(shapes, largest)
+        less = affordable(shapes, self._estimate.bases_every, largest)
         if less is not None:
             widest = max(d for _, *widths in shapes.values() for d in widths if d <= largest)
-            log.info(WIDE, ", ".join(map(str, EARLY)), widest, less)
+            log.info(WIDE, widest, less)
 
     def _new_table(self, units: Sequence[Unit]) -> BasesTable:
         shapes = {u.name: u.layout.matrix for u in units if u.layout is not None}

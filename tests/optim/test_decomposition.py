@@ -4,15 +4,11 @@ import io
 
 import pytest
 import torch
-from optim.captured import capture
 from optim.problems import SHAPES, factors_of
-from torch import nn
 
 from kfac_laplace.errors import InvalidType, InvalidValue
-from kfac_laplace.optim.decomposition import CHEAP, EARLY, BasesTable, affordable, phases
-from kfac_laplace.optim.estimate import Estimate
-from kfac_laplace.optim.rules import EigenAdam
-from kfac_laplace.optim.updates import Updates
+from kfac_laplace.optim.decomposition import BasesTable
+from kfac_laplace.optim.schedule import EARLY, WIDE
 
 SMALL = {"a": (1, 3, 4), "b": (2, 5, 1)}
 
@@ -39,30 +35,6 @@ def test_all_are_due_early_and_small_ones_together_afterwards(every):
     for step in range(1, 60):
         expected = set(SMALL) if step in EARLY or step % every == 0 else set()
         assert table.due(step) == expected
-
-
-@pytest.mark.parametrize("every", [1, 4, 10, 33])
-def test_large_sides_fall_on_steps_of_about_equal_cost(every):
-    """Nothing waits longer than `every`; no step costs more than the mean and one side."""
-    widths = torch.randint(100, 600, (40,)).tolist()
-    costs = {(f"layer {k:02}", k % 2): d**3 for k, d in enumerate(widths)}
-    placed = phases(costs, every)
-    loads = [sum(costs[side] for side, its in placed.items() if its == p) for p in range(every)]
-    used = [load for load in loads if load]
-    assert placed.keys() == costs.keys()
-    assert sum(loads) == sum(costs.values())
-    assert max(used) <= sum(costs.values()) / len(used) + max(costs.values())
-    assert len(used) == min(every, -(-sum(costs.values()) // CHEAP), len(costs))
-
-
-def test_each_side_is_due_once_in_every_steps():
-    shapes = {f"layer {k}": (1, 300 + k, 200) for k in range(12)}
-    table = table_of(shapes, every=10)
-    due = [table.due(step) for step in range(10, 20)]
-    assert set().union(*due) == set(shapes)
-    assert sum(len(names) for names in due) <= 2 * len(shapes)  # each side once
-    assert len([names for names in due if names]) > 5
-    assert due == [table.due(step) for step in range(20, 30)]
 
 
 def test_bases_stay_between_their_steps():
@@ -160,32 +132,25 @@ def test_bases_of_strange_groups_are_refused():
         table_of(SMALL).load_state_dict(table.state_dict())
 
 
-def test_the_dearest_side_leaves_the_others_to_the_other_steps():
-    """Six that together cost as much as one: two steps, half a period apart."""
-    costs = {("wide", 1): CHEAP} | {(f"layer {k}", 0): CHEAP // 6 for k in range(6)}
-    placed = phases(costs, 10)
-    assert placed.pop(("wide", 1)) == 0
-    assert set(placed.values()) == {5}
+def test_wide_sides_stay_in_their_own_coordinates_until_they_are_due():
+    """Then they have the same basis as ever; narrow ones have theirs from the start."""
+    shapes = {"a": (1, 3, 2 * WIDE)}
+    table, factors = table_of(shapes), factors_of(shapes)
+    like = torch.randn(1, 3, 2 * WIDE).double()
+    for step in (1, 2):
+        table.update(step, factors)
+        bases = table.bases("a", like)
+        assert bases.left.vectors is not None
+        assert (bases.right.vectors is None) == (step == 1)
+        if step == 1:
+            assert torch.equal(bases.right.values, factors["a"][1].diagonal(dim1=1, dim2=2))
+    at_once = table_of(shapes, every=1)
+    at_once.update(1, factors)
+    assert torch.equal(at_once.bases("a", like).right.vectors, bases.right.vectors)
 
 
-def test_what_is_too_wide_is_told_with_the_width_that_is_not():
-    """Operations are b d³ a side: 2³⁴ are those of two sides of 2048, and of nothing beside."""
-    two = {"a": (1, 2048, 8), "b": (1, 8, 2048)}
-    assert affordable({"a": (2, 2048, 5000)}, 4096) is None
-    assert affordable(two, 4096) == 8
-    assert affordable(two, 2047) is None
-    assert affordable({"a": (1, 2048, 1), "b": (2, 2047, 1)}, 4096) == 2047
-    assert affordable({"a": (8, 3000, 3000)}, 4096) == 0
-
-
-@pytest.mark.parametrize(("width", "largest", "told"), [(2600, 4096, 1), (2600, 512, 0), (8, 9, 0)])
-def test_wide_layers_are_told_of_before_anything_is_decomposed(width, largest, told, caplog):
-    model = nn.Linear(width, 2)
-    found = capture(model, "classification")
-    model(torch.ones(2, width))
-    named, estimate = dict(model.named_parameters()), Estimate(largest=largest)
-    with caplog.at_level("INFO", "kfac_laplace"):
-        Updates(named, EigenAdam(), estimate, {}).form(found.learned.captured)
-    assert len(caplog.records) == told
-    assert all("up to 2601 wide" in one.getMessage() for one in caplog.records)
-    assert all("Estimate(largest=2)" in one.getMessage() for one in caplog.records)
+def test_a_wide_side_whose_factor_comes_late_is_decomposed_at_once():
+    shapes = {"a": (1, 3, 2 * WIDE)}
+    table = table_of(shapes)
+    table.update(11, factors_of(shapes))
+    assert table.bases("a", torch.randn(1, 3, 2 * WIDE)).right.vectors is not None

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kfac_laplace.optim.decomposition import EARLY, BasesTable
+from kfac_laplace.optim.decomposition import BasesTable
 from kfac_laplace.optim.rules import AdamW, EigenAdam, Update, descend_
+from kfac_laplace.optim.schedule import EARLY
 
 #: Weights of these layers have bases; K-FAC covers the same ones of the networks here.
 LAYERS = (nn.Linear, nn.Conv2d)
