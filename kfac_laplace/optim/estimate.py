@@ -25,6 +25,8 @@ class Estimate:
         ema: decay β of the averages over captured steps, each weighted by its examples: with sums
             S_t over the n_t examples of step t, Σ_t β^{T−t} S_t / Σ_t β^{T−t} n_t. The first step
             alone is the first factor. 1 is the plain mean over all that was seen, 0 the last step.
+            In between the traces of A and B are averaged likewise with β^k, k = n_t/16 from 1 to 8,
+            as they follow the loss and take fewer examples to tell.
         largest: a side of a layer wider than this stays in its own coordinates; of its A only the
             diagonal is kept, also for `curvature`.
 

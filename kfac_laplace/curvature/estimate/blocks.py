@@ -170,10 +170,24 @@ class KroneckerBlock(Block):
             weight**0.5 * self.output_rows,
         )
 
-    def with_loss_scaled(self, weight: float) -> Self:
-        """The block of `weight` times the loss: B alone depends on it."""
-        outputs = weight * self.output_sum, weight**0.5 * self.output_rows
-        return replace(self, output_sum=outputs[0], output_rows=outputs[1])
+    def with_loss_scaled(self, weight: float | Tensor) -> Self:
+        """The block of `weight` times the loss: B alone depends on it. One weight, or (b,)."""
+        weights = torch.as_tensor(weight).to(self.output_sum).reshape(-1, 1, 1)
+        rows = self.output_rows * weights.sqrt().to(self.output_rows.dtype)
+        return replace(self, output_sum=weights * self.output_sum, output_rows=rows)
+
+    def with_inputs_scaled(self, weights: Tensor) -> Self:
+        """A of each of the b blocks times a weight (b,)."""
+        weights = weights.to(self.input_sum.dtype)
+        sums = self.input_sum * weights.reshape(-1, *[1] * (self.input_sum.ndim - 1))
+        rows = self.input_rows * weights.sqrt().to(self.input_rows.dtype)[:, None, None]
+        return replace(self, input_sum=sums, input_rows=rows)
+
+    def traces(self) -> tuple[Tensor, Tensor]:
+        """Σ |a|², A's trace times its count, and B's trace, each (b,)."""
+        diagonal = self.has_diagonal_input
+        inputs = self.input_sum.sum(-1) if diagonal else self.inputs.traces()
+        return inputs, self.outputs.traces()
 
     def absorb(self, other: Self) -> Self:
         """Add another block into this one's own sums, which nobody else may hold."""

@@ -87,6 +87,13 @@ class Gram:
         summed = self.packed.numel() and not self.rows.numel()
         return unpack((self if summed else self._multiplied()).packed)
 
+    def traces(self) -> Tensor:
+        """Traces (b,) of the Gram matrices."""
+        found = self.rows.square().sum((1, 2))
+        if self.packed.numel():
+            found = found + _traces_of(self.packed)
+        return found
+
     def eigenvalues(self, where: str) -> Tensor:
         """Eigenvalues (b, i), ascending, float64; of few rows those of their inner products."""
         k, i = self.rows.shape[1:]
@@ -207,8 +214,12 @@ class GramSum:
         """Traces of the sum so far, shape (b,)."""
         if self._rows is not None:
             return self._rows[:, : self._kept].square().sum((1, 2))
-        upper, lower = diagonals(self._sum_products())
-        return upper.sum(-1) + lower.sum(-1)
+        return _traces_of(self._sum_products())
+
+
+def _traces_of(packed: Tensor) -> Tensor:
+    upper, lower = diagonals(packed)
+    return upper.sum(-1) + lower.sum(-1)
 
 
 def _blank(b: int, i: int, like: Tensor) -> Tensor:
