@@ -22,7 +22,7 @@ from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, suggesting
-from kfac_laplace.errors import InvalidValue, NotFitted
+from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_iterable, check_positive, check_text, check_whole
 from kfac_laplace.posterior import state
@@ -285,10 +285,17 @@ class Laplace:
                 parameter with an effect on the outputs, or a prior that does not fit them (said
                 after the first batch).
             InvalidType: targets of a wrong dtype, or batches of a wrong kind.
-            UnsupportedUse: a use of a parameter that cannot be treated correctly.
+            UnsupportedUse: a use of a parameter that cannot be treated correctly; data to be added
+                to a curvature that came without their log-likelihood.
             After an exception the posterior is as it was before.
         """
         going_on = not override and bool(self._mode)
+        if going_on and bool(self.curvature.statistic.isnan().any()):
+            raise UnsupportedUse(
+                "a curvature without the log-likelihood of its data cannot be added to",
+                where="fit(override=False)",
+                remedy="Call fit(train_loader) over all data",
+            )
         curvature = self.curvature.copy() if going_on else self._afresh()
         curvature.read(
             train_loader,

@@ -11,7 +11,7 @@ from optim.captured import calm, negative_log_likelihood
 
 from kfac_laplace import Curvature, Laplace
 from kfac_laplace.curvature.options import CurvatureOptions
-from kfac_laplace.errors import InvalidValue, NotFitted
+from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.optim import KFAC, Estimate
 
 #: Those of the prior and of what is done with the posterior: all else is the curvature's.
@@ -152,6 +152,19 @@ def test_no_evidence_is_made_up():
             ask()
     assert "log det ratio" in la.summary() and "likelihood" not in la.summary()
     assert bool(la.fit(case.batches).log_marginal_likelihood().isfinite())
+
+
+def test_data_are_not_added_to_what_came_without_their_log_likelihood():
+    """Such a sum would hold the averaged data twice; a fit afresh is that of the data."""
+    example = build("mlp-tanh")
+    la = Laplace.from_curvature(averaged(example).curvature(7), example.model)
+    before = la.log_det_ratio
+    with pytest.raises(UnsupportedUse, match=r"Call fit\(train_loader\) over all data"):
+        la.fit(example.batches, override=False)
+    assert torch.equal(la.log_det_ratio, before)
+    la.fit(example.batches)
+    want = Laplace(example.model, example.likelihood, **la.options.keywords()).fit(example.batches)
+    assert torch.equal(la.log_marginal_likelihood(), want.log_marginal_likelihood())
 
 
 def test_another_model_or_no_data():
