@@ -63,9 +63,14 @@ def check_seed(seed: object) -> None:
         raise InvalidValue("beyond 64 bits", where="seed", got=seed)
 
 
-def check_positive(where: str, value: object) -> None:
-    """Raise `InvalidType` unless a value is a number, `InvalidValue` unless it is above zero."""
+def check_number(where: str, value: object) -> float:
+    """A value as a float; `InvalidType` unless it is a number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidType("not a number", where=where, got=repr(value), remedy="Pass a number")
-    if not 0 < float(value) < float("inf"):
+    return float(value)
+
+
+def check_positive(where: str, value: object) -> None:
+    """Raise `InvalidType` unless a value is a number, `InvalidValue` unless it is above zero."""
+    if not 0 < check_number(where, value) < float("inf"):
         raise InvalidValue("must be positive and finite", where=where, got=value)

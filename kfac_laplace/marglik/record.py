@@ -1,5 +1,6 @@
 """What a round of hyperparameter steps leaves behind."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.objectives import Objective
 from kfac_laplace.posterior.optimum import value_of
+
+log = logging.getLogger("kfac_laplace")
 
 
 @dataclass(frozen=True)
@@ -124,3 +127,20 @@ def rounds_that_moved(history: Sequence[Record]) -> int:
     """How many rounds left other precisions than the round before."""
     deltas = [record.hyperparameters["prior_precision"] for record in history]
     return sum(not torch.equal(a, b) for a, b in zip(deltas, deltas[1:], strict=False))
+
+
+def warn_of_count(history: Sequence[Record], count: int, n_data: int) -> None:
+    """Say, once for each, that a round has another number of examples than was promised.
+
+    Args:
+        history: records of the rounds before.
+        count: number of examples of this one.
+        n_data: what was promised.
+    """
+    if count != n_data and all(record.n_data != count for record in history):
+        log.warning(
+            "the loader holds %d examples where n_data=%d was promised: the loss weighs the "
+            "prior by n_data, and `best` compares only evidences over as many examples",
+            count,
+            n_data,
+        )

@@ -8,7 +8,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -16,88 +16,47 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.estimate.blocks import Structure
-from kfac_laplace.curvature.estimate.fisher import Hybrid
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
-from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
-from kfac_laplace.curvature.plain_groups import groups_to_plain, knowledge_of_groups
-from kfac_laplace.curvature.state import settings_of
-from kfac_laplace.errors import InvalidValue, NotFitted
+from kfac_laplace.curvature.options import CurvatureKeywords, spelled
+from kfac_laplace.errors import NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, settled_axis
 from kfac_laplace.marglik.burn_in import BEGINNING, AtMost, BurnIn
-from kfac_laplace.marglik.found import Found
-from kfac_laplace.marglik.grouping import Grouping, difference
-from kfac_laplace.marglik.live import LiveParameters, first_entries
+from kfac_laplace.marglik.found import Found, by_a_pass, by_averages, fitted
+from kfac_laplace.marglik.grouping import Grouping
+from kfac_laplace.marglik.live import LiveParameters
 from kfac_laplace.marglik.loss import (
-    constant_unexplained,
     looked_at,
     mean_log_likelihood,
     output_and_target,
     statistic_of_batch,
     unexplained,
 )
-from kfac_laplace.marglik.record import Record, best_of, rounds_that_moved
-from kfac_laplace.marglik.roles import Roles, Tune
-from kfac_laplace.marglik.sample import Examples, KeepsFirst
-from kfac_laplace.marglik.shared import (
-    AveragesCurvature,
-    EpochFit,
-    check_shares,
-    last_pass,
-    settings_claim,
-    shared_ggn,
-)
-from kfac_laplace.marglik.shared_state import (
-    epoch_fit_from_plain,
-    last_pass_from_plain,
-    last_pass_to_plain,
-)
-from kfac_laplace.marglik.state import KEYS, LATER, check_goal, name_of, resumed, training_to_plain
-from kfac_laplace.marglik.training_mode import modes_of
+from kfac_laplace.marglik.progress import Progress
+from kfac_laplace.marglik.record import Record, best_of, rounds_that_moved, warn_of_count
+from kfac_laplace.marglik.roles import Tune
+from kfac_laplace.marglik.sample import KeepsFirst
+from kfac_laplace.marglik.shared import AveragesCurvature, check_shares
+from kfac_laplace.marglik.snapshot import Snapshot
+from kfac_laplace.marglik.standing import Setup, Standing
+from kfac_laplace.marglik.steps import Steps
 from kfac_laplace.options import check_choice, check_positive, check_whole
-from kfac_laplace.posterior.bounds import Bounds
-from kfac_laplace.posterior.carry import carried
 from kfac_laplace.posterior.claims import round_claims, tell, waiting_claims
-from kfac_laplace.posterior.expansion import Expansion, mode_of
-from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
-from kfac_laplace.posterior.mackay import check_objective, mackay_steps
-from kfac_laplace.posterior.objectives import (
-    AnyObjective,
-    Data,
-    Objective,
-    on_data,
-    resolve_objective,
-)
-from kfac_laplace.posterior.optimum import Search
-from kfac_laplace.posterior.prior import (
-    Given,
-    checked_mean,
-    starting_precision,
-)
-from kfac_laplace.posterior.sharing import PriorStructure, sharing_to_plain
-from kfac_laplace.posterior.state import check_options, check_same_sharing
-from kfac_laplace.posterior.steps import adam
-from kfac_laplace.states.plain import check_seal, sealed
-from kfac_laplace.states.stored import FORMAT, Stored, opened, refusing_damage
+from kfac_laplace.posterior.mackay import check_objective
+from kfac_laplace.posterior.objectives import AnyObjective, on_data, resolve_objective
+from kfac_laplace.posterior.prior import Given, checked_mean, starting_precision
+from kfac_laplace.posterior.sharing import PriorStructure
 
 log = logging.getLogger("kfac_laplace")
 
 METHODS = ("marglik", "mackay")
 UNITS = ("nats", "residuals")
-#: Outputs of an example up to which rounds take the exact curvature.
-FEW_OUTPUTS = 5
 #: How many rounds' steps the round takes in which hyperparameters leave their start.
 AWAY = 5
-STILL_WAITS = (
-    "a posterior by the precisions of the start: in %d epochs the training loss has not settled. "
-    "optimize_prior() chooses precisions for the weights as they are; n_epochs_burnin=k has the "
-    "tuner move them from epoch k on"
-)
 
 
 class MarglikTuner:
@@ -145,6 +104,11 @@ class MarglikTuner:
         InvalidValue: an option out of range.
     """
 
+    _at: Standing
+    _penalty: Callable[[Mapping[str, Tensor]], Tensor] | None  # of the loss
+    _damping: dict[str, float] | None
+    _temperature: float
+
     @spelled
     def __init__(
         self,
@@ -171,14 +135,10 @@ class MarglikTuner:
         curvature: AveragesCurvature | None = None,
         **options: Unpack[CurvatureKeywords],
     ):
-        at_least = {
-            "n_data": (n_data, 1),
-            "n_epochs_burnin": (n_epochs_burnin, 0),
-            "marglik_frequency": (marglik_frequency, 1),
-            "n_hypersteps": (n_hypersteps, 1),
-        }
-        for name, (value, least) in at_least.items():
-            check_whole(name, value, least)
+        check_whole("n_data", n_data, 1)
+        check_whole("n_epochs_burnin", n_epochs_burnin, 0)
+        check_whole("marglik_frequency", marglik_frequency, 1)
+        check_whole("n_hypersteps", n_hypersteps, 1)
         check_positive("lr_hyp", lr_hyp)
         check_choice("method", method, METHODS)
         check_choice("loss_units", loss_units, UNITS)
@@ -207,34 +167,26 @@ class MarglikTuner:
         )
         self.options = blank.options
         self._signs = "fisher" not in options
-        self._outputs: int | None = None  # of an example
         self.likelihood = blank.likelihood
-        gaussian = self.likelihood.has_gaussian_noise
-        self._in_residuals = loss_units == "residuals" and gaussian
-        structure = self._fixed["prior_structure"]
-        self._groups = Grouping.of(model, self.options, structure, mean, tune)
+        self._in_residuals = loss_units == "residuals" and self.likelihood.has_gaussian_noise
+        groups = Grouping.of(model, self.options, self._fixed["prior_structure"], mean, tune)
         self._network = blank.curvature.network
-        self._penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
         self._live = LiveParameters(self._network.model, ())
         if isinstance(prior_precision, AtMost):
             prior_precision = prior_precision.start(n_data)
-        delta, self._patterns = starting_precision(prior_precision, self._network.device)
-        self._take(Hyperparameters(delta, blank.sigma_noise, blank.temperature))
-        self._start = self._patterns or self._hyper.prior_precision, self._hyper.sigma_noise
-        self._said: set[tuple[str, str]] = set()
+        delta, patterns = starting_precision(prior_precision, self._network.device)
+        hyper = Hyperparameters(delta, blank.sigma_noise, blank.temperature).detached()
+        start = patterns or hyper.prior_precision, hyper.sigma_noise
+        self._stand(Standing(hyper, groups, patterns, start))
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         self._free = Hyperparameters.tuned(self.likelihood, fixed)
-        self._adam: dict[str, Any] | None = None
-        self._epoch, self._burn_in = 0, BurnIn(over=n_epochs_burnin > 0)
-        self._left_start = False
         self.curvature = curvature
         if curvature is not None:
-            check_shares(curvature, self._network, self.options, {*self._groups.shapes})
-        self._last_pass: GGN | None = None  # what rounds without one take from it
-        self._epoch_fit = EpochFit()
+            check_shares(curvature, self._network, self.options, {*groups.shapes})
+        self._progress = Progress(BurnIn(over=n_epochs_burnin > 0))
         self._constant: float | None = None  # loss of the best constant prediction
-        self._then: Tensor | None = None  # entries of the weights at the epoch's first loss
-        self._modes: dict[nn.Module, bool] = {}
+        self._last_pass: GGN | None = None  # what rounds without one take from it
+        self._said: set[tuple[str, str]] = set()
         self.history: list[Record] = []
 
     # --- the loss ----------------------------------------------------------------------------
@@ -257,30 +209,28 @@ class MarglikTuner:
         """
         output, target = output_and_target(output, target)
         if self._live.moved:
-            self._follow()
-        hyper, known = self._hyper, self._groups.known
+            self._stand(self._at.today(self._setup))
+            self._live = LiveParameters(self._network.model, ())
+        hyper, groups = self._at.hyper, self._at.groups
+        known, model = groups.known, self._network.model
         axis = settled_axis(self.likelihood, output, target, self.options.class_axis, known.axis)
         fit = mean_log_likelihood(self.likelihood, output, target, hyper.sigma_noise, axis)
         known = looked_at(known, self.likelihood, output, axis)
         if self._penalty is None:
-            several = self._patterns is not None or hyper.prior_precision.numel() > 1
-            prior = self._groups.prior or self._groups.first_prior(several)
-            self._live = LiveParameters(self._network.model, prior.layouts.params)
+            several = self._at.patterns is not None or hyper.prior_precision.numel() > 1
+            prior = groups.prior or groups.first_prior(several)
+            self._live = LiveParameters(model, prior.layouts.params)
             self._penalty = prior.penalty(hyper.prior_precision / (2 * self.n_data))
-            self._modes = {}
+            self._progress = replace(self._progress, modes={})
         if fit.requires_grad:  # not a look at held-out data
-            self._modes = self._modes or modes_of(self._network.model)
-            self._outputs = output.numel() // len(output)
-            if self._burn_in.sums is None and not self._burn_in.over:
-                self._then = first_entries(self._network.model)
-            measure = unexplained(self.likelihood, fit, self._outputs, hyper.sigma_noise)
-            self._burn_in = self._burn_in.with_batch(measure, len(output))
+            outputs, own = output.numel() // len(output), None
+            measure = unexplained(self.likelihood, fit, outputs, hyper.sigma_noise)
             if self.curvature is not None:
                 own = statistic_of_batch(self.likelihood, measure, output, target, axis)
-                self._epoch_fit = self._epoch_fit.with_batch(own, len(output))
+            self._progress = self._progress.with_batch(model, output, measure, own)
         settled = known.with_axis(axis, output.ndim)
-        if settled is not self._groups.known:
-            self._groups = replace(self._groups, known=settled)
+        if settled is not groups.known:
+            self._at = replace(self._at, groups=replace(groups, known=settled))
         penalty = self._penalty(self._live.found).to(fit.dtype)
         loss = -1 / self._temperature * fit + penalty
         return loss * hyper.sigma_noise.to(fit) ** 2 if self._in_residuals else loss
@@ -291,7 +241,7 @@ class MarglikTuner:
         Args:
             batch: a pair (x, y), a mapping with targets, graphs, or what `batch_fn` takes.
         """
-        x, y = split_batch(batch, self._key_y, self.options.batch_fn)
+        x, y = split_batch(batch, self._setup.key_y, self.options.batch_fn)
         # Through wrappers, as the caller trains it: data parallelism averages gradients in them.
         run = Forward(self.model, self.options.forward_fn)
         return run(self._network.batch(x, len(y)).x), y
@@ -304,52 +254,31 @@ class MarglikTuner:
         uncovered="freeze"; and where a tuner that was resumed from a state finds other parameters
         trained than before.
         """
-        seen, now = KeepsFirst(loader), self._groups.today()
-        curvature = now.curvature().read(islice(seen, 1), key_y=self._key_y)
-        now = replace(now, examples=self._few(seen))
-        self._regroup(now.grouped(curvature.ggn.knowledge))
+        seen, now, key_y = KeepsFirst(loader), self._at.groups.today(), self._setup.key_y
+        curvature = now.curvature().read(islice(seen, 1), key_y=key_y)
+        examples = seen.few(self._network, key_y, self.options.batch_fn)
+        now = replace(now, examples=examples).grouped(curvature.ggn.knowledge)
+        self._stand(self._at.over(now, self._setup))
 
-    def _follow(self) -> None:
-        """Take account of parameters that were changed since the last look."""
-        now = self._groups.today()
-        if now.prior is None and self._groups.prior is not None:
-            now = now.regrouped(self._groups)
-        self._regroup(now)
-        self._live = LiveParameters(self._network.model, ())
-
-    def _regroup(self, groups: Grouping) -> None:
-        """Take over groups, with the hyperparameters carried to them."""
-        hyper, self._adam = self._carried(groups)
-        if groups.prior is not None:
-            self._patterns = None
-        self._groups = groups
-        self._take(hyper)
-
-    def _carried(self, groups: Grouping) -> tuple[Hyperparameters, dict[str, Any] | None]:
-        """Today's hyperparameters and Adam's moments as those of other groups."""
-        prior, before = groups.prior, self._groups.prior
-        hyper = self._hyper.to(self._network.device)
-        if prior is not None and before is None:
-            given = prior.resolve(self._patterns or hyper.prior_precision)
-            hyper = replace(hyper, prior_precision=given) if self._patterns else hyper
-        if prior is None or before is None or before.layouts.in_same_order(prior.layouts):
-            return hyper, self._adam
-        if self._groups.shapes == groups.shapes:
-            log.info("the model uses its parameters otherwise: prior precisions go on by name")
-        else:
-            log.info(
-                "other parameters are trained than before (%s): prior precisions go on by name",
-                difference(self._groups.shapes, groups.shapes),
-            )
-        hyper, carry = carried(hyper, before, prior, self._start[0])
-        return hyper, carry.moments(self._adam, self._free.index("prior_precision"))
-
-    def _few(self, seen: KeepsFirst) -> Examples:
-        return seen.few(self._network, self._key_y, self.options.batch_fn)
+    def _stand(self, standing: Standing) -> None:
+        """Go on from there, with what the loss needs of it."""
+        self._at = replace(standing, hyper=standing.hyper.detached())
+        self._temperature = float(self._at.hyper.temperature)
+        self._penalty = None
+        self._damping = None
 
     @property
-    def _key_y(self) -> str:
-        return str(self._fixed["dict_key_y"])
+    def _setup(self) -> Setup:
+        """What stays from call to call."""
+        return Setup(
+            self._network,
+            self.options,
+            self._fixed,
+            self._free,
+            self.objective,
+            self.curvature,
+            self._signs,
+        )
 
     # --- the rounds --------------------------------------------------------------------------
 
@@ -370,41 +299,38 @@ class MarglikTuner:
                 are bad. Nothing is changed then, the epoch count included.
             NotFitted: there is no loader, and the optimiser has captured nothing yet.
         """
-        epoch = self._epoch + 1 if epoch is None else epoch
+        epoch = self._progress.epoch + 1 if epoch is None else epoch
         check_whole("epoch", epoch, 0)
-        moved = self._then is None or not torch.equal(
-            self._then, first_entries(self._network.model)
-        )
-        # Losses between which no weight moved are no training.
-        burn_in = self._burn_in.ended() if moved else replace(self._burn_in, sums=None)
+        progress = self._progress.ended(self._network.model, epoch)
         if epoch < self.n_epochs_burnin or epoch % self.marglik_frequency:
-            self._epoch, self._burn_in, self._epoch_fit = epoch, burn_in, EpochFit()
+            self._progress = progress
             return None
-        start, shared = time.perf_counter(), loader is None
-        found = self._shared() if loader is None else self._passed(loader, epoch, burn_in)
+        began = time.perf_counter()
+        found = self._found(loader, progress)
+        burn_in = progress.burn_in
         if burn_in.waits:
             burn_in = burn_in.judged(found.constant)
-        self._synchronise()
-        curvature_seconds = time.perf_counter() - start
+        if self._network.device.type == "cuda":  # the clock tells the pass from the steps
+            torch.cuda.synchronize(self._network.device)
+        curvature_seconds = time.perf_counter() - began
         goal = on_data(self.objective, found.posterior, found.data)
-        roles = found.groups.roles
-        away = self.n_epochs_burnin == 0 and burn_in.over and not self._left_start
-        steps = self.n_hypersteps * (AWAY if away else 1)
-        how = None if burn_in.waits else roles, steps
-        hyper, moments, bounds = self._improved(found.posterior, found.moments, goal, how)
+        roles = found.standing.groups.roles
+        away = self.n_epochs_burnin == 0 and burn_in.over and not progress.left_start
+        count, moving = self.n_hypersteps * (AWAY if away else 1), None if burn_in.waits else roles
+        steps = Steps(self.method, self.lr_hyp, count, self._free, moving)
+        hyper, moments, bounds = steps.improved(found.standing, found.posterior, goal)
         with torch.no_grad():
             record = Record.of(
                 found.posterior.apart_from_unused.at(hyper),
                 goal,
                 epoch=epoch,
-                seconds=(time.perf_counter() - start, curvature_seconds),
-                shared=shared,
+                seconds=(time.perf_counter() - began, curvature_seconds),
+                shared=loader is None,
             )
-        self._groups, self._patterns, self._constant = found.groups, None, found.constant
-        self._last_pass, self._epoch_fit = found.last_pass, EpochFit()
-        self._take(hyper)
-        self._adam, self._epoch, self._burn_in = moments, epoch, burn_in
-        self._left_start |= away
+        self._stand(replace(found.standing, hyper=hyper, moments=moments, patterns=None))
+        self._constant, self._last_pass = found.constant, found.last_pass
+        left = progress.left_start or away
+        self._progress = replace(progress, burn_in=burn_in, left_start=left)
         self.history.append(record)
         tell([*roles.claims(), *found.claims], self._said)
         if burn_in.waits and ("waits", "") not in self._said:
@@ -415,134 +341,14 @@ class MarglikTuner:
         tell(told(found.posterior.at(hyper), bounds, *rounds), self._said)
         return record
 
-    def _passed(self, loader: Iterable[Any], epoch: int, burn_in: BurnIn) -> Found:
-        """What a round goes on from, by a pass over the data."""
-        seen = KeepsFirst(loader)
-        # Another seed each round, so that Monte-Carlo labels are not the same ones again.
-        options = self.options.seeded(self.options.seed + epoch)
-        if self._signs and (self._outputs or 0) > FEW_OUTPUTS:
-            options = replace(options, fisher=Hybrid(passes=1))
-        # What gradients are like before the network has learned says little of them later.
-        begins = burn_in.waits and (self._constant is None or burn_in.judged(self._constant).over)
-        la, groups, moments = self._fitted(seen, options, decide=begins)
-        groups = replace(groups, examples=self._few(seen), settings=la.curvature.settings)
-        groups, constant = groups.looked_at(self._modes), constant_unexplained(la.curvature.ggn)
-        self._check_count(la.curvature.n_rows)
-        last = None
-        if self.curvature is not None:
-            last = last_pass(la.curvature.ggn, self.curvature, self.options)
-        data = Data((loader,), self._key_y, options.seed)
-        return Found(la.posterior, groups, moments, constant, data, last)
-
-    def _shared(self) -> Found:
-        """What a round goes on from, by the curvature that the optimiser averages."""
-        if self.curvature is None:
-            raise InvalidValue(
-                "a round is due in this epoch",
-                where="loader",
-                got=None,
-                remedy="Pass the training loader",
-            )
-        groups, last = self._groups.today(), self._last_pass
-        if groups is not self._groups or self._constant is None:  # other parameters or device
-            last = None
-        ggn = shared_ggn(self.curvature, last, groups.known, self._epoch_fit)
-        assert groups.prior is not None and last is not None and self._constant is not None
-        found = Curvature.of(self.model, self.options)
-        found.ggn = ggn
-        expansion = Expansion(found.network, ggn, mode_of(found), groups.prior)
-        hyper = replace(self._hyper, prior_precision=groups.prior.full(self._hyper.prior_precision))
-        data = Data((), self._key_y, self.options.seed)
-        posterior, said = Posterior(expansion, hyper), settings_claim(ggn, last)
-        return Found(posterior, groups, self._adam, self._constant, data, last, tuple(said))
-
-    def _check_count(self, count: int) -> None:
-        """Say, once for each, that a round has another number of examples than was promised."""
-        if count != self.n_data and all(record.n_data != count for record in self.history):
-            log.warning(
-                "the loader holds %d examples where n_data=%d was promised: the loss weighs the "
-                "prior by n_data, and `best` compares only evidences over as many examples",
-                count,
-                self.n_data,
-            )
-
-    def _take(self, hyper: Hyperparameters) -> None:
-        """Make them today's, with what the loss needs of them."""
-        self._hyper = hyper.detached()
-        self._temperature = float(hyper.temperature)
-        self._penalty = None
-        self._damping: dict[str, float] | None = None
-
-    def _fitted(
-        self, loader: Iterable[Any], options: CurvatureOptions, decide: bool = False
-    ) -> tuple[Laplace, Grouping, dict[str, Any] | None]:
-        """A posterior fitted at today's hyperparameters, its groups, and Adam's moments.
-
-        Args:
-            loader: training data.
-            options: of the curvature.
-            decide: expand or reduce anew, whatever earlier rounds took.
-        """
-        now, start = self._groups.today(), self._start[0]
-        now = replace(now, settings={}) if decide else now
-        grouped = self._groups.prior is not None
-        one = start if isinstance(start, Tensor) and start.numel() == 1 else 1.0
-        la = Laplace(
-            self.model,
-            self.likelihood,
-            # Those of groups wait until it shows how these data group the parameters.
-            prior_precision=one if grouped else self._patterns or self._hyper.prior_precision,
-            sigma_noise=self._hyper.sigma_noise,
-            temperature=self._temperature,
-            **self._fixed,
-            **options.keywords(),
-        )
-        la.curvature = now.curvature(options)
-        la.fit(loader)
-        groups = replace(now, known=la.curvature.ggn.knowledge, prior=la.posterior.prior)
-        if not grouped:
-            return la, groups, self._adam
-        hyper, moments = self._carried(groups)
-        la.prior_precision = hyper.prior_precision
-        return la, groups, moments
-
-    def _synchronise(self) -> None:
-        """Wait for the device, so that the clock tells the pass from the steps."""
-        if self._network.device.type == "cuda":
-            torch.cuda.synchronize(self._network.device)
-
-    def _improved(
-        self,
-        posterior: Posterior,
-        moments: dict[str, Any] | None,
-        goal: Objective,
-        how: tuple[Roles | None, int],
-    ) -> tuple[Hyperparameters, dict[str, Any] | None, Bounds]:
-        """The hyperparameters after this round's steps, Adam's state, and how far they could go."""
-        posterior, (roles, steps) = posterior.apart_from_unused, how
-        start, waits = self._start_of(posterior), roles is None
-        held = torch.ones_like(posterior.unused_precisions)
-        if roles is not None:
-            held = roles.precisions(posterior.prior)
-        bounds = Bounds.of(posterior, goal, self._free, start, held).within_spread(posterior)
-        search = Search(goal, self._free, steps, bounds=bounds)
-        if waits and "sigma_noise" not in self._free:
-            return posterior.hyperparameters.detached(), moments, bounds
-        if self.method == "mackay":
-            return mackay_steps(posterior, search), None, bounds
-        hyper, after = adam(posterior, search, lr=self.lr_hyp, state=None if waits else moments)
-        return hyper, moments if waits else after, bounds
-
-    def _start_of(self, posterior: Posterior) -> Hyperparameters:
-        """The hyperparameters that the tuner started from, as those of a posterior."""
-        delta, sigma = self._start
-        hyper = posterior.hyperparameters
-        try:
-            delta = posterior.prior.resolve(delta)
-        except InvalidValue:  # of other parameters than are trained now
-            delta = hyper.prior_precision
-        full = posterior.prior.full(delta)
-        return replace(hyper, prior_precision=full, sigma_noise=sigma.to(full.device))
+    def _found(self, loader: Iterable[Any] | None, progress: Progress) -> Found:
+        """What a round goes on from."""
+        setup, at, constant = self._setup, self._at, self._constant
+        if loader is None:
+            return by_averages(setup, at, self._progress.fit, self._last_pass, constant)
+        found = by_a_pass(setup, at, progress, loader, constant)
+        warn_of_count(self.history, int(found.posterior.ggn.n_rows), self.n_data)
+        return found
 
     # --- results -----------------------------------------------------------------------------
 
@@ -552,13 +358,13 @@ class MarglikTuner:
         Raises:
             NotFitted: δ was given by patterns, and no batch was seen yet.
         """
-        if self._patterns is not None:
+        if self._at.patterns is not None:
             raise NotFitted(
                 "which precisions the patterns set shows only when the model is used",
                 where="prior_precision",
                 remedy="Call tuner.prepare(loader) first",
             )
-        return self._hyper.named(self.likelihood)
+        return self._at.hyper.named(self.likelihood)
 
     @property
     def coverage(self) -> dict[str, str]:
@@ -566,12 +372,12 @@ class MarglikTuner:
 
         Empty before the first round (or `prepare`).
         """
-        return self._groups.coverage
+        return self._at.groups.coverage
 
     @property
     def groups(self) -> tuple[str, ...]:
         """Names of the groups in the order of the layerwise precisions; empty before the first."""
-        prior = self._groups.prior
+        prior = self._at.groups.prior
         return tuple(prior.layouts.groups) if prior is not None else ()
 
     @property
@@ -585,55 +391,31 @@ class MarglikTuner:
 
     def laplace(self, loader: Iterable[Any]) -> Laplace:
         """Fit a posterior at the model's present weights with today's hyperparameters."""
-        if self._burn_in.waits:
-            log.info(STILL_WAITS, self._epoch)
-        return self._fitted(loader, self.options)[0]
+        if self._progress.burn_in.waits:
+            log.info(
+                "a posterior by the precisions of the start: in %d epochs the training loss has "
+                "not settled. optimize_prior() chooses precisions for the weights as they are; "
+                "n_epochs_burnin=k has the tuner move them from epoch k on",
+                self._progress.epoch,
+            )
+        return fitted(self._setup, self._at, loader, self.options)[0]
 
     def __repr__(self) -> str:
         """Likelihood, examples, rounds, and whether precisions move yet, on one line."""
         name = type(self.likelihood).__name__
-        parts = [name, f"{self.n_data} examples", f"epoch {self._epoch}"]
+        parts = [name, f"{self.n_data} examples", f"epoch {self._progress.epoch}"]
         if self.history:
             parts.append(f"evidence {self.history[-1].evidence:.6g} in {len(self.history)} rounds")
-        held = self._groups.roles.held if self.groups else {}
+        held = self._at.groups.roles.held if self.groups else {}
         if self.groups:
             parts.append(f"{len(self.groups) - len(held)} of {len(self.groups)} precisions tuned")
-        waits = self._burn_in.waits or self._epoch + 1 < self.n_epochs_burnin
+        waits = self._progress.burn_in.waits or self._progress.epoch + 1 < self.n_epochs_burnin
         return f"MarglikTuner({', '.join([*parts, 'waiting'] if waits else parts)})"
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data, from which training goes on as if it had not stopped."""
-        known, prior = self._groups.known, self._groups.prior
-        content = {
-            "format": FORMAT,
-            "options": self._plain_options(),
-            "sharing": None if prior is None else prior.digest,
-            "hyperparameters": asdict(self._hyper),
-            "tuned": list(self._free),
-            "tune": self._groups.tune,
-            "objective": name_of(self.objective),
-            "adam": copy.deepcopy(self._adam),
-            "epoch": self._epoch,
-            "history": [asdict(record) for record in self.history],
-            "groups": None if prior is None else groups_to_plain(known.groups),
-            "patterns": self._patterns,
-            "class_axis": known.axis,
-            "start": list(self._start),
-            "burn_in": asdict(self._burn_in),
-            "outputs": self._outputs,
-            "left_start": self._left_start,
-            "then": self._then,
-            "modes": list(self._modes.values()),
-            "began": dict(self._groups.began),
-            "training": training_to_plain(self._groups.training),
-            "settings": dict(self._groups.settings),
-            "constant": self._constant,
-            "shared": None,
-        }
-        if self.curvature is not None:
-            last = last_pass_to_plain(self._last_pass)
-            content["shared"] = {"last_pass": last, "epoch": asdict(self._epoch_fit)}
-        return sealed(content)
+        now = Snapshot(self._at, self._progress, self.history, self._constant, self._last_pass)
+        return now.to_plain(self._setup)
 
     def damping(self) -> dict[str, float]:
         """λ = δ σ² T / N of each parameter, by name: what its prior adds to the curvature.
@@ -643,25 +425,8 @@ class MarglikTuner:
         several. Empty while δ is given by patterns and no batch was seen.
         """
         if self._damping is None:
-            hyper = self._hyper
-            unit = self.likelihood.precision(hyper.sigma_noise) / hyper.temperature * self.n_data
-            prior, strengths = self._groups.prior, hyper.prior_precision / unit
-            if self._patterns is not None:
-                self._damping = {}
-            elif prior is None:
-                same = hyper.prior_precision.numel() == 1
-                self._damping = dict.fromkeys(self._groups.shapes, float(strengths)) if same else {}
-            else:
-                means = {n: one.mean() for n, one in prior.by_group(strengths).items()}
-                numbers = torch.stack([*means.values()]).tolist()
-                layouts = prior.layouts.groups.values()
-                pairs = zip(layouts, numbers, strict=True)
-                self._damping = {name: x for layout, x in pairs for name in layout.params}
+            self._damping = self._at.damping(self.likelihood, self.n_data)
         return dict(self._damping)
-
-    def _plain_options(self) -> dict[str, Any]:
-        structure = sharing_to_plain(self._fixed["prior_structure"])
-        return {**self.options.to_plain(), **self._fixed, "prior_structure": structure}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state made with the same options on the same architecture.
@@ -675,49 +440,9 @@ class MarglikTuner:
             InvalidValue: not a tuner's state, one of another version, model or option, a damaged or
                 changed one; nothing is changed then.
         """
-        device, now = self._network.device, self._groups.today()
-        rows = now.known
-        now = replace(now, prior=None, settings={})
-        with refusing_damage():
-            found = opened(state, KEYS, "a tuner", LATER)
-            remedy = "Make the tuner with the stored options"
-            check_options(found["options"], self._plain_options(), remedy)
-            check_goal(found, self._free, self._groups.tune, self.objective)
-            read = resumed(found, self.likelihood, device)
-            if read.groups is not None:
-                now = now.grouped(knowledge_of_groups(read.groups, self._network, self.options))
-                assert now.prior is not None
-                now.prior.full(read.hyper.prior_precision)
-                check_same_sharing(now.prior, found["sharing"].text())
-                if found["settings"].value:  # decided
-                    now = replace(now, settings=settings_of(found["settings"], read.groups))
-            last, fit = self._shared_of(found["shared"], now if now.prior else None)
-            check_seal(state, "state")
-        known = now.known
-        if read.class_axis is not None:
-            known = replace(known, class_axis=read.class_axis, axis_known=True)
-        self._groups = replace(
-            now,
-            known=known.with_rows_of(rows),
-            began=read.began,
-            training=read.training,
-        )
-        self._take(read.hyper)
-        self._epoch, self.history, self._patterns = read.epoch, read.history, read.patterns
-        self._adam, self._start = read.adam, read.start
-        self._outputs, self._left_start, self._then = read.outputs, read.left_start, read.then
-        self._constant = read.constant
-        self._last_pass, self._epoch_fit = last, fit
-        modules = [*self._network.model.modules()]
-        self._modes = dict(zip(modules, read.modes, strict=len(read.modes) > 0))
-        self._burn_in = read.burn_in if self.n_epochs_burnin == 0 else BurnIn(over=True)
-
-    def _shared_of(self, stored: Stored, now: Grouping | None) -> tuple[GGN | None, EpochFit]:
-        """What a state has for rounds without a pass; nothing where there will be none."""
-        if stored.value is None:
-            return None, EpochFit()
-        found, device = stored.fields(("last_pass", "epoch")), self._network.device
-        fit = epoch_fit_from_plain(found["epoch"], device)
-        known, settings = (None, {}) if now is None else (now.known, now.settings)
-        last = last_pass_from_plain(found["last_pass"], known, self.options, settings, device)
-        return (last, fit) if self.curvature is not None else (None, EpochFit())
+        read = Snapshot.from_plain(state, self._setup, self._at.groups.today())
+        self._stand(read.standing)
+        self._progress, self.history = read.progress, read.history
+        self._constant, self._last_pass = read.constant, read.last_pass
+        if self.n_epochs_burnin:
+            self._progress = replace(read.progress, burn_in=BurnIn(over=True))

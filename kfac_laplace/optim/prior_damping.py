@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.optim.rules import Damped, ExactDamping, FactoredDamping, Rule
+from kfac_laplace.optim.rules import Damped, Rule
 
 
 class TellsDamping(Protocol):
@@ -42,9 +42,7 @@ class PriorDamping:
                 got=type(rule).__name__,
                 remedy="Make the optimiser with rule=Damped()",
             )
-        damping = rule.damping
-        assert isinstance(damping, FactoredDamping | ExactDamping)
-        return cls(source, damping.strength)
+        return cls(source, rule.known_damping.strength)
 
     def by_name(self, names: Iterable[str]) -> dict[str, float]:
         """λ of parameters as it is now."""

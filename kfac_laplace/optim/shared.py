@@ -30,15 +30,10 @@ def averaged_ggn(
         Blocks and counts; the statistic is NaN, as only a pass over the data tells it. Its options
         are those of the parameters that have blocks.
     """
-    blocks = {
-        group.name: averages.block(group.name, n_data)
-        for group in learned.captured
-        if group.name in averages
-    }
+    captured = [group for group in learned.captured if group.name in averages]
+    blocks = {group.name: averages.block(group.name, n_data) for group in captured}
     groups = tuple(
-        replace(group, diagonal=blocks[group.name].has_diagonal_input)
-        for group in learned.captured
-        if group.name in blocks
+        replace(group, diagonal=blocks[group.name].has_diagonal_input) for group in captured
     )
     known = replace(learned.knowledge, groups=groups)
     params = known.params

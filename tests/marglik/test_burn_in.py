@@ -86,7 +86,7 @@ def test_regressions_of_any_scale_settle_alike(spread):
         tuner.loss(model(x), y).backward()
         optimizer.step()
         tuner.step([(x, y)])
-    assert tuner._burn_in.over
+    assert tuner._progress.burn_in.over
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_a_loss_that_is_no_number_does_not_count():
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(110):
         epoch(tuner, optimizer, x, y)
-    assert tuner._burn_in.over
+    assert tuner._progress.burn_in.over
 
 
 def test_a_density_settles_below_zero():

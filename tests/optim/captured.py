@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.overrides import _get_current_function_mode
 
@@ -119,3 +120,17 @@ def assert_nothing_pending(found: Capture) -> None:
     """No tape is running, and nothing waits for a step."""
     assert _get_current_function_mode() is None
     assert found.take() == {}
+
+
+def backward(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    """One training pass: the loss of a batch, and its gradients."""
+    F.cross_entropy(model(data[0]), data[1]).backward()
+
+
+def assert_captured(
+    found: Capture, want: Mapping[str, tuple[Tensor, Tensor]], scale: float = 1.0
+) -> None:
+    """What waits for a step are these factors, of each of the N examples once."""
+    sums = found.take(scale)
+    assert {n for _, n in sums.values()} == {N}
+    assert_same_factors(factors(sums), want)

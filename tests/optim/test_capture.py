@@ -9,21 +9,15 @@ import torch
 import torch.nn.functional as F
 from optim.captured import (
     N,
+    assert_captured,
     assert_nothing_pending,
-    assert_same_factors,
-    batch,
+    backward,
     capture,
-    factors,
     small,
     wanted,
 )
 from torch import nn
 from torch.overrides import _get_current_function_mode
-
-
-@pytest.fixture
-def data():
-    return batch()
 
 
 @pytest.mark.parametrize("sizes", [(8,), (4, 4), (1, 2, 5), (1,) * 8])
@@ -35,23 +29,21 @@ def test_micro_batches_of_any_split_are_the_whole_batch(fisher, sizes, data):
     found = capture(model, "classification", fisher)
     for x, y in zip(data[0].split(sizes), data[1].split(sizes), strict=True):
         (F.cross_entropy(model(x), y, reduction="sum") / N).backward()
-    sums = found.take()
-    assert {n for _, n in sums.values()} == {N}
-    assert_same_factors(factors(sums), want)
+    assert_captured(found, want)
 
 
 def test_the_scale_of_the_loss_drops_out(data):
     model = small()
     found = capture(model, "classification", "empirical")
     (1024 * F.cross_entropy(model(data[0]), data[1])).backward()
-    assert_same_factors(factors(found.take(1024)), wanted(model, data, "empirical"))
+    assert_captured(found, wanted(model, data, "empirical"), 1024)
 
 
 def test_vectors_of_our_own_do_not_see_the_loss(data):
     model = small()
     found = capture(model, "classification", "exact")
     (1024 * F.cross_entropy(model(data[0]), data[1])).backward()
-    assert_same_factors(factors(found.take()), wanted(model, data))
+    assert_captured(found, wanted(model, data))
 
 
 def test_only_training_passes_count(data):
@@ -63,11 +55,11 @@ def test_only_training_passes_count(data):
     with torch.no_grad():
         model(x)
     with found.paused():
-        F.cross_entropy(model(x), y).backward()
+        backward(model, (x, y))
     F.cross_entropy(copy.deepcopy(model)(x), y).backward()
     model(x)
     assert_nothing_pending(found)
-    F.cross_entropy(model(x), y).backward()
+    backward(model, (x, y))
     assert found.take().keys() == {"0.weight", "2.weight"}
 
 
@@ -79,7 +71,7 @@ def test_a_pass_inside_counts_with_the_loss_of_the_outer_one(data):
     with torch.no_grad():
         model(2 * x)
     F.cross_entropy(output, y).backward()
-    assert_same_factors(factors(found.take()), wanted(model, data, "empirical"))
+    assert_captured(found, wanted(model, data, "empirical"))
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
@@ -89,9 +81,7 @@ def test_a_graph_that_is_used_twice_counts_once(fisher, data):
     loss = F.cross_entropy(model(x), y)
     loss.backward(retain_graph=True)
     loss.backward()
-    sums = found.take()
-    assert {n for _, n in sums.values()} == {N}
-    assert_same_factors(factors(sums), wanted(model, data, fisher))
+    assert_captured(found, wanted(model, data, fisher))
 
 
 def test_derivatives_by_inputs_are_no_training(data):
@@ -103,9 +93,7 @@ def test_derivatives_by_inputs_are_no_training(data):
     (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
     assert found.take() == {}
     (F.cross_entropy(output, y) + slope.square().sum()).backward()
-    sums = found.take()
-    assert {n for _, n in sums.values()} == {N}
-    assert_same_factors(factors(sums), wanted(model, data))
+    assert_captured(found, wanted(model, data))
 
 
 def test_listening_does_not_hear_derivatives_by_inputs(data):
@@ -115,14 +103,14 @@ def test_listening_does_not_hear_derivatives_by_inputs(data):
     output = model(x)
     torch.autograd.grad(output.sum(), x, retain_graph=True)
     F.cross_entropy(output, y).backward()
-    assert_same_factors(factors(found.take()), wanted(model, data, "empirical"))
+    assert_captured(found, wanted(model, data, "empirical"))
 
 
 def test_gradients_that_the_caller_stores_count(data):
     model, (x, y) = small(), data
     found = capture(model, "classification", "empirical")
     torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
-    assert_same_factors(factors(found.take()), wanted(model, data, "empirical"))
+    assert_captured(found, wanted(model, data, "empirical"))
 
 
 class Fails(nn.Module):
@@ -157,9 +145,9 @@ def test_an_exception_in_the_forward_pass_leaves_nothing(fisher, error, data):
     with pytest.raises(type(error)):
         model(x)
     model.forward_error = None
-    F.cross_entropy(model(x), y).backward()
+    backward(model, (x, y))
     assert _get_current_function_mode() is None
-    assert_same_factors(factors(found.take()), want)
+    assert_captured(found, want)
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
@@ -178,8 +166,8 @@ def test_an_exception_in_the_backward_pass_leaves_nothing(fisher, data):
             model(x)
     assert_nothing_pending(found)
     model.backward_error = None
-    F.cross_entropy(model(x), y).backward()
-    assert_same_factors(factors(found.take()), want)
+    backward(model, (x, y))
+    assert_captured(found, want)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -187,11 +175,11 @@ def test_an_exception_in_the_backward_pass_leaves_nothing(fisher, data):
 def test_a_batch_that_is_not_finite_is_not_taken_in(fisher, bad, data):
     model, (x, y) = small(), data
     found = capture(model, "classification", fisher)
-    F.cross_entropy(model(x), y).backward()
+    backward(model, (x, y))
     assert found.take()
     x = x.clone()
     x[0, 0] = bad
-    F.cross_entropy(model(x), y).backward()
+    backward(model, (x, y))
     assert_nothing_pending(found)
 
 
@@ -208,5 +196,5 @@ def test_two_models_are_told_apart(data):
     other = capture(second, "classification", "exact")
     (x, y) = data
     (F.cross_entropy(first(x), y) + F.cross_entropy(second(x), y)).backward()
-    assert_same_factors(factors(one.take()), wanted(first, data))
-    assert_same_factors(factors(other.take()), wanted(second, data))
+    assert_captured(one, wanted(first, data))
+    assert_captured(other, wanted(second, data))

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from optim.captured import (
+    assert_captured,
     assert_nothing_pending,
     assert_same_factors,
-    batch,
+    backward,
     calm,
     capture,
     factors,
@@ -19,11 +20,6 @@ from torch import nn
 
 from kfac_laplace.errors import InvalidType, InvalidValue, UnsupportedUse
 from kfac_laplace.optim import KFAC
-
-
-@pytest.fixture
-def data():
-    return batch()
 
 
 class Skipping(nn.Module):
@@ -43,34 +39,34 @@ class Skipping(nn.Module):
 
 
 def test_a_layer_that_is_left_out_is_not_captured_then(data):
-    model, (x, y) = Skipping(), data
+    model = Skipping()
     found = capture(model, "classification", "exact")
-    F.cross_entropy(model(x), y).backward()
+    backward(model, data)
     assert found.take().keys() == {"first.weight", "second.weight", "head.weight"}
     model.skip = True
-    F.cross_entropy(model(x), y).backward()
+    backward(model, data)
     sums = found.take()
     assert sums.keys() == {"first.weight", "head.weight"}
     assert_same_factors(factors(sums), wanted(model, data))
 
 
 def test_a_weight_that_is_used_in_another_way_is_not_captured_then(data):
-    model, (x, y) = Skipping(), data
+    model = Skipping()
     found = capture(model, "classification", "exact")
-    F.cross_entropy(model(x), y).backward()
+    backward(model, data)
     found.take()
     model.twice = True
-    F.cross_entropy(model(x), y).backward()
+    backward(model, data)
     assert found.take().keys() == {"first.weight", "second.weight"}
 
 
 def test_a_layer_that_is_frozen_later_is_not_captured_then(data):
-    model, (x, y) = small(), data
+    model = small()
     found = capture(model, "classification", "exact")
-    F.cross_entropy(model(x), y).backward()
+    backward(model, data)
     found.take()
     model[0].requires_grad_(False)
-    F.cross_entropy(model(x), y).backward()
+    backward(model, data)
     assert found.take().keys() == {"2.weight"}
 
 
@@ -155,5 +151,5 @@ def test_other_checkpoints_are_not(fisher, data):
     model = nn.Sequential(Checkpointed(False), nn.Tanh(), nn.Linear(3, 3).double())
     want = wanted(model, data, fisher)
     found = capture(calm(model), "classification", fisher)
-    F.cross_entropy(model(data[0]), data[1]).backward()
-    assert_same_factors(factors(found.take()), want)
+    backward(model, data)
+    assert_captured(found, want)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kfac_laplace.errors import InvalidType
 from kfac_laplace.optim.bases import Eigenbases
-from kfac_laplace.optim.rules.adamw import adam_
-from kfac_laplace.optim.rules.damping import ExactDamping, FactoredDamping
+from kfac_laplace.optim.rules.adam import adam_
+from kfac_laplace.optim.rules.damping import Damping, FactoredDamping
 from kfac_laplace.optim.rules.descent import count_, tensors
 from kfac_laplace.optim.rules.length import AdamNorm, KLClip
 from kfac_laplace.optim.rules.ranges import check_decay
@@ -29,14 +29,14 @@ class Damped:
         length: `AdamNorm()`, `KLClip(κ)`, or None for U as it is.
     """
 
-    damping: FactoredDamping | ExactDamping | float = field(default_factory=FactoredDamping)
+    damping: Damping | float = field(default_factory=FactoredDamping)
     momentum: float = 0.9
     length: AdamNorm | KLClip | None = field(default_factory=AdamNorm)
 
     def __post_init__(self) -> None:
         """Refuse what is out of range; a number becomes factored damping."""
         check_decay("momentum", self.momentum)
-        if not isinstance(self.damping, FactoredDamping | ExactDamping):
+        if not isinstance(self.damping, Damping):
             object.__setattr__(self, "damping", FactoredDamping(self.damping))
         if not isinstance(self.length, AdamNorm | KLClip | None):
             raise InvalidType(
@@ -45,6 +45,12 @@ class Damped:
                 got=repr(self.length),
                 remedy="Pass AdamNorm(), KLClip(κ) or None",
             )
+
+    @property
+    def known_damping(self) -> Damping:
+        """The damping, which is a number no longer."""
+        assert isinstance(self.damping, Damping)
+        return self.damping
 
     def init(self, gradient: Tensor) -> State:
         """Moment "m" (b, o, i) where there is momentum, "v" for `AdamNorm`, and "step" 0."""
@@ -102,8 +108,7 @@ class Damped:
         self, bases: Eigenbases, dampings: Sequence[float | Tensor] | None
     ) -> list[Tensor]:
         """Eigenvalues (b, o, i) of each group's damped inverse."""
-        damping = self.damping
-        assert isinstance(damping, FactoredDamping | ExactDamping)
+        damping = self.known_damping
         strengths = [damping.strength] * len(bases) if dampings is None else dampings
         pairs = zip(bases.bases, strengths, strict=True)
         return [damping.inverse(one, strength) for one, strength in pairs]

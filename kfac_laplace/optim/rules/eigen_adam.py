@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.optim.bases import Bases, Eigenbases, Side
-from kfac_laplace.optim.rules.adamw import adam_
+from kfac_laplace.optim.rules.adam import Adam, adam_
 from kfac_laplace.optim.rules.descent import tensors
-from kfac_laplace.optim.rules.ranges import check_decay, check_least_zero
 from kfac_laplace.optim.rules.rule import Direction, State, Update
 
 
 @dataclass(frozen=True)
-class EigenAdam:
+class EigenAdam(Adam):
     """U = Q_B [(Q_Bᵀ m̂ Q_A) / (√v̂ + ε)] Q_Aᵀ.
 
     m averages gradients, v the squares of Q_Bᵀ G Q_A. When the basis turns, m turns with it: it is
@@ -30,19 +29,6 @@ class EigenAdam:
         betas: decay of the averages of gradients and of their squares.
         eps: ε.
     """
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        """Refuse what is out of range."""
-        for beta in self.betas:
-            check_decay("betas", beta)
-        check_least_zero("eps", self.eps)
-
-    def init(self, gradient: Tensor) -> State:
-        """Moments "m" and "v" (b, o, i), zeros, and "step" 0."""
-        return {"step": 0, "m": torch.zeros_like(gradient), "v": torch.zeros_like(gradient)}
 
     @torch.no_grad()
     def directions(
@@ -66,12 +52,6 @@ class EigenAdam:
             Direction(Update(matrices, None, one.divisor) if turns else one)
             for one, matrices, turns in zip(updates, outside, turned, strict=True)
         ]
-
-    def lengths(
-        self, directions: Sequence[Direction], lrs: Sequence[float | Tensor]
-    ) -> list[Update]:
-        """The updates as they are."""
-        return [one.update for one in directions]
 
     @torch.no_grad()
     def turn(self, states: Sequence[State], before: Eigenbases, after: Eigenbases) -> None:
