@@ -62,8 +62,8 @@ posterior/state
 summary
 report
 laplace
-marglik
 optim
+marglik
 __init__
 plots
 demo

@@ -21,6 +21,7 @@ from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.burn_in import BEGINNING
 from kfac_laplace.marglik.roles import Tune
 from kfac_laplace.marglik.tuner import MarglikTuner
+from kfac_laplace.optim import KFAC
 from kfac_laplace.options import check_choice, check_iterable, check_text, check_whole
 from kfac_laplace.posterior.objectives import AnyObjective
 from kfac_laplace.posterior.prior import Given
@@ -65,8 +66,9 @@ def marglik_training(
         train_loader: a loader that can be read every epoch.
         likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
         hessian_structure: "kron", "diag" or "full".
-        optimizer_cls: optimiser of the weights.
-        optimizer_kwargs: its options; without weight decay, which the prior is.
+        optimizer_cls: optimiser of the weights; `kfac_laplace.optim.KFAC` is given the model and
+            the likelihood as well. Its own weight decay is 0, whatever its default: the prior is.
+        optimizer_kwargs: its options.
         scheduler_cls: learning-rate schedule, stepped after every batch.
         scheduler_kwargs: its options.
         n_epochs: training epochs.
@@ -141,7 +143,7 @@ def marglik_training(
         loss_units=loss_units,
     )
     tuner.prepare(train_loader)
-    optimiser = optimizer_cls([p for p in model.parameters() if p.requires_grad], **options)
+    optimiser = _optimiser(optimizer_cls, model, likelihood, options)
     scheduler = scheduler_cls(optimiser, **(scheduler_kwargs or {})) if scheduler_cls else None
     modes, kept = {module: module.training for module in model.modules()}, Kept(model)
     losses: list[float] = []
@@ -165,6 +167,21 @@ def marglik_training(
         model.load_state_dict(best["model"])
         tuner.load_state_dict(best["tuner"])
     return tuner.laplace(train_loader), model, margliks, losses
+
+
+def _optimiser(
+    of: type[Optimizer], model: nn.Module, likelihood: str | Likelihood, options: Mapping[str, Any]
+) -> Optimizer:
+    """An optimiser of what is trained, without the weight decay that some have by default."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if issubclass(of, KFAC):
+        made: Optimizer = of(model, likelihood, trained, **options)
+    else:
+        made = of(trained, **options)
+    for group in made.param_groups:
+        if "weight_decay" in group:
+            group["weight_decay"] = 0.0
+    return made
 
 
 def _train_epoch(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kfac_laplace import KfacLaplaceError, Laplace, marglik_training
+from kfac_laplace.optim import KFAC, Estimate
 
 # The names that laplace-torch users have in their fingers; backend belongs to laplace-torch alone.
 NAMES = (
@@ -108,6 +109,45 @@ def test_weight_decay_is_refused_because_the_prior_is_the_weight_decay():
     with pytest.raises(KfacLaplaceError, match="weight_decay"):
         run("mlp-tanh", optimizer_kwargs=options)
     assert options == {"lr": 0.01, "weight_decay": 0.1}
+
+
+def test_an_optimisers_own_default_of_weight_decay_is_no_second_prior():
+    """AdamW's is 0.01 where nothing is said: without it, it is Adam, bit by bit."""
+    weights = []
+    for optimizer_cls in (torch.optim.Adam, torch.optim.AdamW):
+        case = build("mlp-tanh")
+        marglik_training(
+            case.model, loader_of(case), case.likelihood, n_epochs=3, optimizer_cls=optimizer_cls
+        )
+        weights.append(torch.cat([p.detach().flatten() for p in case.model.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("name", ["mlp-tanh", "mlp-regression", "vit"])
+def test_kfac_trains(name):
+    """By its options and factors: the loss falls, and it is not what Adam does."""
+    case = build(name)
+    options = {"lr": 0.02, "curvature": Estimate(every=2, bases_every=2)}
+    la, model, _, losses = marglik_training(
+        case.model,
+        loader_of(case),
+        case.likelihood,
+        n_epochs=8,
+        optimizer_cls=KFAC,
+        optimizer_kwargs=options,
+    )
+    assert losses[-1] < losses[0]
+    assert model is case.model and bool(la.log_marginal_likelihood().isfinite())
+    by_adam = build(name)
+    marglik_training(
+        by_adam.model,
+        loader_of(by_adam),
+        by_adam.likelihood,
+        n_epochs=8,
+        optimizer_kwargs={"lr": 0.02},
+    )
+    pairs = zip(model.parameters(), by_adam.model.parameters(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_optimiser_class_and_schedule_are_used():
