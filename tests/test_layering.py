@@ -65,6 +65,7 @@ laplace
 marglik
 optim
 __init__
+integrations
 plots
 demo
 cli
