@@ -24,6 +24,7 @@ from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.migration.words import LaplaceTorchWords
 from kfac_laplace.options import check_iterable, check_positive, check_text, check_whole
 from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate.choice import Choice
@@ -76,7 +77,7 @@ log = logging.getLogger("kfac_laplace")
 _NO_OPTION = {"self", "model"}
 
 
-class Laplace:
+class Laplace(LaplaceTorchWords):
     """Laplace approximation N(θ*, P⁻¹), P = H/(σ²T) + diag δ, of a trained network [REDUX21].
 
     Args:
@@ -561,10 +562,7 @@ class Laplace:
                     got=repr(objective),
                     remedy="Leave it out, or use method='marglik'",
                 )
-            delta = grid_search(self._choice, val_loader, grid)
-            kept = posterior.hyperparameters.prior_precision.detach()
-            self._move(prior_precision=delta.where(~posterior.unused_precisions, kept))
-            return self
+            return self._on_grid(val_loader, grid)
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         free = Hyperparameters.tuned(self.likelihood, fixed)
         goal = on_data(chosen, posterior, self._data_from(loader))
@@ -575,7 +573,12 @@ class Laplace:
         tell(claims(self.posterior, found.bounds), set())
         return self._scaled_by(self._choice.again())
 
-    optimize_prior_precision = optimize_prior
+    def _on_grid(self, val_loader: Iterable[Any] | None, *args: Any, **options: Any) -> Self:
+        """δ of least validation NLL, but for parameters without effect; as for `grid_search`."""
+        delta = grid_search(self._choice, val_loader, *args, **options)
+        kept = self._hyper.prior_precision.detach()
+        self._move(prior_precision=delta.where(~self.posterior.unused_precisions, kept))
+        return self
 
     def _data_from(self, loader: Iterable[Any] | None) -> Data:
         """The training data: a loader, or those that `fit` read."""

@@ -61,6 +61,7 @@ posterior/scores
 posterior/state
 summary
 report
+migration
 laplace
 marglik
 optim

@@ -58,9 +58,15 @@ def grouped():
     return nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), *head)
 
 
+def transposed():
+    head = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    return nn.Sequential(nn.ConvTranspose2d(2, 3, 3), *head)
+
+
 MODELS = {
     "no layer": (Shift, (5,), {}, "shift: .*a diag block is no Kronecker product"),
     "groups": (grouped, (2, 6, 6), {}, "0.weight: .*its 2 blocks have an A each"),
+    "transposed": (transposed, (2, 6, 6), {}, "0.weight: .*do not lie along the first axis"),
     "dead queries": (
         lambda: Attention(True),
         (12,),
