@@ -24,6 +24,7 @@ from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.migration.arguments import ordered
 from kfac_laplace.migration.words import LaplaceTorchWords
 from kfac_laplace.options import check_iterable, check_positive, check_text, check_whole
 from kfac_laplace.posterior import state
@@ -632,7 +633,8 @@ class Laplace(LaplaceTorchWords):
         Args:
             x: inputs as `fit` takes them.
             pred_type: "glm" (closed form), "linear" (linearised samples) or "nn" (weight samples).
-            link_approx: "probit", "bridge" or "mc", for "glm" classification.
+            link_approx: "probit", "bridge" or "mc", for "glm" classification. By position the two
+                may come the other way round.
             joint: regression with "glm": one mean (N·C,) and covariance (N·C, N·C) over all inputs.
             n_samples: samples for "mc", "linear" and "nn".
             generator: their source; by default a fresh one seeded with `seed`.
@@ -641,6 +643,7 @@ class Laplace(LaplaceTorchWords):
             Classification and binary: probabilities, shaped like the output. Regression: the mean
             (N, C) and the covariance (N, C, C) without noise. Other likelihoods: E[y].
         """
+        link_approx, joint = ordered(link_approx, joint)
         if joint:
             return self._predictor.joint(x, pred_type)
         if not self.likelihood.has_gaussian_noise:
@@ -661,41 +664,6 @@ class Laplace(LaplaceTorchWords):
         Arguments as for calling the posterior.
         """
         return self._predictor.predict(x, pred_type, link_approx, n_samples, generator)
-
-    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """Draw parameter vectors from N(θ*, κ P⁻¹).
-
-        Args:
-            n: number of draws.
-            generator: source of the randomness; a fresh one seeded with `seed` by default.
-
-        Returns:
-            Float64 rows (n, P) in the order of `parameters_to_vector`, of the parameters in the
-            posterior.
-        """
-        return self._predictor.parameters(n, generator)
-
-    def functional_samples(
-        self, x: Any, n: int = 100, *, pred_type: str = "glm", generator: Generator | None = None
-    ) -> Tensor:
-        """Draw functions and evaluate each at all inputs, shape (n, *output shape).
-
-        Args:
-            x: inputs as `fit` takes them.
-            n: number of draws.
-            pred_type: "glm" or "linear" for f + J(θ_s − θ*), "nn" for the network at θ_s.
-            generator: source of the randomness; a fresh one seeded with `seed` by default.
-        """
-        return self._predictor.functions(x, n, pred_type, generator)
-
-    def predictive_samples(
-        self, x: Any, n: int = 100, *, pred_type: str = "glm", generator: Generator | None = None
-    ) -> Tensor:
-        """Draws of class probabilities, or of y with its noise for other likelihoods.
-
-        Arguments and shape as for `functional_samples`, from the same functions.
-        """
-        return self._predictor.targets(x, n, pred_type, generator)
 
     def report(
         self,

@@ -7,14 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from typing_extensions import Self
 
 from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.migration import moments
+from kfac_laplace.migration.arguments import counted, number
 from kfac_laplace.migration.prior_search import PriorSearch, plain, refuse
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
+from kfac_laplace.posterior.predict.predictor import Predictor
 from kfac_laplace.posterior.prior import Given
 from kfac_laplace.posterior.sharing import (
     PriorStructure,
@@ -30,6 +33,7 @@ class LaplaceTorchWords(ABC):
     options: CurvatureOptions
     curvature: Curvature
     prior_precision: Any
+    posterior_scale: Any
     optimize_prior: Callable[..., Any]
     _sharing: Sharing
     _structure: PriorStructure
@@ -42,6 +46,10 @@ class LaplaceTorchWords(ABC):
     @abstractmethod
     def posterior(self) -> Posterior:
         """The fitted posterior."""
+
+    @property
+    @abstractmethod
+    def _predictor(self) -> Predictor: ...
 
     # --- the prior ---------------------------------------------------------------------------
 
@@ -130,3 +138,110 @@ class LaplaceTorchWords(ABC):
                 self._adopt(self.curvature, self._mode)
         if start is not None:
             self.prior_precision = start
+
+    # --- draws -------------------------------------------------------------------------------
+
+    def sample(
+        self, n: int = 100, generator: Generator | None = None, *, n_samples: int | None = None
+    ) -> Tensor:
+        """Draw parameter vectors from N(θ*, κ P⁻¹).
+
+        Args:
+            n: number of draws.
+            generator: source of the randomness; a fresh one seeded with `seed` by default.
+            n_samples: laplace-torch's name for n.
+
+        Returns:
+            Float64 rows (n, P) in the order of `parameters_to_vector`, of the parameters in the
+            posterior.
+        """
+        return self._predictor.parameters(number(n, n_samples), generator)
+
+    def functional_samples(
+        self,
+        x: Any,
+        n: int | str = 100,
+        n_samples: int | None = None,
+        *,
+        pred_type: str = "glm",
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Draw functions and evaluate each at all inputs, shape (n, *output shape).
+
+        Args:
+            x: inputs as `fit` takes them.
+            n: number of draws; `pred_type` where it is a name, as in laplace-torch.
+            n_samples: likewise.
+            pred_type: "glm" or "linear" for f + J(θ_s − θ*), "nn" for the network at θ_s.
+            generator: source of the randomness; a fresh one seeded with `seed` by default.
+        """
+        return self._predictor.functions(x, *counted(n, n_samples, pred_type), generator)
+
+    def predictive_samples(
+        self,
+        x: Any,
+        n: int | str = 100,
+        n_samples: int | None = None,
+        *,
+        pred_type: str = "glm",
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Draws of class probabilities, or of y with its noise for other likelihoods.
+
+        Arguments and shape as for `functional_samples`, from the same functions.
+        """
+        return self._predictor.targets(x, *counted(n, n_samples, pred_type), generator)
+
+    # --- the Gaussian ------------------------------------------------------------------------
+
+    @property
+    def mean(self) -> Tensor:
+        """θ* (P,) of the parameters in the posterior, in the order of `parameters_to_vector`."""
+        return moments.mean(self.posterior)
+
+    @property
+    def n_params(self) -> int:
+        """P, the number of parameters in the posterior."""
+        return self.posterior.prior.layouts.size
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of outputs of an example, where these have no positions."""
+        return moments.outputs_of_a_row(self.posterior)
+
+    @property
+    def prior_precision_diag(self) -> Tensor:
+        """The diagonal of P₀, (P,)."""
+        return moments.prior_diagonal(self.posterior)
+
+    @property
+    def posterior_precision(self) -> Tensor:
+        """P: a vector (P,) under "diag", a matrix (P, P) under "full"; the samples' is P/κ.
+
+        Raises:
+            UnsupportedUse: under "kron", with the words that take its place.
+        """
+        return moments.precision(self.posterior)
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        """(value − θ*)ᵀ P (value − θ*) of a vector (P,)."""
+        return moments.square_norm(self.posterior, value)
+
+    def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
+        """log N(value; θ*, P⁻¹) of a vector (P,), without κ; differentiable in the value.
+
+        Args:
+            value: parameters in the order of `parameters_to_vector`.
+            normalized: with the terms that do not depend on the value.
+        """
+        return moments.log_prob(self.posterior, value, normalized)
+
+    def functional_variance(self, Js: Tensor) -> Tensor:
+        """κ J P⁻¹ Jᵀ for each example, (n, c, c), of Jacobians (n, c, P); before τ."""
+        found = moments.features(self.posterior, Js)
+        return self.posterior_scale * (found @ found.mT)
+
+    def functional_covariance(self, Js: Tensor) -> Tensor:
+        """κ J P⁻¹ Jᵀ of all outputs of all examples, (n c, n c), of Jacobians (n, c, P)."""
+        found = moments.features(self.posterior, Js).flatten(0, 1)
+        return self.posterior_scale * (found @ found.mT)

@@ -60,3 +60,24 @@ def test_their_search_ends_where_ours_does(structure):
         atol=1e-3,
     )
     assert ours.prior_precision.shape == theirs.prior_precision.shape
+
+
+def test_their_words_for_the_gaussian():
+    """On Jacobians and parameters of theirs, with one precision for each tensor."""
+    theirs, ours, loader = both()
+    delta = torch.linspace(0.5, 4, 4, dtype=torch.float64)
+    theirs.prior_precision = ours.prior_precision = delta
+    x = loader.dataset.tensors[0][:5]
+    jacobians, _ = theirs.backend.jacobians(x)
+    value = theirs.mean + 0.1
+    for ask in (
+        lambda la: la.functional_variance(jacobians),
+        lambda la: la.functional_covariance(jacobians),
+        lambda la: la.log_prob(value),
+        lambda la: la.log_prob(value, normalized=False),
+        lambda la: la.square_norm(value),
+        lambda la: la.prior_precision_diag,
+        lambda la: la.mean,
+        lambda la: torch.tensor([la.n_params, la.n_outputs, la.n_data]),
+    ):
+        torch.testing.assert_close(ask(ours), ask(theirs))
