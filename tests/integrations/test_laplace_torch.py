@@ -177,6 +177,27 @@ def test_frozen_parameters():
     same(la, ours, x, likelihood)
 
 
+class Spare(nn.Module):
+    """A layer, and parameters that no output depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = nn.Linear(5, 3), nn.Linear(3, 3)
+        self.table = nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_parameters_without_effect(caplog):
+    """They stay at their prior, and are named once, not in every batch."""
+    model, (x, y) = peer.seeded(Spare), peer.data("classification", 5)
+    la = theirs(model, "classification", peer.loader(x, y))
+    assert [record.getMessage()[:9] for record in caplog.records] == ["no effect"]
+    ours = Laplace(model, joint_bias=False).fit(peer.loader(x, y))
+    same(la, ours, x, "classification")
+
+
 class OfMapping(nn.Module):
     def __init__(self):
         super().__init__()
