@@ -37,3 +37,7 @@ class NotFitted(KfacLaplaceError, RuntimeError):
 
 class UnsupportedUse(KfacLaplaceError, RuntimeError):
     """A model, or a use of a parameter, that the curvature backend cannot treat correctly."""
+
+
+class MissingPackage(KfacLaplaceError, ImportError):
+    """An optional package that is not installed, or not in the version that is wanted."""

@@ -24,6 +24,8 @@ from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.migration.arguments import ordered
+from kfac_laplace.migration.words import LaplaceTorchWords
 from kfac_laplace.options import check_iterable, check_positive, check_text, check_whole
 from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate.choice import Choice
@@ -76,7 +78,7 @@ log = logging.getLogger("kfac_laplace")
 _NO_OPTION = {"self", "model"}
 
 
-class Laplace:
+class Laplace(LaplaceTorchWords):
     """Laplace approximation N(θ*, P⁻¹), P = H/(σ²T) + diag δ, of a trained network [REDUX21].
 
     Args:
@@ -561,10 +563,7 @@ class Laplace:
                     got=repr(objective),
                     remedy="Leave it out, or use method='marglik'",
                 )
-            delta = grid_search(self._choice, val_loader, grid)
-            kept = posterior.hyperparameters.prior_precision.detach()
-            self._move(prior_precision=delta.where(~posterior.unused_precisions, kept))
-            return self
+            return self._on_grid(val_loader, grid)
         fixed = ("sigma_noise",) if fix_sigma_noise else ()
         free = Hyperparameters.tuned(self.likelihood, fixed)
         goal = on_data(chosen, posterior, self._data_from(loader))
@@ -575,7 +574,12 @@ class Laplace:
         tell(claims(self.posterior, found.bounds), set())
         return self._scaled_by(self._choice.again())
 
-    optimize_prior_precision = optimize_prior
+    def _on_grid(self, val_loader: Iterable[Any] | None, *args: Any, **options: Any) -> Self:
+        """δ of least validation NLL, but for parameters without effect; as for `grid_search`."""
+        delta = grid_search(self._choice, val_loader, *args, **options)
+        kept = self._hyper.prior_precision.detach()
+        self._move(prior_precision=delta.where(~self.posterior.unused_precisions, kept))
+        return self
 
     def _data_from(self, loader: Iterable[Any] | None) -> Data:
         """The training data: a loader, or those that `fit` read."""
@@ -629,7 +633,8 @@ class Laplace:
         Args:
             x: inputs as `fit` takes them.
             pred_type: "glm" (closed form), "linear" (linearised samples) or "nn" (weight samples).
-            link_approx: "probit", "bridge" or "mc", for "glm" classification.
+            link_approx: "probit", "bridge" or "mc", for "glm" classification. By position the two
+                may come the other way round.
             joint: regression with "glm": one mean (N·C,) and covariance (N·C, N·C) over all inputs.
             n_samples: samples for "mc", "linear" and "nn".
             generator: their source; by default a fresh one seeded with `seed`.
@@ -638,6 +643,7 @@ class Laplace:
             Classification and binary: probabilities, shaped like the output. Regression: the mean
             (N, C) and the covariance (N, C, C) without noise. Other likelihoods: E[y].
         """
+        link_approx, joint = ordered(link_approx, joint)
         if joint:
             return self._predictor.joint(x, pred_type)
         if not self.likelihood.has_gaussian_noise:
@@ -658,41 +664,6 @@ class Laplace:
         Arguments as for calling the posterior.
         """
         return self._predictor.predict(x, pred_type, link_approx, n_samples, generator)
-
-    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """Draw parameter vectors from N(θ*, κ P⁻¹).
-
-        Args:
-            n: number of draws.
-            generator: source of the randomness; a fresh one seeded with `seed` by default.
-
-        Returns:
-            Float64 rows (n, P) in the order of `parameters_to_vector`, of the parameters in the
-            posterior.
-        """
-        return self._predictor.parameters(n, generator)
-
-    def functional_samples(
-        self, x: Any, n: int = 100, *, pred_type: str = "glm", generator: Generator | None = None
-    ) -> Tensor:
-        """Draw functions and evaluate each at all inputs, shape (n, *output shape).
-
-        Args:
-            x: inputs as `fit` takes them.
-            n: number of draws.
-            pred_type: "glm" or "linear" for f + J(θ_s − θ*), "nn" for the network at θ_s.
-            generator: source of the randomness; a fresh one seeded with `seed` by default.
-        """
-        return self._predictor.functions(x, n, pred_type, generator)
-
-    def predictive_samples(
-        self, x: Any, n: int = 100, *, pred_type: str = "glm", generator: Generator | None = None
-    ) -> Tensor:
-        """Draws of class probabilities, or of y with its noise for other likelihoods.
-
-        Arguments and shape as for `functional_samples`, from the same functions.
-        """
-        return self._predictor.targets(x, n, pred_type, generator)
 
     def report(
         self,

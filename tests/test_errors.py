@@ -3,7 +3,7 @@
 import pytest
 
 from kfac_laplace import KfacLaplaceError
-from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, UnsupportedUse
+from kfac_laplace.errors import InvalidType, InvalidValue, MissingPackage, NotFitted, UnsupportedUse
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,7 @@ from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, Unsupporte
         (InvalidType, TypeError),
         (NotFitted, RuntimeError),
         (UnsupportedUse, RuntimeError),
+        (MissingPackage, ImportError),
     ],
 )
 def test_each_error_is_ours_and_a_builtin(error, builtin):

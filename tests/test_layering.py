@@ -61,10 +61,12 @@ posterior/scores
 posterior/state
 summary
 report
+migration
 laplace
 optim
 marglik
 __init__
+integrations
 plots
 demo
 cli

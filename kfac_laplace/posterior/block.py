@@ -26,6 +26,9 @@ class BlockNormal(Protocol):
     def features(self, gradients: Tensor) -> Tensor:
         """φ with φ φᵀ = g P⁻¹ gᵀ for gradients g (..., b, o, i), shape (..., k)."""
 
+    def squared_norm(self, deviation: Tensor) -> Tensor:
+        """⟨d, P d⟩ of a deviation d (b, o, i) from the mode, shape ()."""
+
     def cast(self, dtype: torch.dtype) -> "BlockNormal":
         """The same in the precision of a model's gradients, for predictives."""
 
@@ -64,6 +67,10 @@ class SpectralNormal:
     def features(self, gradients: Tensor) -> Tensor:
         """Rotate into the eigenbasis and scale."""
         return (self.spectrum.to_eigenbasis(gradients) * self.deviations).flatten(-3)
+
+    def squared_norm(self, deviation: Tensor) -> Tensor:
+        """Σ (scale · value + δ) d² in the eigenbasis."""
+        return (self.spectrum.to_eigenbasis(deviation) / self.deviations).square().sum()
 
     def cast(self, dtype: torch.dtype) -> "SpectralNormal":
         """Bases and eigenvalues in `dtype`; decomposed in float64 all the same."""
@@ -120,6 +127,10 @@ class DenseNormal:
         scaled = (gradients.flatten(-3) * self.delta.rsqrt()).flatten(0, -2)  # (k, p)
         solved = torch.linalg.solve_triangular(self.factor, scaled.mT, upper=False)
         return solved.mT.reshape(*gradients.shape[:-3], -1)
+
+    def squared_norm(self, deviation: Tensor) -> Tensor:
+        """|Lᵀ D^{½} d|²."""
+        return (self.factor.mT @ (self.delta.sqrt() * deviation.flatten())).square().sum()
 
     def cast(self, dtype: torch.dtype) -> "DenseNormal":
         """Factorised in float64, used in `dtype`."""

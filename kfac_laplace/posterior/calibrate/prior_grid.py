@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
@@ -23,7 +24,12 @@ log = logging.getLogger("kfac_laplace")
 
 
 def grid_search(
-    choice: Choice, loader: Iterable[Any] | None, grid: Iterable[float] | None = None
+    choice: Choice,
+    loader: Iterable[Any] | None,
+    grid: Iterable[float] | None = None,
+    *,
+    link: str = "auto",
+    progress: bool = False,
 ) -> Tensor:
     """The scalar δ of least validation NLL on a grid, 10⁻⁴ … 10⁴ by default, float64.
 
@@ -35,6 +41,8 @@ def grid_search(
             and τ of its predictions.
         loader: validation data; read once.
         grid: candidates.
+        link: by which predictions are scored; "auto" is theirs.
+        progress: show a progress bar.
 
     Raises:
         InvalidValue: no loader, no batch, or no candidate.
@@ -51,9 +59,9 @@ def grid_search(
     candidates = _candidates(grid, posterior.device)
     batches = list(loader)
     hyper, likelihood = posterior.hyperparameters.detached(), posterior.ggn.likelihood
-    kappa, tau, link = _showing(choice.scaling, likelihood)
+    kappa, tau, link = _showing(choice.scaling, likelihood, link)
     losses = []
-    for delta in candidates:
+    for delta in tqdm(candidates, desc="prior precision", disable=not progress, leave=False):
         moved = posterior.at(replace(hyper, prior_precision=posterior.prior.full(delta)))
         points = validation_points(moved, batches, choice.key_y, "val_loader").at(kappa, tau)
         loss = negative_log_likelihood(
@@ -74,10 +82,10 @@ def _candidates(grid: Iterable[float] | None, device: torch.device) -> list[Tens
     return candidates
 
 
-def _showing(scaling: Scaling, likelihood: Likelihood) -> tuple[float, float, str]:
+def _showing(scaling: Scaling, likelihood: Likelihood, asked: str) -> tuple[float, float, str]:
     """κ, τ and the link of predictions, or of such as depend on δ."""
     kappa, tau = float(scaling.scale), float(scaling.temperature)
-    link = scaling.auto(likelihood)
+    link = scaling.auto(likelihood) if asked == "auto" else asked
     if kappa and link != "mode":
         return kappa, tau, link
     log.info(
