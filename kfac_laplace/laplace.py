@@ -623,6 +623,8 @@ class Laplace:
         joint: bool = False,
         n_samples: int = 100,
         generator: Generator | None = None,
+        *,
+        enable_backprop: bool = False,
     ) -> Any:
         """Predict at inputs x.
 
@@ -633,16 +635,21 @@ class Laplace:
             joint: regression with "glm": one mean (N·C,) and covariance (N·C, N·C) over all inputs.
             n_samples: samples for "mc", "linear" and "nn".
             generator: their source; by default a fresh one seeded with `seed`.
+            enable_backprop: stay in the graph of x, and of parameters outside the posterior.
 
         Returns:
             Classification and binary: probabilities, shaped like the output. Regression: the mean
             (N, C) and the covariance (N, C, C) without noise. Other likelihoods: E[y].
         """
         if joint:
-            return self._predictor.joint(x, pred_type)
+            return self._predictor.joint(x, pred_type, enable_backprop)
         if not self.likelihood.has_gaussian_noise:
-            return self._predictor.expected(x, pred_type, link_approx, n_samples, generator)
-        predictive = self.predict(x, pred_type, link_approx, n_samples, generator)
+            return self._predictor.expected(
+                x, pred_type, link_approx, n_samples, generator, enable_backprop
+            )
+        predictive = self.predict(
+            x, pred_type, link_approx, n_samples, generator, enable_backprop=enable_backprop
+        )
         return predictive.mean, predictive.covariance
 
     def predict(
@@ -652,12 +659,16 @@ class Laplace:
         link_approx: str = "auto",
         n_samples: int = 100,
         generator: Generator | None = None,
+        *,
+        enable_backprop: bool = False,
     ) -> Predictive:
         """The predictive as an object: mean, covariance, probabilities, entropy, information.
 
         Arguments as for calling the posterior.
         """
-        return self._predictor.predict(x, pred_type, link_approx, n_samples, generator)
+        return self._predictor.predict(
+            x, pred_type, link_approx, n_samples, generator, enable_backprop
+        )
 
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """Draw parameter vectors from N(θ*, κ P⁻¹).

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, MultivariateNormal
 
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.likelihoods.distributions import draw
 from kfac_laplace.likelihoods.latent import Latent
 
@@ -136,6 +136,13 @@ class Mixture(RowPredictive):
     def _entropy_and_information(self) -> tuple[Tensor, Tensor]:
         """Averages over one y for each draw of f, shape (n,) each."""
         draws = self._latent.draws
+        if draws.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedUse(
+                "an average over draws of y has no derivative by autograd",
+                where="entropy, epistemic, aleatoric",
+                got=type(self._components(draws[:1])).__name__,
+                remedy="Ask for them under torch.no_grad(), or of predict without enable_backprop",
+            )
         generator = Generator().manual_seed(self._latent.seed + 1)
         targets = draw(self._components(draws.cpu()), generator).to(draws.device)
         surprise, information = draws.new_zeros(draws.shape[1:3]), draws.new_zeros(draws.shape[1:3])
