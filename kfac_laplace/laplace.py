@@ -47,6 +47,7 @@ from kfac_laplace.posterior.objectives import (
     resolve_objective,
 )
 from kfac_laplace.posterior.optimum import Search
+from kfac_laplace.posterior.predict.loader import predict_loader
 from kfac_laplace.posterior.predict.predictive import Predictive
 from kfac_laplace.posterior.predict.predictor import Predictor
 from kfac_laplace.posterior.predict.scaling import Scaling
@@ -668,6 +669,28 @@ class Laplace:
         """
         return self._predictor.predict(
             x, pred_type, link_approx, n_samples, generator, enable_backprop
+        )
+
+    def predict_loader(
+        self,
+        loader: Iterable[Any],
+        pred_type: str = "glm",
+        link_approx: str = "auto",
+        n_samples: int = 100,
+        generator: Generator | None = None,
+        *,
+        progress_bar: bool = False,
+    ) -> Predictive:
+        """What `predict` gives at all inputs of a loader together, batch by batch.
+
+        The loader yields inputs alone, pairs with targets, mappings, graphs, or what `batch_fn`
+        takes. Other arguments as for calling the posterior.
+
+        Raises:
+            InvalidValue: no batch, or batches whose outputs differ in more than their number.
+        """
+        return predict_loader(
+            self._predictor, loader, pred_type, link_approx, n_samples, generator, progress_bar
         )
 
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:

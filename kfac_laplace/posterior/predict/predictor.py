@@ -14,7 +14,12 @@ from kfac_laplace.likelihoods.links import LINKS, sample_outputs
 from kfac_laplace.options import check_choice, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.finite import COVARIANCE, MEAN, WEIGHTS, finite
-from kfac_laplace.posterior.predict.glm import output_features, output_gaussian, output_mean
+from kfac_laplace.posterior.predict.glm import (
+    OutputGaussian,
+    output_features,
+    output_gaussian,
+    output_mean,
+)
 from kfac_laplace.posterior.predict.in_graph import (
     check_differentiable,
     check_reaches,
@@ -103,15 +108,33 @@ class Predictor:
             generator: their source.
             in_graph: whether what comes out stays in the graph of x.
         """
+        self.check(pred_type, link, n_samples)
+        source = self.source(generator)
+        if pred_type != "glm":
+            return self.by_samples(self.functions(x, n_samples, pred_type, source, in_graph))
+        return self.by_outputs(self.outputs(x, in_graph), link, n_samples, generator)
+
+    def check(self, pred_type: str, link: str, n_samples: int) -> None:
+        """Raise `InvalidValue` for an option out of range, or one of a wrong type."""
         check_choice("link_approx", link, LINKS)
         check_whole("n_samples", n_samples, 1)
-        ggn, source = self.posterior.ggn, self.source(generator)
-        axis, sigma = ggn.knowledge.class_axis, self._sigma
-        if pred_type != "glm":
-            samples = self.functions(x, n_samples, pred_type, source, in_graph)
-            return from_samples(ggn.likelihood, samples, axis, sigma)
+        check_choice("pred_type", pred_type, SAMPLERS)
+
+    def outputs(self, x: Any, in_graph: bool = False) -> OutputGaussian:
+        """The Gaussian over outputs at x, at κ = τ = 1."""
         found = gaussian_in_graph if in_graph else output_gaussian
-        outputs = found(self.posterior, self._batch(x))
+        return found(self.posterior, self._batch(x))
+
+    def by_samples(self, samples: Tensor) -> Predictive:
+        """The predictive of output samples (s, *output shape)."""
+        return from_samples(self.posterior.ggn.likelihood, samples, self._class_axis, self._sigma)
+
+    def by_outputs(
+        self, outputs: OutputGaussian, link: str, n_samples: int, generator: Generator | None
+    ) -> Predictive:
+        """The predictive of outputs at κ = τ = 1. Arguments as for `predict`."""
+        ggn, source = self.posterior.ggn, self.source(generator)
+        axis, sigma = self._class_axis, self._sigma
         mean, scaled = self.scaling.moments(outputs.mean, outputs.covariance)
         covariance = finite(scaled, "covariance of the outputs", COVARIANCE)
         drawn, seed = None, self.seed
