@@ -63,6 +63,18 @@ class RowPredictive(ABC):
         """E H[y | f] in nats, summed over positions, shape (n,)."""
         return self.entropy() - self.information()
 
+    @abstractmethod
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """Var E[y | f] and E Var[y | f], shape (n, t, ·) each."""
+
+    def doubt(self) -> Tensor:
+        """1 − the probability of the likeliest class, summed over positions, shape (n,).
+
+        Raises:
+            InvalidValue: y is no class.
+        """
+        return (1 - self.probs.amax(-1)).sum(1)
+
     def strangeness(self, latent: Latent, head: Tensor) -> Tensor:
         """How far inputs are from the data, larger for stranger ones, shape (n,).
 
@@ -119,6 +131,11 @@ class Mixture(RowPredictive):
     def information(self) -> Tensor:
         """E KL(p(f | y) ‖ p(f)) over draws of y: never below zero."""
         return self._entropy_and_information[1]
+
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """By averages of the components' means and variances."""
+        log_weights, components = self._latent.points[1], self._at_points
+        return spread(log_weights, components.mean), average(log_weights, components.variance)
 
     def _joint(self, y: Tensor) -> Tensor:
         """log w_k + log p(y | f_k), shape (k, n, t)."""
@@ -214,6 +231,11 @@ class ClassPredictive(RowPredictive):
         """E H[p] over draws of f."""
         return self.entropy_of(self.activation(self.latent.draws)).mean(0).sum(1)
 
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """Var p and E p(1 − p) over draws of f: y as one-hot rows."""
+        probs = self.activation(self.latent.draws)
+        return probs.var(0, correction=0), (probs * (1 - probs)).mean(0)
+
     def entropy_of(self, probs: Tensor) -> Tensor:
         """Entropy (..., t) of probabilities (..., t, k)."""
         return torch.special.entr(probs).sum(-1)
@@ -263,6 +285,11 @@ class NormalPredictive(RowPredictive):
         each = 0.5 * (2 * math.pi * math.e * self._sigma.to(self._latent.mean) ** 2).log()
         return each.expand_as(self._latent.mean).flatten(1).sum(1)
 
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """The diagonal of Σ, and σ²."""
+        variance = self._latent.covariance.diagonal(dim1=-2, dim2=-1)
+        return variance, (self._sigma.to(variance) ** 2).expand_as(variance)
+
     def strangeness(self, latent: Latent, head: Tensor) -> Tensor:
         """tr Σ/σ²."""
         trace = latent.covariance.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1)
@@ -272,6 +299,11 @@ class NormalPredictive(RowPredictive):
         mean, covariance = self._latent.mean, self._latent.covariance
         noise = torch.eye(mean.shape[-1], dtype=mean.dtype) * self._sigma.cpu() ** 2
         return covariance + noise.to(covariance)
+
+
+def spread(log_weights: Tensor, values: Tensor) -> Tensor:
+    """Σ_k w_k (values_k − mean)² over the first axis."""
+    return average(log_weights, (values - average(log_weights, values)).square())
 
 
 def average(log_weights: Tensor, values: Tensor) -> Tensor:
