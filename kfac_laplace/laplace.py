@@ -97,7 +97,8 @@ class Laplace:
         temperature: T; low means a concentrated posterior.
         joint_bias: whether a weight and its bias share a block.
         uncovered: "diag", "error" or "freeze" for parameters that no layer rule covers.
-        seed: seed of all draws inside `fit`, and of predictions without a generator.
+        seed: seed of all draws inside `fit`, and after it of predictions and of the first samples
+            without a generator.
         factor_dtype: precision in which curvature is summed, "auto", torch.float64 or
             torch.float32; see `Curvature`.
         dict_key_y: name of the targets where batches are mappings.
@@ -173,6 +174,7 @@ class Laplace:
         self._posterior: Posterior | None = None
         self._data = self._held_out = TrainingData()
         self._said: set[str] = set()
+        self._draws = Generator().manual_seed(seed)
 
     @classmethod
     def from_curvature(
@@ -347,6 +349,7 @@ class Laplace:
         self._posterior = Posterior(Expansion(curvature.network, curvature.ggn, mode, prior), hyper)
         self._patterns = None
         self.curvature, self._mode, self._hyper = curvature, mode, hyper
+        self._draws = Generator().manual_seed(self.seed)
 
     def _prior_of(self, curvature: Curvature) -> Prior:
         """The prior over the groups of a curvature."""
@@ -693,18 +696,23 @@ class Laplace:
             self._predictor, loader, pred_type, link_approx, n_samples, generator, progress_bar
         )
 
+    def _source(self, generator: Generator | None) -> Generator:
+        """Where draws come from: without a generator each call goes on where the last one ended."""
+        return self._draws if generator is None else generator
+
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """Draw parameter vectors from N(θ*, κ P⁻¹).
 
         Args:
             n: number of draws.
-            generator: source of the randomness; a fresh one seeded with `seed` by default.
+            generator: source of the randomness; by default one that `fit` seeds with `seed`, so
+                that each call draws anew.
 
         Returns:
             Float64 rows (n, P) in the order of `parameters_to_vector`, of the parameters in the
             posterior.
         """
-        return self._predictor.parameters(n, generator)
+        return self._predictor.parameters(n, self._source(generator))
 
     def functional_samples(
         self, x: Any, n: int = 100, *, pred_type: str = "glm", generator: Generator | None = None
@@ -715,18 +723,19 @@ class Laplace:
             x: inputs as `fit` takes them.
             n: number of draws.
             pred_type: "glm" or "linear" for f + J(θ_s − θ*), "nn" for the network at θ_s.
-            generator: source of the randomness; a fresh one seeded with `seed` by default.
+            generator: source of the randomness; by default one that `fit` seeds with `seed`, so
+                that each call draws anew.
         """
-        return self._predictor.functions(x, n, pred_type, generator)
+        return self._predictor.functions(x, n, pred_type, self._source(generator))
 
     def predictive_samples(
         self, x: Any, n: int = 100, *, pred_type: str = "glm", generator: Generator | None = None
     ) -> Tensor:
         """Draws of class probabilities, or of y with its noise for other likelihoods.
 
-        Arguments and shape as for `functional_samples`, from the same functions.
+        Arguments and shape as for `functional_samples`, and by an equal generator its functions.
         """
-        return self._predictor.targets(x, n, pred_type, generator)
+        return self._predictor.targets(x, n, pred_type, self._source(generator))
 
     def report(
         self,
