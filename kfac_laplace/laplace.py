@@ -49,6 +49,7 @@ from kfac_laplace.posterior.objectives import (
     resolve_objective,
 )
 from kfac_laplace.posterior.optimum import Search
+from kfac_laplace.posterior.predict.loader import predict_loader
 from kfac_laplace.posterior.predict.predictive import Predictive
 from kfac_laplace.posterior.predict.predictor import Predictor
 from kfac_laplace.posterior.predict.scaling import Scaling
@@ -98,7 +99,8 @@ class Laplace(LaplaceTorchWords):
         temperature: T; low means a concentrated posterior.
         joint_bias: whether a weight and its bias share a block.
         uncovered: "diag", "error" or "freeze" for parameters that no layer rule covers.
-        seed: seed of all draws inside `fit`, and of predictions without a generator.
+        seed: seed of all draws inside `fit`, and after it of predictions and of the first samples
+            without a generator.
         factor_dtype: precision in which curvature is summed, "auto", torch.float64 or
             torch.float32; see `Curvature`.
         dict_key_y: name of the targets where batches are mappings.
@@ -174,6 +176,7 @@ class Laplace(LaplaceTorchWords):
         self._posterior: Posterior | None = None
         self._data = self._held_out = TrainingData()
         self._said: set[str] = set()
+        self._draws = Generator().manual_seed(seed)
 
     @classmethod
     def from_curvature(
@@ -348,6 +351,7 @@ class Laplace(LaplaceTorchWords):
         self._posterior = Posterior(Expansion(curvature.network, curvature.ggn, mode, prior), hyper)
         self._patterns = None
         self.curvature, self._mode, self._hyper = curvature, mode, hyper
+        self._draws = Generator().manual_seed(self.seed)
 
     def _prior_of(self, curvature: Curvature) -> Prior:
         """The prior over the groups of a curvature."""
@@ -627,6 +631,8 @@ class Laplace(LaplaceTorchWords):
         joint: bool = False,
         n_samples: int = 100,
         generator: Generator | None = None,
+        *,
+        enable_backprop: bool = False,
     ) -> Any:
         """Predict at inputs x.
 
@@ -638,6 +644,7 @@ class Laplace(LaplaceTorchWords):
             joint: regression with "glm": one mean (N·C,) and covariance (N·C, N·C) over all inputs.
             n_samples: samples for "mc", "linear" and "nn".
             generator: their source; by default a fresh one seeded with `seed`.
+            enable_backprop: stay in the graph of x, and of parameters outside the posterior.
 
         Returns:
             Classification and binary: probabilities, shaped like the output. Regression: the mean
@@ -645,10 +652,14 @@ class Laplace(LaplaceTorchWords):
         """
         link_approx, joint = ordered(link_approx, joint)
         if joint:
-            return self._predictor.joint(x, pred_type)
+            return self._predictor.joint(x, pred_type, enable_backprop)
         if not self.likelihood.has_gaussian_noise:
-            return self._predictor.expected(x, pred_type, link_approx, n_samples, generator)
-        predictive = self.predict(x, pred_type, link_approx, n_samples, generator)
+            return self._predictor.expected(
+                x, pred_type, link_approx, n_samples, generator, enable_backprop
+            )
+        predictive = self.predict(
+            x, pred_type, link_approx, n_samples, generator, enable_backprop=enable_backprop
+        )
         return predictive.mean, predictive.covariance
 
     def predict(
@@ -658,12 +669,38 @@ class Laplace(LaplaceTorchWords):
         link_approx: str = "auto",
         n_samples: int = 100,
         generator: Generator | None = None,
+        *,
+        enable_backprop: bool = False,
     ) -> Predictive:
         """The predictive as an object: mean, covariance, probabilities, entropy, information.
 
         Arguments as for calling the posterior.
         """
-        return self._predictor.predict(x, pred_type, link_approx, n_samples, generator)
+        return self._predictor.predict(
+            x, pred_type, link_approx, n_samples, generator, enable_backprop
+        )
+
+    def predict_loader(
+        self,
+        loader: Iterable[Any],
+        pred_type: str = "glm",
+        link_approx: str = "auto",
+        n_samples: int = 100,
+        generator: Generator | None = None,
+        *,
+        progress_bar: bool = False,
+    ) -> Predictive:
+        """What `predict` gives at all inputs of a loader together, batch by batch.
+
+        The loader yields inputs alone, pairs with targets, mappings, graphs, or what `batch_fn`
+        takes. Other arguments as for calling the posterior.
+
+        Raises:
+            InvalidValue: no batch, or batches whose outputs differ in more than their number.
+        """
+        return predict_loader(
+            self._predictor, loader, pred_type, link_approx, n_samples, generator, progress_bar
+        )
 
     def report(
         self,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.model.batches import BatchFn, split_batch
-from kfac_laplace.curvature.model.graphs import is_graph
-from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.curvature.model.batches import split_batch
+from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Latent, aligned_target
 from kfac_laplace.likelihoods.predictive import RowPredictive
 from kfac_laplace.options import check_iterable
@@ -21,7 +20,7 @@ from kfac_laplace.posterior.calibrate.held_out import validation_points
 from kfac_laplace.posterior.calibrate.temperature import Criterion
 from kfac_laplace.posterior.passes import counted
 from kfac_laplace.posterior.predict.glm import OutputGaussian, output_gaussian
-from kfac_laplace.posterior.predict.inputs import inputs_of
+from kfac_laplace.posterior.predict.inputs import inputs_alone, inputs_of
 from kfac_laplace.posterior.scores import ClassScores, auroc
 from kfac_laplace.summary import aligned
 
@@ -174,26 +173,9 @@ def _predicted(choice: Choice, raw: Any) -> Predicted:
 
 def _strange(choice: Choice, raw: Any) -> Predicted:
     """A batch of strange inputs."""
-    x = _inputs(raw, choice.posterior.ggn.options.batch_fn)
+    x = inputs_alone(raw, choice.posterior.ggn.options.batch_fn, "ood_loader")
     batch = inputs_of(choice.posterior, x, choice.key_y)
     return Predicted(output_gaussian(choice.posterior, batch).double(), torch.empty(0))
-
-
-def _inputs(raw: Any, batch_fn: BatchFn | None) -> Any:
-    """Inputs of a batch whose targets do not matter: there may be none."""
-    if batch_fn is not None:
-        return batch_fn(raw)[0]
-    # Graph batches may be sequences as well.
-    if not isinstance(raw, Sequence) or isinstance(raw, str) or is_graph(raw):
-        return raw
-    if len(raw) not in (1, 2):  # which of them the model takes, nothing says
-        raise InvalidType(
-            "a batch of strange inputs is inputs alone, a pair (x, y), a mapping, or graphs",
-            where="ood_loader",
-            got=f"{type(raw).__name__} of {len(raw)}",
-            remedy="Yield pairs (x, y), or pass batch_fn to Laplace",
-        )
-    return raw[0]
 
 
 def _sigma(choice: Choice) -> Tensor:

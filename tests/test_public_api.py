@@ -50,6 +50,7 @@ CALL = {
     "joint": False,
     "n_samples": 100,
     "generator": None,
+    "enable_backprop": False,
 }
 
 

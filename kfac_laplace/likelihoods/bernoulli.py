@@ -204,6 +204,10 @@ class LogisticPredictive(ClassPredictive):
         """−Σ p log p + (1 − p) log(1 − p) over the outputs, (..., t)."""
         return super().entropy_of(probs) + torch.special.entr(1 - probs).sum(-1)
 
+    def doubt(self) -> Tensor:
+        """min(p, 1 − p), summed over the outputs."""
+        return torch.minimum(self.probs, self._complement()).flatten(1).sum(1)
+
     def strangeness(self, latent: Latent, head: Tensor) -> Tensor:
         """Entropy of the probit link with the covariance of the layer used last alone."""
         return self.entropy_of(probit(latent.mean, head).sigmoid()).sum(1)

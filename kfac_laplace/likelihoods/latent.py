@@ -51,6 +51,8 @@ class Latent:
             f = self.draws
             return f, f.new_zeros(len(f)).log_softmax(0)
         z = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64, device=self.mean.device)
-        deviation = self.covariance[..., 0].clamp_min(0).sqrt()  # rounding may end below zero
+        variance = self.covariance[..., 0]  # rounding may end below zero
+        some = variance > 0  # the root has no derivative at zero
+        deviation = torch.where(some, variance.where(some, 1.0).sqrt(), 0.0)
         f = self.mean + z[:, None, None, None].to(deviation) * deviation
         return f, (-0.5 * z.square()).log_softmax(0).to(f)

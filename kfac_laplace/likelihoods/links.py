@@ -9,6 +9,8 @@ import torch
 from torch import Generator, Tensor
 from torch.quasirandom import SobolEngine
 
+from kfac_laplace.likelihoods.symmetric_root import symmetric_root
+
 #: "auto" is resolved by the posterior: which of the others, or `averaged`, depends on its scale.
 LINKS = ("auto", "mode", "probit", "centred", "bridge", "mc")
 
@@ -65,7 +67,7 @@ def averaged(mean: Tensor, covariance: Tensor, n: int, seed: int) -> Tensor:
         z = normal_points(n, f.shape[-1], seed).to(f.device)
         step = max(1, ENTRIES // z.numel())
         rows = zip(f[large].split(step), spread[large].split(step), strict=True)
-        probs[large] = torch.cat([_over_points(*row, z) for row in rows])
+        probs = probs.index_put((large,), torch.cat([_over_points(*row, z) for row in rows]))
     return probs.to(mean.dtype)
 
 
@@ -88,12 +90,7 @@ def _without_shift(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 def _over_points(mean: Tensor, covariance: Tensor, z: Tensor) -> Tensor:
     """Averages over points z (s, c), for rows (r, c) and (r, c, c) of large variances."""
-    values, basis = torch.linalg.eigh(covariance)
-    # The symmetric root: it does not depend on the choice of eigenvectors.
-    # Directions without variance have none: the root of rounding would be 1e-8.
-    rounding = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]
-    scales = values.where(values > rounding, 0.0).sqrt()
-    root = (basis * scales[..., None, :]) @ basis.mT
+    root = symmetric_root(covariance)
     variance = covariance.diagonal(dim1=-2, dim2=-1)  # (r, c)
     rest = MODERATE / variance.amax(-1)  # (r,)
     f = mean[:, None] + (1 - rest).sqrt()[:, None, None] * (z @ root)  # (r, s, c)
@@ -126,8 +123,7 @@ def bridge(mean: Tensor, covariance: Tensor) -> Tensor:
 
 def sample_outputs(mean: Tensor, covariance: Tensor, n: int, generator: Generator) -> Tensor:
     """Draws (n, *mean.shape) from N(mean, covariance), also where the covariance is singular."""
-    values, basis = torch.linalg.eigh(covariance)
-    root = basis * values.clamp_min(0).sqrt()[..., None, :]
+    root = symmetric_root(covariance)
     noise = torch.randn(
         n, *mean.shape, dtype=mean.dtype, generator=generator, device=generator.device
     ).to(mean.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, MultivariateNormal
 
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.likelihoods.distributions import draw
 from kfac_laplace.likelihoods.latent import Latent
 
@@ -62,6 +62,18 @@ class RowPredictive(ABC):
     def aleatoric(self) -> Tensor:
         """E H[y | f] in nats, summed over positions, shape (n,)."""
         return self.entropy() - self.information()
+
+    @abstractmethod
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """Var E[y | f] and E Var[y | f], shape (n, t, ·) each."""
+
+    def doubt(self) -> Tensor:
+        """1 − the probability of the likeliest class, summed over positions, shape (n,).
+
+        Raises:
+            InvalidValue: y is no class.
+        """
+        return (1 - self.probs.amax(-1)).sum(1)
 
     def strangeness(self, latent: Latent, head: Tensor) -> Tensor:
         """How far inputs are from the data, larger for stranger ones, shape (n,).
@@ -120,6 +132,11 @@ class Mixture(RowPredictive):
         """E KL(p(f | y) ‖ p(f)) over draws of y: never below zero."""
         return self._entropy_and_information[1]
 
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """By averages of the components' means and variances."""
+        log_weights, components = self._latent.points[1], self._at_points
+        return spread(log_weights, components.mean), average(log_weights, components.variance)
+
     def _joint(self, y: Tensor) -> Tensor:
         """log w_k + log p(y | f_k), shape (k, n, t)."""
         return self._log_weights + self._at_points.log_prob(y)
@@ -136,6 +153,13 @@ class Mixture(RowPredictive):
     def _entropy_and_information(self) -> tuple[Tensor, Tensor]:
         """Averages over one y for each draw of f, shape (n,) each."""
         draws = self._latent.draws
+        if draws.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedUse(
+                "an average over draws of y has no derivative by autograd",
+                where="entropy, epistemic, aleatoric",
+                got=type(self._components(draws[:1])).__name__,
+                remedy="Ask for them under torch.no_grad(), or of predict without enable_backprop",
+            )
         generator = Generator().manual_seed(self._latent.seed + 1)
         targets = draw(self._components(draws.cpu()), generator).to(draws.device)
         surprise, information = draws.new_zeros(draws.shape[1:3]), draws.new_zeros(draws.shape[1:3])
@@ -207,6 +231,11 @@ class ClassPredictive(RowPredictive):
         """E H[p] over draws of f."""
         return self.entropy_of(self.activation(self.latent.draws)).mean(0).sum(1)
 
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """Var p and E p(1 − p) over draws of f: y as one-hot rows."""
+        probs = self.activation(self.latent.draws)
+        return probs.var(0, correction=0), (probs * (1 - probs)).mean(0)
+
     def entropy_of(self, probs: Tensor) -> Tensor:
         """Entropy (..., t) of probabilities (..., t, k)."""
         return torch.special.entr(probs).sum(-1)
@@ -256,6 +285,11 @@ class NormalPredictive(RowPredictive):
         each = 0.5 * (2 * math.pi * math.e * self._sigma.to(self._latent.mean) ** 2).log()
         return each.expand_as(self._latent.mean).flatten(1).sum(1)
 
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """The diagonal of Σ, and σ²."""
+        variance = self._latent.covariance.diagonal(dim1=-2, dim2=-1)
+        return variance, (self._sigma.to(variance) ** 2).expand_as(variance)
+
     def strangeness(self, latent: Latent, head: Tensor) -> Tensor:
         """tr Σ/σ²."""
         trace = latent.covariance.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1)
@@ -265,6 +299,11 @@ class NormalPredictive(RowPredictive):
         mean, covariance = self._latent.mean, self._latent.covariance
         noise = torch.eye(mean.shape[-1], dtype=mean.dtype) * self._sigma.cpu() ** 2
         return covariance + noise.to(covariance)
+
+
+def spread(log_weights: Tensor, values: Tensor) -> Tensor:
+    """Σ_k w_k (values_k − mean)² over the first axis."""
+    return average(log_weights, (values - average(log_weights, values)).square())
 
 
 def average(log_weights: Tensor, values: Tensor) -> Tensor:

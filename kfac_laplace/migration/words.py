@@ -37,6 +37,7 @@ class LaplaceTorchWords(ABC):
     optimize_prior: Callable[..., Any]
     _sharing: Sharing
     _structure: PriorStructure
+    _draws: Generator
     _hyper: Hyperparameters
     _mode: dict[str, Tensor]
     _adopt: Callable[..., None]
@@ -50,6 +51,10 @@ class LaplaceTorchWords(ABC):
     @property
     @abstractmethod
     def _predictor(self) -> Predictor: ...
+
+    def _source(self, generator: Generator | None) -> Generator:
+        """Where draws come from: without a generator each call goes on where the last one ended."""
+        return self._draws if generator is None else generator
 
     # --- the prior ---------------------------------------------------------------------------
 
@@ -148,14 +153,15 @@ class LaplaceTorchWords(ABC):
 
         Args:
             n: number of draws.
-            generator: source of the randomness; a fresh one seeded with `seed` by default.
+            generator: source of the randomness; by default one that `fit` seeds with `seed`, so
+                that each call draws anew.
             n_samples: laplace-torch's name for n.
 
         Returns:
             Float64 rows (n, P) in the order of `parameters_to_vector`, of the parameters in the
             posterior.
         """
-        return self._predictor.parameters(number(n, n_samples), generator)
+        return self._predictor.parameters(number(n, n_samples), self._source(generator))
 
     def functional_samples(
         self,
@@ -173,9 +179,11 @@ class LaplaceTorchWords(ABC):
             n: number of draws; `pred_type` where it is a name, as in laplace-torch.
             n_samples: likewise.
             pred_type: "glm" or "linear" for f + J(θ_s − θ*), "nn" for the network at θ_s.
-            generator: source of the randomness; a fresh one seeded with `seed` by default.
+            generator: source of the randomness; by default one that `fit` seeds with `seed`, so
+                that each call draws anew.
         """
-        return self._predictor.functions(x, *counted(n, n_samples, pred_type), generator)
+        source = self._source(generator)
+        return self._predictor.functions(x, *counted(n, n_samples, pred_type), source)
 
     def predictive_samples(
         self,
@@ -190,7 +198,8 @@ class LaplaceTorchWords(ABC):
 
         Arguments and shape as for `functional_samples`, from the same functions.
         """
-        return self._predictor.targets(x, *counted(n, n_samples, pred_type), generator)
+        source = self._source(generator)
+        return self._predictor.targets(x, *counted(n, n_samples, pred_type), source)
 
     # --- the Gaussian ------------------------------------------------------------------------
 

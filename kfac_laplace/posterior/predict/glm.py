@@ -169,10 +169,10 @@ def _covariances(
         By all parameters, and by those of the layer that is used last.
     """
     total = passed.outputs.new_zeros(passed.n, len(vectors) // width, width, width).detach()
-    last = _used_last(passed, posterior.ggn.groups)
+    last = used_last(passed, posterior.ggn.groups)
     with without_autocast(total.device):
         if posterior.ggn.options.hessian_structure == "full":
-            own = _positions(posterior.ggn, last).to(total)
+            own = entries_inside(posterior.ggn, last).to(total)
             for normal, found in _matrices(posterior, passed, vectors):
                 total += covariance(normal, found, width)
                 head = covariance(normal, found * own, width)
@@ -191,7 +191,7 @@ def _covariances(
     return total, head
 
 
-def _used_last(passed: ForwardPass, groups: Sequence[Group]) -> set[str]:
+def used_last(passed: ForwardPass, groups: Sequence[Group]) -> set[str]:
     """Names of the groups of the posterior's layer that is used last; of all without a layer."""
     layers = [use.params for use in passed.recording.uses if use.layer.kronecker]
     names = {group.name: layers and not set(layers[-1]).isdisjoint(group.layout.params)
@@ -199,7 +199,7 @@ def _used_last(passed: ForwardPass, groups: Sequence[Group]) -> set[str]:
     return {name for name, found in names.items() if found} or set(names)
 
 
-def _positions(ggn: GGN, names: set[str]) -> Tensor:
+def entries_inside(ggn: GGN, names: set[str]) -> Tensor:
     """1 where an entry of all parameters behind one another is in these groups, else 0, (1, p)."""
     inside = {p for group in ggn.groups if group.name in names for p in group.layout.params}
     shapes = ggn.knowledge.full_layout
@@ -221,14 +221,14 @@ def _add_group(
     if group.factored:
         factored = factored_gradient(passed, group, known[0])
         if factored is not None:
-            normal = _normal(posterior, group.name, factored.left)
+            normal = block_normal(posterior, group.name, factored.left)
             assert isinstance(normal, SpectralNormal)
             total += factored_covariance(normal, factored, width, passed.budget)
         return
     start = 0
     for piece in gradient_pieces(passed, group, *known):
         stop = start + piece.shape[1]
-        total[start:stop] += covariance(_normal(posterior, group.name, piece), piece, width)
+        total[start:stop] += covariance(block_normal(posterior, group.name, piece), piece, width)
         start = stop
 
 
@@ -242,19 +242,19 @@ def _matrices(
     if posterior.ggn.options.hessian_structure == "full":
         found = gradients(passed, groups, rows, copied)
         flat = flat_gradients(found, posterior.ggn.knowledge.full_layout)
-        yield _normal(posterior, "full", flat), flat[:, :, None, None]
+        yield block_normal(posterior, "full", flat), flat[:, :, None, None]
         return
     for group in groups:
         found = gradients(passed, [group], rows, copied)
         if not found:  # the outputs do not depend on this group
             empty = f.new_zeros(len(vectors), passed.n, *group.layout.matrix)
-            yield _normal(posterior, group.name, empty), empty
+            yield block_normal(posterior, group.name, empty), empty
         else:
             packed = group.layout.pack(found)
-            yield _normal(posterior, group.name, packed), packed
+            yield block_normal(posterior, group.name, packed), packed
 
 
-def _normal(posterior: Posterior, name: str, like: Tensor) -> BlockNormal:
+def block_normal(posterior: Posterior, name: str, like: Tensor) -> BlockNormal:
     """A block's posterior in the precision of its gradients."""
     return posterior.blocks_in(like.dtype)[name]
 

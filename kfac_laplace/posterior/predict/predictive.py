@@ -9,10 +9,18 @@ from torch.distributions import Distribution
 
 from kfac_laplace.curvature.linalg.dtypes import without_autocast
 from kfac_laplace.errors import InvalidValue
-from kfac_laplace.likelihoods import Latent, Likelihood
+from kfac_laplace.likelihoods import Latent, Likelihood, aligned_target
 from kfac_laplace.likelihoods.predictive import RowPredictive
+from kfac_laplace.options import check_choice
 from kfac_laplace.posterior.predict.finite import COVARIANCE, MEAN, finite
 from kfac_laplace.posterior.predict.glm import OutputGaussian
+from kfac_laplace.posterior.predict.uncertainty import (
+    SCORES,
+    Uncertainty,
+    Variances,
+    by_row,
+    counted_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,67 @@ class Predictive:
         found = self.outputs
         score = self._rows.strangeness(Latent(found.mean, found.covariance), found.head)
         return finite(score, "ood_score", MEAN)
+
+    def score(self, name: str = "last_layer") -> Tensor:
+        """How strange or doubtful inputs are, larger for more so, summed over positions, (n,).
+
+        Args:
+            name: "last_layer" for `ood_score`, "entropy", "epistemic", "variance" for the trace of
+                the outputs' covariance, or "max_prob" for 1 − the largest probability.
+
+        Raises:
+            InvalidValue: another name; one that this predictive does not have.
+        """
+        check_choice("score", name, SCORES)
+        if name == "variance":
+            return self.covariance_f.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1)
+        if name == "max_prob":
+            return finite(self._rows.doubt(), "probabilities", MEAN)
+        found: Tensor = getattr(self, {"last_layer": "ood_score"}.get(name, name))
+        return found
+
+    @property
+    def variances(self) -> Variances:
+        """Var y by output and its two parts; of classes that of their indicators.
+
+        Closed form for Gaussian noise, Σ and σ²; otherwise averages over samples, or by the rule
+        for one output.
+        """
+        parts = (finite(part, "variance of y", MEAN) for part in self._rows.variances())
+        return Variances(*(self._restore(part) for part in parts))
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """log p(y | x) at each position with the loss's weights, 0 for ignored labels.
+
+        Args:
+            y: targets as the loss takes them.
+
+        Returns:
+            Shaped like labels, (n,) or (n, ...); of independent outputs like the output.
+        """
+        y = y.to(self.mean_f.device)
+        target = aligned_target(self.likelihood, y, self.shape, self.mean_f, self.class_axis)
+        return self._restore(finite(self._rows.log_prob(target), "log p(y)", MEAN))
+
+    def by_position(self, counts: Tensor | None = None) -> Uncertainty:
+        """Entropy and its parts at each position; `entropy` and its like are sums of these.
+
+        Args:
+            counts: a mask of the positions that count, or labels, of which the ignored ones
+                (−100) do not; shaped like labels. None: all.
+
+        Raises:
+            InvalidValue: another shape, or labels of a likelihood that ignores none.
+            InvalidType: neither truth values nor whole numbers.
+        """
+        rows = self.likelihood.predict(by_row(self._latent), self.sigma, self.link)
+        shape = self.mean_f.shape[:2]
+        parts = [
+            self._restore(finite(part, "entropy of y", MEAN).reshape(shape))
+            for part in (rows.entropy(), rows.information(), rows.aleatoric())
+        ]
+        kept = counted_positions(self.likelihood, counts, parts[0])
+        return Uncertainty(*(part * kept for part in parts))
 
     def output_samples(self) -> Tensor:
         """Samples of the outputs, shape (s, n, t, c)."""

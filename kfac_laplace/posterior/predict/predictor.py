@@ -14,7 +14,19 @@ from kfac_laplace.likelihoods.links import LINKS, sample_outputs
 from kfac_laplace.options import check_choice, check_whole
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.finite import COVARIANCE, MEAN, WEIGHTS, finite
-from kfac_laplace.posterior.predict.glm import output_features, output_gaussian, output_mean
+from kfac_laplace.posterior.predict.glm import (
+    OutputGaussian,
+    output_features,
+    output_gaussian,
+    output_mean,
+)
+from kfac_laplace.posterior.predict.in_graph import (
+    check_differentiable,
+    check_reaches,
+    features_in_graph,
+    gaussian_in_graph,
+    mean_in_graph,
+)
 from kfac_laplace.posterior.predict.inputs import inputs_of
 from kfac_laplace.posterior.predict.predictive import Predictive, from_samples, restore
 from kfac_laplace.posterior.predict.sampling import linearised_samples, network_samples
@@ -53,35 +65,76 @@ class Predictor:
         return torch.Generator().manual_seed(self.seed) if generator is None else generator
 
     def expected(
-        self, x: Any, pred_type: str, link: str, n_samples: int, generator: Generator | None
+        self,
+        x: Any,
+        pred_type: str,
+        link: str,
+        n_samples: int,
+        generator: Generator | None,
+        in_graph: bool = False,
     ) -> Tensor:
         """E[y] at x; without a covariance where the link takes none. Arguments as for `predict`."""
         ggn = self.posterior.ggn
         check_choice("link_approx", link, LINKS)
         if pred_type != "glm" or not ggn.likelihood.has_logits:
-            return self.predict(x, pred_type, link, n_samples, generator).mean
+            return self.predict(x, pred_type, link, n_samples, generator, in_graph).mean
         link = self.scaling.link(link, ggn.likelihood, self.said)
         if link != "mode":
-            return self.predict(x, pred_type, link, n_samples, generator).mean
+            return self.predict(x, pred_type, link, n_samples, generator, in_graph).mean
         check_whole("n_samples", n_samples, 1)
         self.source(generator)
-        f, shape = output_mean(self.posterior, self._batch(x))
+        found = mean_in_graph if in_graph else output_mean
+        f, shape = found(self.posterior, self._batch(x))
         mean, none = self.scaling.moments(f, f.new_zeros(()).expand(*f.shape, f.shape[-1]))
         axis = ggn.knowledge.class_axis
         return Predictive(ggn.likelihood, mean, none, shape, axis, self._sigma, link).mean
 
     def predict(
-        self, x: Any, pred_type: str, link: str, n_samples: int, generator: Generator | None
+        self,
+        x: Any,
+        pred_type: str,
+        link: str,
+        n_samples: int,
+        generator: Generator | None,
+        in_graph: bool = False,
     ) -> Predictive:
-        """The predictive at x by closed form ("glm") or by samples ("linear", "nn")."""
+        """The predictive at x by closed form ("glm") or by samples ("linear", "nn").
+
+        Args:
+            x: inputs.
+            pred_type: "glm", "linear" or "nn".
+            link: one of `LINKS`.
+            n_samples: number of samples.
+            generator: their source.
+            in_graph: whether what comes out stays in the graph of x.
+        """
+        self.check(pred_type, link, n_samples)
+        source = self.source(generator)
+        if pred_type != "glm":
+            return self.by_samples(self.functions(x, n_samples, pred_type, source, in_graph))
+        return self.by_outputs(self.outputs(x, in_graph), link, n_samples, generator)
+
+    def check(self, pred_type: str, link: str, n_samples: int) -> None:
+        """Raise `InvalidValue` for an option out of range, or one of a wrong type."""
         check_choice("link_approx", link, LINKS)
         check_whole("n_samples", n_samples, 1)
+        check_choice("pred_type", pred_type, SAMPLERS)
+
+    def outputs(self, x: Any, in_graph: bool = False) -> OutputGaussian:
+        """The Gaussian over outputs at x, at κ = τ = 1."""
+        found = gaussian_in_graph if in_graph else output_gaussian
+        return found(self.posterior, self._batch(x))
+
+    def by_samples(self, samples: Tensor) -> Predictive:
+        """The predictive of output samples (s, *output shape)."""
+        return from_samples(self.posterior.ggn.likelihood, samples, self._class_axis, self._sigma)
+
+    def by_outputs(
+        self, outputs: OutputGaussian, link: str, n_samples: int, generator: Generator | None
+    ) -> Predictive:
+        """The predictive of outputs at κ = τ = 1. Arguments as for `predict`."""
         ggn, source = self.posterior.ggn, self.source(generator)
-        axis, sigma = ggn.knowledge.class_axis, self._sigma
-        if pred_type != "glm":
-            samples = self.functions(x, n_samples, pred_type, source)
-            return from_samples(ggn.likelihood, samples, axis, sigma)
-        outputs = output_gaussian(self.posterior, self._batch(x))
+        axis, sigma = self._class_axis, self._sigma
         mean, scaled = self.scaling.moments(outputs.mean, outputs.covariance)
         covariance = finite(scaled, "covariance of the outputs", COVARIANCE)
         drawn, seed = None, self.seed
@@ -96,7 +149,7 @@ class Predictor:
             n_samples, outputs,
         )  # fmt: skip
 
-    def joint(self, x: Any, pred_type: str) -> tuple[Tensor, Tensor]:
+    def joint(self, x: Any, pred_type: str, in_graph: bool = False) -> tuple[Tensor, Tensor]:
         """Regression mean (N·C,) and covariance (N·C, N·C) over all inputs together."""
         likelihood = self.posterior.ggn.likelihood
         if pred_type != "glm" or not likelihood.has_gaussian_noise:
@@ -107,8 +160,12 @@ class Predictor:
                 remedy="Use functional_samples for joint draws of any likelihood",
             )
         batch = self._batch(x)
-        mean = output_gaussian(self.posterior, batch).mean.flatten()
-        features = torch.cat(output_features(self.posterior, batch), 1)
+        if in_graph:
+            mean, parts = features_in_graph(self.posterior, batch)
+        else:
+            mean = output_gaussian(self.posterior, batch).mean.flatten()
+            parts = output_features(self.posterior, batch)
+        features = torch.cat(parts, 1)
         joint = features @ features.mT * self.scaling.scale.to(features)
         return mean, finite(joint, "covariance of the outputs", COVARIANCE)
 
@@ -124,13 +181,26 @@ class Predictor:
         centre = torch.cat([value.flatten() for value in mode.values()])
         return finite(centre + self.scaling.scale.sqrt() * flat, "sampled parameters", WEIGHTS)
 
-    def functions(self, x: Any, n: int, pred_type: str, generator: Generator | None) -> Tensor:
+    def functions(
+        self,
+        x: Any,
+        n: int,
+        pred_type: str,
+        generator: Generator | None,
+        in_graph: bool = False,
+    ) -> Tensor:
         """Draws of functions, each at all inputs, shape (n, *output shape)."""
         check_whole("n_samples", n, 1)
         check_choice("pred_type", pred_type, SAMPLERS)
         draw = SAMPLERS[pred_type]
         width = float(self.scaling.scale) ** 0.5
-        f = draw(self.posterior, self._batch(x), n, width, self.source(generator))
+        batch, source = self._batch(x), self.source(generator)
+        if in_graph:
+            check_differentiable(batch)
+            f = draw(self.posterior, batch, n, width, source, True)
+            check_reaches(f, self.posterior, batch)
+        else:
+            f = draw(self.posterior, batch, n, width, source)
         return self.scaling.samples(f)
 
     def targets(self, x: Any, n: int, pred_type: str, generator: Generator | None) -> Tensor:

@@ -23,7 +23,12 @@ DRAWN_TOGETHER = 16
 
 
 def linearised_samples(
-    posterior: Posterior, batch: AnyBatch, n: int, scale: float, generator: Generator
+    posterior: Posterior,
+    batch: AnyBatch,
+    n: int,
+    scale: float,
+    generator: Generator,
+    in_graph: bool = False,
 ) -> Tensor:
     """f_θ*(x) + J (θ_s − θ*), joint across inputs, shape (n, *output shape).
 
@@ -33,12 +38,13 @@ def linearised_samples(
         n: number of samples.
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
+        in_graph: whether the samples stay in the graph of the inputs; the draws of weights do not.
 
     Raises:
         InvalidValue: outputs that are not finite.
     """
     network, mode = posterior.network, posterior.mode_for_model
-    with undisturbed(network.model), torch.no_grad():
+    with undisturbed(network.model), torch.set_grad_enabled(in_graph):
         samples = [
             _linearised(posterior, batch, mode, deviation, scale)
             for deviation in _deviations(posterior, n, generator)
@@ -107,7 +113,12 @@ def _in_dtype(deviation: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def network_samples(
-    posterior: Posterior, batch: AnyBatch, n: int, scale: float, generator: Generator
+    posterior: Posterior,
+    batch: AnyBatch,
+    n: int,
+    scale: float,
+    generator: Generator,
+    in_graph: bool = False,
 ) -> Tensor:
     """f_θs(x) through the network with sampled weights, shape (n, *output shape).
 
@@ -119,12 +130,13 @@ def network_samples(
         n: number of samples.
         scale: factor on the deviations, √κ.
         generator: source of the weight samples.
+        in_graph: whether the samples stay in the graph of the inputs; the draws of weights do not.
 
     Raises:
         InvalidValue: outputs that are not finite.
     """
     network, mode = posterior.network, posterior.mode_for_model
-    with undisturbed(network.model), torch.no_grad():
+    with undisturbed(network.model), torch.set_grad_enabled(in_graph):
         samples = []
         for deviation in _deviations(posterior, n, generator):
             weights = {
