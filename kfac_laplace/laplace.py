@@ -176,7 +176,7 @@ class Laplace(LaplaceTorchWords):
         self._posterior: Posterior | None = None
         self._data = self._held_out = TrainingData()
         self._said: set[str] = set()
-        self._draws = Generator().manual_seed(seed)
+        self._draws = Generator().manual_seed(self.seed)
 
     @classmethod
     def from_curvature(
