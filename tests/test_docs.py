@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kfac_laplace.curvature.layers import RULES
+from kfac_laplace.curvature.layers import registry
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -92,17 +92,19 @@ def prompts(path):
     return sum(text.count(">>> ") for text in docstrings(path))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def rules():
-    """Puts the table of layer rules back, to which an example may add."""
-    before = dict(RULES)
+    """Puts the tables of rules back, to which an example may add."""
+    tables = [registry.RULES, registry.OPERATORS, registry.REPETITIONS, registry.GUARDS]
+    tables.append(registry.FORMS)
+    before = [dict(table) for table in tables]
     yield
-    RULES.clear()
-    RULES.update(before)
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if prompts(path)], ids=name)
-@pytest.mark.usefixtures("rules")
 def test_examples_in_docstrings_run(path):
     """All that there are: those of what doctest does not find would only look as if they ran."""
     parts = path.relative_to(ROOT).with_suffix("").parts
