@@ -146,7 +146,7 @@ def network_for_training(network: Network) -> Network:
 
     Batch statistics mix the examples: factors are then those of each example with the others held.
     """
-    return replace(network, guards={})
+    return replace(network, guarded=False)
 
 
 def tracked_names(model: nn.Module, wanted: frozenset[int]) -> tuple[str, ...]:

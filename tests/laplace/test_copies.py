@@ -11,6 +11,7 @@ from cases import build
 from torch.utils.data import DataLoader
 
 from kfac_laplace import Laplace, MarglikTuner
+from kfac_laplace.curvature.layers import registry
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue
 
@@ -93,3 +94,11 @@ def test_options_have_hashes(given):
     one, other = (CurvatureOptions.of("classification", **given) for _ in range(2))
     assert one == other and hash(one) == hash(other)
     assert len({one, other, CurvatureOptions.of("classification")}) == 2
+
+
+def test_a_guard_of_ones_own_is_no_part_of_a_posterior(monkeypatch):
+    """One within a function cannot be pickled, and is not what the posterior is made of."""
+    monkeypatch.setitem(registry.GUARDS, lambda x: x, lambda with_data, x: None)
+    case = build("mlp-tanh")
+    la = Laplace(case.model, case.likelihood).fit(case.batches)
+    assert torch.equal(pickled(la)(case.x), la(case.x))

@@ -1,11 +1,10 @@
 """One recorded forward pass over a batch, as data: outputs, and where parameters met which rows."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
 from kfac_laplace.curvature.gradients.groups import Group, Term, check_consistent
 from kfac_laplace.curvature.gradients.knowledge import Knowledge, UseKey
 from kfac_laplace.curvature.gradients.seen_rows import SeenRows, patterns
-from kfac_laplace.curvature.layers import GUARDS, Guard
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, with_examples
 from kfac_laplace.curvature.model.budget import Budget
@@ -44,7 +42,7 @@ class ForwardPass:
         weights: weights of the outputs in the loss, broadcastable to (n, t, c), where they differ.
         budget: how much memory gradients may take.
         reordered: whether images had another order in memory than the model gave them.
-        guards: checks of calls where the model runs again.
+        guarded: whether guards check calls where the model runs again.
         runs_again: whether the model may run again to tell which rows are read; a training pass,
             which draws and counts, may not.
     """
@@ -58,7 +56,7 @@ class ForwardPass:
     weights: Tensor | None = None
     budget: Budget = Budget()
     reordered: bool = False
-    guards: Mapping[Callable[..., Any], Guard] = field(default_factory=lambda: GUARDS)
+    guarded: bool = True
     runs_again: bool = True
 
     def knowing(self, knowledge: Knowledge) -> "ForwardPass":
@@ -305,7 +303,7 @@ class ForwardPass:
         """Run the model again with something done to its recorded calls; with its outputs."""
         own = self.batch.copied()
         order = ChannelsLast() if self.reordered else nullcontext()
-        with Tape(self.params, own.data, own.n, nudge, self.guards) as tape, order:
+        with Tape(self.params, own.data, own.n, nudge, self.guarded) as tape, order:
             output = self.forward(own.x, self.params)
         recording = tape.recording(output)
         output = with_examples(recording.output, self.batch, self.knowledge.interface)

@@ -1,8 +1,8 @@
 """A model as the backend sees it: run and recorded batch by batch, its parameters put in groups."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -18,7 +18,6 @@ from kfac_laplace.curvature.gradients.groups import (
     select_parameters,
 )
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
-from kfac_laplace.curvature.layers import GUARDS, Guard
 from kfac_laplace.curvature.model.batches import (
     AnyBatch,
     as_batch,
@@ -47,14 +46,14 @@ class Network:
         likelihood: gives the class axis of the outputs.
         forward_fn: runs the model on the inputs of a batch, where calling it does not.
         budget: how much memory gradients may take.
-        guards: checks of calls while a pass is recorded, by function.
+        guarded: whether guards check calls while a pass is recorded.
     """
 
     model: nn.Module
     likelihood: Likelihood
     forward_fn: ForwardFn | None = None
     budget: Budget = Budget()
-    guards: Mapping[Callable[..., Any], Guard] = field(default_factory=lambda: GUARDS)
+    guarded: bool = True
 
     @classmethod
     def of(
@@ -217,7 +216,7 @@ class Network:
             data: the very tensors that it receives and that differ between examples; the batch's
                 own by default.
         """
-        return Tape(used, batch.data if data is None else data, batch.n, guards=self.guards)
+        return Tape(used, batch.data if data is None else data, batch.n, guarded=self.guarded)
 
     def read(
         self,
@@ -236,7 +235,7 @@ class Network:
             used,
             knowledge,
             budget=self.budget,
-            guards=self.guards,
+            guarded=self.guarded,
         )
 
     def _recorded(

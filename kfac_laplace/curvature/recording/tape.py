@@ -27,7 +27,6 @@ from kfac_laplace.curvature.layers import (
     OPERATORS,
     REPETITIONS,
     RULES,
-    Guard,
     Layer,
 )
 from kfac_laplace.curvature.model.tensors import tensors_in
@@ -110,8 +109,8 @@ class Tape(TorchFunctionMode):
         n: number of examples.
         nudge: changes the output of a recorded call in place, if given; called with the call's
             place among them, its layer and its output.
-        guards: checks of calls by function, which refuse what would leave an example without a
-            Jacobian of its own. Training needs none.
+        guarded: whether guards check the calls, which refuse what would leave an example without
+            a Jacobian of its own. Training needs none.
     """
 
     def __init__(
@@ -120,10 +119,10 @@ class Tape(TorchFunctionMode):
         data: Iterable[Tensor],
         n: int,
         nudge: Nudge | None = None,
-        guards: Mapping[Callable[..., Any], Guard] = GUARDS,
+        guarded: bool = True,
     ):
         super().__init__()
-        self._guards = guards
+        self._guards = GUARDS if guarded else {}
         self._nudge = nudge
         self._sources = Sources(tracked)
         self._names = {id(tensor): name for name, tensor in tracked.items()}
