@@ -143,7 +143,7 @@ def marglik_training(
         loss_units=loss_units,
     )
     tuner.prepare(train_loader)
-    optimiser = _optimiser(optimizer_cls, model, likelihood, options)
+    optimiser = _optimiser(optimizer_cls, tuner, options)
     scheduler = scheduler_cls(optimiser, **(scheduler_kwargs or {})) if scheduler_cls else None
     modes, kept = {module: module.training for module in model.modules()}, Kept(model)
     losses: list[float] = []
@@ -162,6 +162,8 @@ def marglik_training(
         for module, training in modes.items():
             module.training = training
         kept.release()
+        if isinstance(optimiser, KFAC):
+            optimiser.close()
     margliks = [-record.evidence for record in tuner.history]
     if best is not None:
         model.load_state_dict(best["model"])
@@ -169,13 +171,13 @@ def marglik_training(
     return tuner.laplace(train_loader), model, margliks, losses
 
 
-def _optimiser(
-    of: type[Optimizer], model: nn.Module, likelihood: str | Likelihood, options: Mapping[str, Any]
-) -> Optimizer:
+def _optimiser(of: type[Optimizer], tuner: MarglikTuner, options: Mapping[str, Any]) -> Optimizer:
     """An optimiser of what is trained, without the weight decay that some have by default."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if issubclass(of, KFAC):
-        made: Optimizer = of(model, likelihood, trained, **options)
+    trained = [p for p in tuner.model.parameters() if p.requires_grad]
+    if isinstance(of, type) and issubclass(of, KFAC):  # it may be a function that makes one
+        axis = {"class_axis": tuner.options.class_axis}
+        likelihood = tuner.options.likelihood
+        made: Optimizer = of(tuner.model, likelihood, trained, **{**axis, **options})
     else:
         made = of(trained, **options)
     for group in made.param_groups:

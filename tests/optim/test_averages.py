@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kfac_laplace import Curvature
+from kfac_laplace.curvature.linalg.gram import Gram
 from kfac_laplace.optim.averages import EXAMPLES, SHORTER, Averages
 
 DECAY = 0.9
@@ -114,3 +115,10 @@ def test_a_stored_average_goes_on_bit_by_bit():
         again.add({"0.weight": (block_of(one, 1.0 + k), float(len(one)))})
     for got, want in zip(again.factors("0.weight"), whole.factors("0.weight"), strict=True):
         assert torch.equal(got, want)
+
+
+def test_traces_of_rows_in_half_precision_are_summed_in_that_of_the_sums():
+    """A thousand squares in bfloat16 would stop growing at 256."""
+    rows = torch.ones(1, 1000, 3).bfloat16()
+    gram = Gram(torch.zeros(1, 0, 0), rows)
+    assert gram.traces().tolist() == [3000.0]

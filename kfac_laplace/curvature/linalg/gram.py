@@ -89,7 +89,7 @@ class Gram:
 
     def traces(self) -> Tensor:
         """Traces (b,) of the Gram matrices."""
-        found = self.rows.square().sum((1, 2))
+        found = self.rows.to(self.packed.dtype).square().sum((1, 2))
         if self.packed.numel():
             found = found + _traces_of(self.packed)
         return found
