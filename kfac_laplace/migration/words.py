@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.errors import InvalidValue
 from kfac_laplace.migration import moments
 from kfac_laplace.migration.arguments import counted, number
 from kfac_laplace.migration.prior_search import PriorSearch, plain, refuse
@@ -103,7 +104,7 @@ class LaplaceTorchWords(ABC):
 
         Raises:
             InvalidType: an argument that means nothing here; which word does is said.
-            InvalidValue: as for `optimize_prior`. The posterior is as it was after any error.
+            InvalidValue: as for `optimize_prior`; an option that a grid search does not take. The posterior is as it was after any error.
         """
         refuse(lr=lr, loss=loss)
         theirs = {
@@ -115,7 +116,14 @@ class LaplaceTorchWords(ABC):
         search = PriorSearch.of(pred_type, method, link_approx, grid, theirs)
         before = dict(vars(self))
         try:
-            if search.method == "gridsearch" and not options:
+            if search.method == "gridsearch" and options:
+                raise InvalidValue(
+                    "a grid search has no use for this",
+                    where=", ".join(options),
+                    got="method='gridsearch'",
+                    remedy="Leave it out, or use method='marglik'",
+                )
+            if search.method == "gridsearch":
                 self._begin(plain(prior_structure), None)
                 self._on_grid(val_loader, search.grid, link=search.link, progress=progress_bar)
             else:

@@ -168,6 +168,7 @@ WRONG = {
     "grid_size": {"method": "gridsearch", "grid_size": 0},
     "val_loader": {"method": "gridsearch", "val_loader": None, "prior_structure": "scalar"},
     "objective": {"method": "gridsearch", "objective": "kron", "prior_structure": "scalar"},
+    "tolerance": {"method": "gridsearch", "tolerance": 1e-3, "grid": [1.0, 2.0]},
 }
 
 
