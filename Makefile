@@ -15,7 +15,7 @@ STAMP = $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
-.PHONY: help install demo test test-slow test-all coverage lint types format hooks clean distclean
+.PHONY: help install demo test test-slow test-all coverage lint types format hooks site notebooks clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt .ci/torchvision_operators.py
 	@echo "Installing into $(VENV): a minute or two where there is no cache."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[test,laplace,demo,zoo]'
+		--editable '.[test,laplace,demo,zoo,docs]'
 	@$(BIN)/python .ci/torchvision_operators.py
 	@touch $(STAMP)
 
@@ -53,6 +53,12 @@ test-all:  ## every test
 coverage: $(STAMP)  ## which lines and branches the tests (not the slow ones) reach; coverage.xml
 	@$(BIN)/python -m pytest -m "$(SELECT)" --cov --cov-report=term --cov-report=xml $(ARGS)
 
+site: $(STAMP)  ## the documentation as a site, in site/; a warning ends it
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+notebooks: $(STAMP)  ## write docs/notebooks/ anew from the pages, with what they print
+	@$(BIN)/python .ci/notebooks.py
+
 lint: $(STAMP)  ## format and lint rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -69,7 +75,7 @@ hooks: $(STAMP)  ## check style and types at every commit, by pre-commit
 	@$(BIN)/pre-commit install
 
 clean:  ## remove caches and build products
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache htmlcov .coverage* coverage.xml
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache htmlcov .coverage* coverage.xml
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## and the environment

@@ -291,8 +291,8 @@ class Laplace(LaplaceTorchWords):
                 after the first batch).
             InvalidType: targets of a wrong dtype, or batches of a wrong kind.
             UnsupportedUse: a use of a parameter that cannot be treated correctly; data to be added
-                to a curvature that came without their log-likelihood.
-            After an exception the posterior is as it was before.
+                to a curvature that came without their log-likelihood. After an exception the
+                posterior is as it was before.
         """
         going_on = not override and bool(self._mode)
         if going_on and bool(self.curvature.statistic.isnan().any()):

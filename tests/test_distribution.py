@@ -1,6 +1,7 @@
 """What is built and checked: the source distribution, the workflow, the hooks."""
 
 import configparser
+import importlib.util
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+import kfac_laplace
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,3 +69,45 @@ def test_the_hooks_are_local_and_their_tools_are_installed_by_make():
     setup.read(ROOT / "setup.cfg", "utf-8")
     extra = setup["options.extras_require"]["test"].split()
     assert {tool.removeprefix(".venv/bin/") for tool in tools} <= {*extra, "git", "bash"}
+
+
+@pytest.fixture(scope="module")
+def release():
+    path = ROOT / ".ci" / "release.py"
+    spec = importlib.util.spec_from_file_location("release", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_of_a_release_has_absolute_links(release):
+    """Package indexes show no relative ones."""
+    made = release.absolute(
+        "![a picture](docs/a.png) [a page](docs/b.md#c) [here](#d) [there](https://example.org/e)",
+        "https://example.org/house/",
+        "v1.0",
+    )
+    assert made == (
+        "![a picture](https://example.org/house/raw/v1.0/docs/a.png) "
+        "[a page](https://example.org/house/blob/v1.0/docs/b.md#c) "
+        "[here](#d) [there](https://example.org/e)"
+    )
+    readme = release.absolute((ROOT / "README.md").read_text("utf-8"), "https://a.b", "v1")
+    links = re.findall(r"\]\(([^)\s]+)\)", readme)
+    assert links and all(re.match(r"https?:|#", link) for link in links)
+
+
+def test_citation_and_package_have_one_version():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == kfac_laplace.__version__
+
+
+def test_an_import_loads_nothing_that_is_rarely_used():
+    """Of scipy its top alone, and neither what draws nor what the integrations are for."""
+    code = "import torch, sys; import kfac_laplace; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    loaded = set(done.stdout.split())
+    assert not loaded & {"scipy.linalg", "scipy.optimize", "scipy.special", "scipy.stats"}
+    others = {"matplotlib", "sklearn", "torchmetrics", "laplace", "transformers", "lightning"}
+    assert not loaded & (others | {"botorch", "gpytorch", "pandas", "safetensors", "rich"})

@@ -75,11 +75,8 @@ class MarglikTuner:
         sigma_noise: initial σ, of likelihoods with a noise.
         temperature: T, the same in the loss and in the posterior.
         fix_sigma_noise: leave σ alone.
-        fisher: as for `Laplace`. Left out: "exact", but that rounds take `Hybrid(passes=1)`, one
-            backward pass with random signs, where an example has more than five outputs.
-        kfac_approx: as for `Laplace`; so are hessian_structure, subset_of_weights, joint_bias,
-            uncovered, seed, factor_dtype, memory_budget, dict_key_y, class_axis, forward_fn and
-            batch_fn.
+        hessian_structure: as for `Laplace`.
+        dict_key_y: as for `Laplace`.
         n_epochs_burnin: no round before this epoch, counted from 1, and hyperparameters move from
             it on. 0: rounds from the first on, in which precisions stay until the training loss has
             settled, as far as `loss` was called with gradients on.
@@ -99,6 +96,10 @@ class MarglikTuner:
             The first round, and the next after parameters were frozen or unfrozen, takes a loader.
         loss_units: "nats", or "residuals" for the loss times σ² where the noise is Gaussian: its
             scale, to which optimisers such as Adam adapt slowly, does not move then as σ does.
+        options: of the curvature, all as for `Laplace`: fisher, kfac_approx, subset_of_weights,
+            joint_bias, uncovered, seed, factor_dtype, memory_budget, class_axis, forward_fn,
+            batch_fn. `fisher` left out is "exact", but that rounds take `Hybrid(passes=1)`, one
+            backward pass with random signs, where an example has more than five outputs.
 
     Raises:
         InvalidValue: an option out of range.

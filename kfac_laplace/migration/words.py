@@ -105,7 +105,7 @@ class LaplaceTorchWords(ABC):
         Raises:
             InvalidType: an argument that means nothing here; which word does is said.
             InvalidValue: as for `optimize_prior`; an option that a grid search does not take.
-            The posterior is as it was after any error.
+                The posterior is as it was after any error.
         """
         refuse(lr=lr, loss=loss)
         theirs = {

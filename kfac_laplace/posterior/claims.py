@@ -153,7 +153,7 @@ def _without_maximum(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
             met = (below | above) & ~bounds.stays
             reasons.append(("the search met the end of its range in", met, "call again"))
         elif name != "prior_precision" and bool(below | above):
-            noise = _noise_at_an_end(posterior, name)
+            noise = _noise_at_an_end(posterior, name, bool(above))
     told = [(kind, _groups_of(posterior, m), why) for kind, m, why in reasons if bool(m.any())]
     deltas = posterior.prior.full(posterior.hyperparameters.prior_precision.detach())
     where = [f", δ = {float(deltas[m].max()):.3g}" for _, m, _ in reasons if bool(m.any())]
@@ -167,11 +167,16 @@ def _without_maximum(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
         yield Claim("bounds", names, "; ".join(parts))
 
 
-def _noise_at_an_end(posterior: Posterior, name: str) -> str:
-    """What to say of a noise at an end of its range."""
+def _noise_at_an_end(posterior: Posterior, name: str, above: bool) -> str:
+    """What to say of a noise at an end of its range; nothing of one at the spread of the targets.
+
+    Of that `_beyond_the_spread` tells where it is news.
+    """
     ggn, sigma = posterior.ggn, float(getattr(posterior.hyperparameters, name))
     gaussian = ggn.likelihood.has_gaussian_noise
-    if gaussian and float(ggn.statistic) <= ggn.n_outputs * sigma**2:
+    if gaussian and above and sigma >= ggn.likelihood.target_spread(ggn.targets):
+        return ""
+    if gaussian and not above and float(ggn.statistic) <= ggn.n_outputs * sigma**2:
         why = "the residuals are nearly zero"
         return f"the evidence has no maximum in {name}: {why}, stopped at {sigma:.3g}"
     return f"the search met the end of its range in {name}, {sigma:.3g}"

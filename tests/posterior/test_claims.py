@@ -148,6 +148,19 @@ def test_a_noise_beyond_the_spread(caplog):
 # --- the constant predictor ------------------------------------------------------------------
 
 
+def test_a_round_before_anything_is_learned_speaks_of_no_residuals(caplog):
+    """σ rises to the spread of the targets, where its range ends: no fit without residuals."""
+    x, y = sine(40)
+    spread = float((y - y.mean()).square().mean().sqrt())
+    model = trained(mlp(1, 1, 30), x, y, F.mse_loss, 10)
+    start, few = 0.5 * spread, {"prior_precision": 1e-6, "n_hypersteps": 200}
+    tuner = MarglikTuner(model, "regression", 40, sigma_noise=start, n_epochs_burnin=1, **few)
+    record = tuner.step([(x, y)])
+    assert float(record.hyperparameters["sigma_noise"]) == pytest.approx(spread, rel=1e-9)
+    assert 0.5 * spread**2 < F.mse_loss(model(x), y) < spread**2
+    assert not [said for said in warned(caplog) if "sigma_noise" in said]
+
+
 def constant_of(kind: str, y: Tensor, likelihood) -> float:
     """The best constant outputs, by gradient descent on the loss itself."""
     c = {"gaussian": 2, "binary": 2}.get(kind, 3)

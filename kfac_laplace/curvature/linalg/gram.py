@@ -1,11 +1,13 @@
 """Gram matrices Σ row rowᵀ: sums of products, and rows that are too few to be worth multiplying."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from math import prod
+from typing import Any
 
+import scipy  # loads its parts when they are used
 import torch
-from scipy.linalg import blas, lapack
 from torch import Tensor
 
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
@@ -264,12 +266,20 @@ def add_products(total: Tensor, rows: Tensor) -> None:
         add(total[0], piece.to(total.dtype).reshape(-1, parts.shape[-1]))
 
 
-#: BLAS and LAPACK calls that add a product with its own transpose, half of it: torch has none. The
-#: first adds to a square, the second to packed storage; their numbers are the same up to rounding.
-RANK_K = {
-    torch.float32: (blas.ssyrk, lapack.ssfrk),
-    torch.float64: (blas.dsyrk, lapack.dsfrk),
-}
+#: What the calls of `_rank_k` can be made in.
+RANK_K = frozenset({torch.float32, torch.float64})
+
+
+@cache
+def _rank_k(dtype: torch.dtype) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """BLAS and LAPACK calls that add a product with its own transpose, half of it: torch has none.
+
+    The first adds to a square, the second to packed storage; their numbers are the same up to
+    rounding.
+    """
+    blas, lapack = scipy.linalg.blas, scipy.linalg.lapack
+    single = dtype == torch.float32
+    return (blas.ssyrk, lapack.ssfrk) if single else (blas.dsyrk, lapack.dsfrk)
 
 
 def _add_whole(total: Tensor, rows: Tensor) -> None:
@@ -280,7 +290,7 @@ def _add_whole(total: Tensor, rows: Tensor) -> None:
 def _add_rank_k(total: Tensor, rows: Tensor) -> None:
     """Add Σ row rowᵀ to one matrix (i, i), or to one that is packed, on the CPU."""
     columns = rows.contiguous().numpy().T
-    to_square, to_packed = RANK_K[total.dtype]
+    to_square, to_packed = _rank_k(total.dtype)
     if total.shape[-1] == rows.shape[-1]:
         # In the memory order of Fortran our lower triangle is the upper one.
         to_square(1, columns, 1, total.numpy().T, lower=0, overwrite_c=1)

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import scipy  # loads its parts when they are used
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from kfac_laplace.errors import InvalidValue
@@ -133,7 +133,9 @@ def _search(likelihood: Likelihood, points: HeldOut, sigma: Tensor) -> tuple[flo
     at_end = best in (GRID[0], GRID[-1])
     centre, step = math.log(best), math.log(GRID[1] / GRID[0])
     bounds = max(centre - step, math.log(GRID[0])), min(centre + step, math.log(GRID[-1]))
-    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4})
+    found = scipy.optimize.minimize_scalar(
+        loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}
+    )
     if float(found.fun) < losses[best]:
         return math.exp(found.x), False
     return best, at_end

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from scipy.optimize import minimize, minimize_scalar
+import scipy  # loads its parts when they are used
 from torch import Tensor
 
 from kfac_laplace.likelihoods import Likelihood
@@ -75,7 +75,9 @@ class Criterion:
     ) -> float:
         """Where a function of a logarithm is least, or the start."""
         options = {"xatol": STEP}
-        found = minimize_scalar(loss, bounds=bounds, method="bounded", options=options)
+        found = scipy.optimize.minimize_scalar(
+            loss, bounds=bounds, method="bounded", options=options
+        )
         at = round(float(found.x), DIGITS)
         return math.exp(at) if loss(at) < loss(math.log(start)) else start
 
@@ -110,7 +112,7 @@ def _descended(loss: Criterion, start: tuple[float, float]) -> dict[tuple[float,
 
     first = [math.log(value) for value in start]
     simplex = [first, [first[0] + 1, first[1]], [first[0], first[1] - 0.2]]
-    found = minimize(
+    found = scipy.optimize.minimize(
         lambda x: loss(*numbers(x)),
         first,
         method="Nelder-Mead",

@@ -137,7 +137,7 @@ def test_rows_in_any_memory_order_and_stacks_one_by_one(columns, chosen):
 @pytest.mark.parametrize("chosen", ["auto", torch.float64])
 def test_products_in_halves_where_blas_has_no_call_for_half_of_one(columns, chosen, monkeypatch):
     """As on GPUs."""
-    monkeypatch.setattr("kfac_laplace.curvature.linalg.gram.RANK_K", {})
+    monkeypatch.setattr("kfac_laplace.curvature.linalg.gram.RANK_K", frozenset())
     rows = torch.randn(1, 4, 5, columns)
     flat = rows[0].flatten(0, 1).double()
     for given in (rows, rows.mT.contiguous().mT, rows[0].flatten(0, 1)[None]):
