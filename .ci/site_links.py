@@ -13,6 +13,8 @@ from mkdocs.structure.files import File
 
 #: Files of the repository's root that are pages of the site.
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+#: In the folder of the documentation, and not on the site.
+LEFT_OUT = "docs/notebooks"
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!\w+:|#)[^)\s]+)\)")
 
 
@@ -36,7 +38,7 @@ def on_page_markdown(markdown, page, config, files):
         target, mark, anchor = link.partition("#")
         where = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
         inside = ROOT_PAGES.get(where) or where.removeprefix("docs/")
-        if inside != where:
+        if inside != where and not where.startswith(LEFT_OUT):
             link = posixpath.relpath(inside, posixpath.dirname(site) or ".")
         elif config.repo_url:
             link = f"{config.repo_url.rstrip('/')}/blob/main/{where}"
