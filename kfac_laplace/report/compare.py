@@ -1,0 +1,205 @@
+"""One pass over test data and over strange inputs, and the report of what they showed."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_laplace.curvature.model.batches import split_batch
+from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods import aligned_target
+from kfac_laplace.options import check_iterable
+from kfac_laplace.posterior.calibrate.choice import Choice
+from kfac_laplace.posterior.passes import counted
+from kfac_laplace.posterior.predict.glm import OutputGaussian, output_gaussian
+from kfac_laplace.posterior.predict.inputs import inputs_alone, inputs_of
+from kfac_laplace.report.bootstrap import Bootstrap
+from kfac_laplace.report.document import Report
+from kfac_laplace.report.means import ClassRows, ValueRows, joined_classes, joined_values
+from kfac_laplace.report.panels import Found, panels
+from kfac_laplace.report.ranks import Told
+from kfac_laplace.report.tables import Row
+from kfac_laplace.report.ways import Way, joined_scores, rows, sigma_of, ways
+from kfac_laplace.summary import Line
+
+Replicates = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a report is about.
+
+    Args:
+        loader: test data.
+        val_loader: held-out data for temperature scaling; by default those that chose κ and τ.
+        ood_loader: batches of strange inputs, or of pairs or mappings whose targets do not matter;
+            with `batch_fn`, what that takes.
+        bootstrap: resamples of the examples.
+        head: the posterior in a line.
+        layers: its groups.
+    """
+
+    loader: Iterable[Any]
+    val_loader: Iterable[Any] | None = None
+    ood_loader: Iterable[Any] | None = None
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    head: str = ""
+    layers: tuple[Line, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that loaders are some."""
+        for name in ("loader", "val_loader", "ood_loader"):
+            value = getattr(self, name)
+            if name == "loader" or value is not None:
+                check_iterable(name, value)
+
+
+def compare(choice: Choice, asked: Question) -> Report:
+    """Scores on a loader of the mode, temperature scaling, and the posterior.
+
+    Args:
+        choice: the posterior with its κ and τ.
+        asked: data and options.
+
+    Raises:
+        InvalidValue: a loader without a batch, test data without a label that counts, or
+            predictions that are not finite.
+        InvalidType: a loader that is none, or strange inputs of which nothing says what they are.
+    """
+    compared = ways(choice, asked.val_loader)
+    n, test = _tested(choice, asked.loader, compared, asked.ood_loader is not None)
+    strange = None if asked.ood_loader is None else _strange(choice, asked.ood_loader, compared)
+    for turn, found in enumerate(test):
+        found.strange = None if strange is None else strange[turn]
+    figures = [_replicates(found, n, asked.bootstrap) for found in test]
+    table = [
+        _row(found.way.name, one, figures[0], asked.bootstrap)
+        for found, one in zip(test, figures, strict=True)
+    ]
+    if choice.posterior.ggn.likelihood.has_noise:
+        for row in table:
+            row.values["sigma"] = float(sigma_of(choice))
+    told = [_told_rows(found, asked.bootstrap) for found in test] if strange is not None else []
+    return Report(
+        table,
+        [row for rows_of_way in told for row in rows_of_way],
+        n,
+        0 if strange is None else len(next(iter(strange[0].values()))),
+        asked.bootstrap,
+        asked.head,
+        asked.layers,
+        panels(test, asked.layers),
+    )
+
+
+def _tested(
+    choice: Choice, loader: Iterable[Any], compared: list[Way], with_scores: bool
+) -> tuple[int, list[Found]]:
+    """Number of examples, and what each way found of them; a batch at a time."""
+    parts: list[list[Any]] = [[] for _ in compared]
+    scores: list[list[dict[str, Tensor]]] = [[] for _ in compared]
+    n = 0
+    for raw in loader:
+        outputs, y = _predicted(choice, raw)
+        example = torch.arange(n, n + len(outputs.mean))
+        n += len(example)
+        for turn, way in enumerate(compared):
+            parts[turn].append(rows(way, choice, outputs, y, example))
+            if with_scores:
+                scores[turn].append(way.strangeness(choice, outputs))
+    _check_read(parts[0], "loader")
+    if isinstance(parts[0][0], ClassRows):
+        joined: list[ClassRows | ValueRows] = [joined_classes(part) for part in parts]
+        _check_counted(joined[0])
+    else:
+        joined = [joined_values(part) for part in parts]
+    own = [joined_scores(one) if one else None for one in scores]
+    return n, [Found(*one) for one in zip(compared, joined, own, strict=True)]
+
+
+def _strange(
+    choice: Choice, loader: Iterable[Any], compared: list[Way]
+) -> list[dict[str, Tensor]]:
+    """Scores of strange inputs by each way."""
+    scores: list[list[dict[str, Tensor]]] = [[] for _ in compared]
+    for raw in loader:
+        x = inputs_alone(raw, choice.posterior.ggn.options.batch_fn, "ood_loader")
+        outputs = output_gaussian(choice.posterior, inputs_of(choice.posterior, x, choice.key_y))
+        for way, found in zip(compared, scores, strict=True):
+            found.append(way.strangeness(choice, outputs.double()))
+    _check_read(scores[0], "ood_loader")
+    return [joined_scores(found) for found in scores]
+
+
+def _predicted(choice: Choice, raw: Any) -> tuple[OutputGaussian, Tensor]:
+    """Outputs of a batch at κ = τ = 1, and aligned targets."""
+    posterior = choice.posterior
+    x, y = split_batch(raw, choice.key_y, posterior.ggn.options.batch_fn)
+    outputs = output_gaussian(posterior, counted(posterior, x, y)).double()
+    y, axis = y.to(posterior.network.device), posterior.ggn.knowledge.class_axis
+    likelihood = posterior.ggn.likelihood
+    return outputs, aligned_target(likelihood, y, outputs.shape, outputs.mean, axis)
+
+
+def _replicates(found: Found, n: int, bootstrap: Bootstrap) -> Replicates:
+    """Figures of one way and their resamples; of strange inputs by its first score."""
+    values = bootstrap.replicates(found.rows.figures, [n], len(found.rows.example))
+    if found.usual is not None and found.strange is not None:
+        values |= _told(found, found.way.scores[0], bootstrap)
+    return values
+
+
+def _told(found: Found, score: str, bootstrap: Bootstrap) -> Replicates:
+    """AUROC and FPR95 by a score."""
+    assert found.usual is not None and found.strange is not None
+    usual, strange = found.usual[score], found.strange[score]
+    counts = [len(usual), len(strange)]
+    return bootstrap.replicates(Told(usual, strange).figures, counts, sum(counts))
+
+
+def _told_rows(found: Found, bootstrap: Bootstrap) -> list[Row]:
+    """How each score of a way tells strange inputs."""
+    return [
+        _row(f"{score}, {found.way.name}", _told(found, score, bootstrap), None, bootstrap)
+        for score in reversed(found.way.scores)
+    ]
+
+
+def _row(name: str, own: Replicates, first: Replicates | None, bootstrap: Bootstrap) -> Row:
+    """Values, intervals, and what is gained or lost against the first way."""
+    intervals, differences = {}, {}
+    for figure, replicates in own.items():
+        interval = bootstrap.interval(figure, replicates)
+        if interval is None:
+            continue
+        intervals[figure] = interval
+        if first is not None and first is not own:
+            gap = bootstrap.difference(figure, replicates, first[figure])
+            if gap is not None:
+                differences[figure] = gap
+    values = {figure: float(replicates[0]) for figure, replicates in own.items()}
+    return Row(name, values, intervals, differences)
+
+
+def _check_read(parts: list[Any], name: str) -> None:
+    """Raise `InvalidValue` where a loader yielded nothing."""
+    if not parts:
+        raise InvalidValue(
+            "the loader yielded no batch",
+            where=name,
+            got="0 batches",
+            remedy="A generator can be read only once: pass a loader",
+        )
+
+
+def _check_counted(found: ClassRows | ValueRows) -> None:
+    """Raise `InvalidValue` where no label counts."""
+    if not len(found.example):
+        raise InvalidValue(
+            "no target counts",
+            where="target",
+            got="labels that are ignored, all of them",
+            remedy="Pass data with labels that count",
+        )
