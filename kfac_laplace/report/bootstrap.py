@@ -7,6 +7,7 @@ computation over a matrix, a chunk of its rows at a time.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,14 +18,15 @@ from kfac_laplace.options import check_number, check_whole
 #: Numbers that a chunk of weights may have.
 CHUNK = 2**22
 
-#: Weights (b, n) of each group of examples to figures (b,) by name.
-Figures = Callable[..., dict[str, Tensor]]
+Key = TypeVar("Key")
 
-#: Least value, and what resampling adds to: an ECE is a mean of absolute values, which noise makes
-#: larger, in resamples once more than in the data.
-BIASED = {"ece": 0.0}
+#: Means of absolute values, which noise makes larger: in the data, and in resamples once more.
+MIRRORED = ("ece",)
 
 Interval = tuple[float, float]
+
+#: A value, and the ends of its interval.
+Difference = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,16 @@ class Bootstrap:
             raise InvalidValue("must lie between 0 and 1", where="level", got=self.level)
 
     def replicates(
-        self, figures: Figures, counts: Sequence[int], width: int | None = None
-    ) -> dict[str, Tensor]:
+        self, figures: Callable[..., dict[Key, Tensor]], counts: Sequence[int], width: int
+    ) -> dict[Key, Tensor]:
         """Figures of the data, and then of each resample, float64 (1 + resamples,).
 
         Args:
             figures: weights (b, n) of each group to figures (b,).
             counts: number of examples of each group, which are resampled on their own.
-            width: numbers that `figures` makes for one resample, where it is more than examples.
+            width: most numbers that `figures` makes for one resample at a time.
         """
-        parts = [figures(*weights) for weights in self._weights(counts, width or max(counts))]
+        parts = [figures(*weights) for weights in self._weights(counts, width)]
         return {name: torch.cat([part[name] for part in parts]).double() for name in parts[0]}
 
     def _weights(self, counts: Sequence[int], width: int) -> Iterator[list[Tensor]]:
@@ -75,37 +77,46 @@ class Bootstrap:
             yield [_drawn(b, n, draw) for n, draw in zip(counts, draws, strict=True)]
             left -= b
 
-    def interval(self, name: str, replicates: Tensor) -> Interval | None:
+    def interval(
+        self, name: str, replicates: Tensor, by_chance: Tensor | None = None
+    ) -> Interval | None:
         """Where a figure lies: the middle `level` of its replicates; None without any.
 
         An ECE's are mirrored at its value: they are further up than it for the reason for which it
-        is further up than the truth.
+        is further up than the truth. It begins at 0 where as large a value comes by chance.
 
         Args:
             name: of the figure.
             replicates: as `replicates` has them.
+            by_chance: an ECE's where nothing but chance parts accuracy and confidence.
         """
-        value, spread = float(replicates[0]), replicates[1:]
-        spread = spread[~spread.isnan()]  # a resample may have no row that counts
-        if not len(spread):
-            return None
-        tails = spread.new_tensor([(1 - self.level) / 2, (1 + self.level) / 2])
-        low, high = (float(end) for end in spread.quantile(tails))
-        if name in BIASED:
-            least = BIASED[name]
-            return max(least, 2 * value - high), max(least, 2 * value - low)
-        return low, high
+        found = self._middle(replicates[1:])
+        if found is None or name not in MIRRORED:
+            return found
+        value, (low, high) = float(replicates[0]), found
+        low, high = max(0.0, 2 * value - high), max(0.0, 2 * value - low)
+        noise = None if by_chance is None else self._middle(by_chance[1:])
+        return (0.0 if noise is not None and value <= noise[1] else low), max(high, value)
 
-    def difference(self, name: str, one: Tensor, other: Tensor) -> tuple[float, float, float] | None:
+    def difference(self, name: str, one: Tensor, other: Tensor) -> Difference | None:
         """One figure minus another on the same resamples, with the ends of its interval."""
         gaps = one - other
-        found = self.interval("", gaps)
+        found = self._middle(gaps[1:])
         if found is None:
             return None
         value, (low, high) = float(gaps[0]), found
-        if name in BIASED:
+        if name in MIRRORED:
             low, high = 2 * value - high, 2 * value - low
         return value, low, high
+
+    def _middle(self, replicates: Tensor) -> Interval | None:
+        """Quantiles of those that are numbers: a resample may have no row that counts."""
+        known = replicates[~replicates.isnan()]
+        if not len(known):
+            return None
+        tails = known.new_tensor([(1 - self.level) / 2, (1 + self.level) / 2])
+        low, high = (float(end) for end in known.quantile(tails))
+        return low, high
 
 
 def _drawn(b: int, n: int, generator: torch.Generator) -> Tensor:

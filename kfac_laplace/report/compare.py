@@ -1,6 +1,6 @@
 """One pass over test data and over strange inputs, and the report of what they showed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +17,15 @@ from kfac_laplace.posterior.predict.glm import OutputGaussian, output_gaussian
 from kfac_laplace.posterior.predict.inputs import inputs_alone, inputs_of
 from kfac_laplace.report.bootstrap import Bootstrap
 from kfac_laplace.report.document import Report
-from kfac_laplace.report.means import ClassRows, ValueRows, joined_classes, joined_values
-from kfac_laplace.report.panels import Found, panels
-from kfac_laplace.report.ranks import Told
+from kfac_laplace.report.means import CHANCE, ClassRows, ValueRows, joined_classes, joined_values
+from kfac_laplace.report.found import Found
+from kfac_laplace.report.pictures import panels
 from kfac_laplace.report.tables import Row
 from kfac_laplace.report.ways import Way, joined_scores, rows, sigma_of, ways
 from kfac_laplace.summary import Line
 
-Replicates = dict[str, Tensor]
+#: Figures of the data and of resamples, by number of the way, score, and name of the figure.
+Replicates = dict[tuple[int, str, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,28 +71,20 @@ def compare(choice: Choice, asked: Question) -> Report:
     """
     compared = ways(choice, asked.val_loader)
     n, test = _tested(choice, asked.loader, compared, asked.ood_loader is not None)
-    strange = None if asked.ood_loader is None else _strange(choice, asked.ood_loader, compared)
-    for turn, found in enumerate(test):
-        found.strange = None if strange is None else strange[turn]
-    figures = [_replicates(found, n, asked.bootstrap) for found in test]
-    table = [
-        _row(found.way.name, one, figures[0], asked.bootstrap)
-        for found, one in zip(test, figures, strict=True)
-    ]
+    counts = [n]
+    if asked.ood_loader is not None:
+        strange = _strange(choice, asked.ood_loader, compared)
+        counts.append(len(strange[0][compared[0].scores[0]]))
+        for found, scores in zip(test, strange, strict=True):
+            found.strange = scores
+    replicates = _replicates(test, counts, asked.bootstrap)
+    table, told = _tables(test, replicates, asked.bootstrap)
     if choice.posterior.ggn.likelihood.has_noise:
         for row in table:
             row.values["sigma"] = float(sigma_of(choice))
-    told = [_told_rows(found, asked.bootstrap) for found in test] if strange is not None else []
-    return Report(
-        table,
-        [row for rows_of_way in told for row in rows_of_way],
-        n,
-        0 if strange is None else len(next(iter(strange[0].values()))),
-        asked.bootstrap,
-        asked.head,
-        asked.layers,
-        panels(test, asked.layers),
-    )
+    n_strange = sum(counts[1:])
+    drawn = panels(test, asked.layers)
+    return Report(table, told, n, n_strange, asked.bootstrap, asked.head, asked.layers, drawn)
 
 
 def _tested(
@@ -143,44 +136,56 @@ def _predicted(choice: Choice, raw: Any) -> tuple[OutputGaussian, Tensor]:
     return outputs, aligned_target(likelihood, y, outputs.shape, outputs.mean, axis)
 
 
-def _replicates(found: Found, n: int, bootstrap: Bootstrap) -> Replicates:
-    """Figures of one way and their resamples; of strange inputs by its first score."""
-    values = bootstrap.replicates(found.rows.figures, [n], len(found.rows.example))
-    if found.usual is not None and found.strange is not None:
-        values |= _told(found, found.way.scores[0], bootstrap)
-    return values
+def _replicates(test: Sequence[Found], counts: list[int], bootstrap: Bootstrap) -> Replicates:
+    """All figures and their resamples, by way and score ("" for those of test data)."""
+
+    def figures(usual: Tensor, *strange: Tensor) -> Replicates:
+        return {
+            (turn, score, name): value
+            for turn, found in enumerate(test)
+            for score, of in found.figures(usual, *strange).items()
+            for name, value in of.items()
+        }
+
+    width = max(sum(counts), *(len(found.rows.example) for found in test))
+    return bootstrap.replicates(figures, counts, width)
 
 
-def _told(found: Found, score: str, bootstrap: Bootstrap) -> Replicates:
-    """AUROC and FPR95 by a score."""
-    assert found.usual is not None and found.strange is not None
-    usual, strange = found.usual[score], found.strange[score]
-    counts = [len(usual), len(strange)]
-    return bootstrap.replicates(Told(usual, strange).figures, counts, sum(counts))
+def _tables(
+    test: Sequence[Found], replicates: Replicates, bootstrap: Bootstrap
+) -> tuple[list[Row], list[Row]]:
+    """A row for each way, with AUROC and FPR95 by its first score; a row for each score."""
+    table, told, first = [], [], {}
+    for turn, found in enumerate(test):
+        by_score: dict[str, dict[str, Tensor]] = {}
+        for (of, score, name), values in replicates.items():
+            if of == turn:
+                by_score.setdefault(score, {})[name] = values
+        own = by_score.pop("") | by_score.get(found.way.scores[0], {})
+        table.append(_row(found.way.name, own, first, bootstrap))
+        first = first or own
+        told += [
+            _row(f"{score}, {found.way.name}", by_score[score], {}, bootstrap) for score in by_score
+        ]
+    return table, told
 
 
-def _told_rows(found: Found, bootstrap: Bootstrap) -> list[Row]:
-    """How each score of a way tells strange inputs."""
-    return [
-        _row(f"{score}, {found.way.name}", _told(found, score, bootstrap), None, bootstrap)
-        for score in reversed(found.way.scores)
-    ]
-
-
-def _row(name: str, own: Replicates, first: Replicates | None, bootstrap: Bootstrap) -> Row:
-    """Values, intervals, and what is gained or lost against the first way."""
-    intervals, differences = {}, {}
+def _row(
+    name: str, own: dict[str, Tensor], first: dict[str, Tensor], bootstrap: Bootstrap
+) -> Row:
+    """Values, intervals, and differences to the first way, where there is one."""
+    row, by_chance = Row(name, {}), own.get(CHANCE)
     for figure, replicates in own.items():
-        interval = bootstrap.interval(figure, replicates)
-        if interval is None:
+        if figure == CHANCE:
             continue
-        intervals[figure] = interval
-        if first is not None and first is not own:
-            gap = bootstrap.difference(figure, replicates, first[figure])
-            if gap is not None:
-                differences[figure] = gap
-    values = {figure: float(replicates[0]) for figure, replicates in own.items()}
-    return Row(name, values, intervals, differences)
+        row.values[figure] = float(replicates[0])
+        interval = bootstrap.interval(figure, replicates, by_chance)
+        if interval is not None:
+            row.intervals[figure] = interval
+        gap = bootstrap.difference(figure, replicates, first[figure]) if first else None
+        if gap is not None:
+            row.differences[figure] = gap
+    return row
 
 
 def _check_read(parts: list[Any], name: str) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from kfac_laplace.errors import InvalidValue, MissingPackage
 from kfac_laplace.report import page
-from kfac_laplace.report.bootstrap import Bootstrap, Interval
+from kfac_laplace.report.bootstrap import Bootstrap, Difference, Interval
 from kfac_laplace.report.panels import Panel
-from kfac_laplace.report.tables import Row, as_html, as_text
+from kfac_laplace.report.tables import Row, as_html, as_html_by_row, as_text
 from kfac_laplace.summary import Line
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Report:
         return [row.intervals for row in self.table]
 
     @property
-    def differences(self) -> list[dict[str, tuple[float, float, float]]]:
+    def differences(self) -> list[dict[str, Difference]]:
         """For each way its scores minus the mode's on the same resamples, with both ends."""
         return [row.differences for row in self.table]
 
@@ -93,7 +93,7 @@ class Report:
         """The table for notebooks."""
         parts = [f"<div><strong>{self._said}</strong>", as_html(self.table)]
         if self.told:
-            parts.append(as_html(self.told, "strange inputs by"))
+            parts.append(as_html_by_row(self.told))
         return "".join([*parts, f"<small>{self._intervals_said}</small></div>"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,9 +131,9 @@ class Report:
         """
         drawn: Callable[[Panel, str], str] = _drawing().svg
         pictures = [(panel, drawn(panel, f"p{turn}")) for turn, panel in enumerate(self.panels)]
-        tables = [("Scores", as_html(self.table, notes=True))]
+        tables = [("Scores", as_html(self.table))]
         if self.told:
-            tables.append(("Strange inputs", as_html(self.told, "strange inputs by")))
+            tables.append(("Strange inputs, told by", as_html_by_row(self.told)))
         return page.html(self.head, [self._said, self._intervals_said], tables, pictures, self.layers)
 
     def save(self, path: str | Path) -> None:

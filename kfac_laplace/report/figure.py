@@ -16,6 +16,8 @@ from kfac_laplace.report.panels import Panel
 #: Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, FAINT = "#1F2328", "#8C959F"
+#: Lines differ by stroke and mark as well: colours are not all that tells them apart.
+STROKES, MARKS = ("-", "--", "-.", ":"), ("o", "s", "^", "D")
 #: Longest name of a bar that is written out.
 LONGEST = 26
 WIDTH, HEIGHT = 4.6, 3.5
@@ -39,7 +41,7 @@ def overview(panels: Sequence[Panel], head: str) -> Figure:
     with matplotlib.rc_context(STYLE):
         rows = max(1, -(-len(panels) // 2))
         figure = Figure(figsize=(2 * WIDTH, rows * HEIGHT + 0.4), layout="constrained")
-        figure.suptitle(head.replace("$", r"\$"), fontsize=9)
+        figure.suptitle(_plain(head), fontsize=9)
         cells = figure.subfigures(rows, 2, squeeze=False).flat
         for panel, cell in zip(panels, cells, strict=False):
             draw(cell, panel, title=True)
@@ -48,7 +50,7 @@ def overview(panels: Sequence[Panel], head: str) -> Figure:
 
 def svg(panel: Panel, prefix: str) -> str:
     """A panel as an `<svg>` element, whose colours are the page's and whose ids begin alike."""
-    size = (WIDTH, max(HEIGHT, 0.17 * len(panel.labels) + 0.8))
+    size = (WIDTH, 0.26 * len(panel.labels) + 0.7 if panel.labels else HEIGHT)
     text = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "kfac-laplace"}):
         figure = Figure(figsize=size, layout="constrained")
@@ -82,28 +84,32 @@ def draw(figure: Figure | SubFigure, panel: Panel, *, title: bool) -> None:
         ax.set_xlabel("")
         _content(lower, panel.below)
     if title:
-        ax.set_title(panel.title)
+        ax.set_title(_plain(panel.title))
 
 
 def _content(ax: Axes, panel: Panel) -> None:
     """Curves, axes and legend."""
-    if panel.form == "bars":
-        _bars(ax, panel)
+    if panel.labels:
+        _named(ax, panel)
     else:
         _curves(ax, panel)
     ax.set(xlabel=panel.x, ylabel=panel.y)
 
 
-def _bars(ax: Axes, panel: Panel) -> None:
-    """Horizontal bars, the first at the top."""
+def _named(ax: Axes, panel: Panel) -> None:
+    """Dots or horizontal bars with names, the first at the top."""
     (curve,) = panel.curves
-    ax.barh(curve.y, curve.x, color=COLOURS[curve.colour], height=0.7)
-    ax.set_yticks(curve.y, [_short(name) for name in panel.labels], fontsize=7.5)
-    ax.invert_yaxis()
+    colour = COLOURS[curve.colour]
+    if panel.form == "bars":
+        ax.barh(curve.y, curve.x, color=colour, height=0.6)
+    else:
+        ax.plot(curve.x, curve.y, "o", color=colour, markersize=6)
+        ax.grid(axis="y", color=FAINT, alpha=0.3, linewidth=0.8)
+    ax.set_yticks(curve.y, [_short(name) for name in panel.labels], fontsize=8)
+    ax.set_ylim(len(curve.y) - 0.4, -0.6)
     if panel.logarithmic:
         ax.set_xscale("log")
-        low, high = min(curve.x), max(curve.x)
-        ax.set_xlim(low / 3, high * 2)  # a bar of the least value is to be seen
+        ax.set_xlim(min(curve.x) / 2, max(curve.x) * 2)  # a decade's mark is seen, most often
 
 
 def _curves(ax: Axes, panel: Panel) -> None:
@@ -112,23 +118,33 @@ def _curves(ax: Axes, panel: Panel) -> None:
         ax.plot([0, 1], [0, 1], color=FAINT, linewidth=1, zorder=0)
     elif panel.ideal == "one":
         ax.axhline(1, color=FAINT, linewidth=1, zorder=0)
-    for curve in panel.curves:
-        colour, style = COLOURS[curve.colour % len(COLOURS)], "--" if curve.dashed else "-"
-        name = curve.name.replace("$", r"\$")
+    for turn, curve in enumerate(panel.curves):
+        colour, name = COLOURS[curve.colour % len(COLOURS)], _plain(curve.name)
         if panel.form == "outline":
-            ax.stairs(curve.y, curve.x, color=colour, linestyle=style, linewidth=1.4, label=name)
+            if curve.filled:
+                ax.stairs(curve.y, curve.x, color=colour, fill=True, alpha=0.3, label=name)
+            else:
+                ax.stairs(curve.y, curve.x, color=colour, linewidth=1.4, label=name)
         else:
-            mark = "o" if panel.form == "points" else ""
-            ax.plot(curve.x, curve.y, style, color=colour, marker=mark, markersize=3.5,
-                    linewidth=1.4, label=name)  # fmt: skip
-    ax.set_ylim(bottom=0)
+            mark = MARKS[turn % len(MARKS)] if panel.form == "points" else ""
+            ax.plot(curve.x, curve.y, STROKES[turn % len(STROKES)], color=colour, marker=mark,
+                    markersize=4, linewidth=1.4, label=name)  # fmt: skip
+    if panel.logarithmic:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
     if panel.title:
         ax.legend(loc="best")
 
 
+def _plain(name: str) -> str:
+    """A name as it is: matplotlib reads $ as mathematics."""
+    return name.replace("$", r"\$")
+
+
 def _short(name: str) -> str:
-    """A name with its middle left out where it is long; matplotlib reads $ as mathematics."""
+    """A name with its middle left out where it is long."""
     if len(name) > LONGEST:
         half = (LONGEST - 1) // 2
         name = f"{name[:half]}…{name[-half:]}"
-    return name.replace("$", r"\$")
+    return _plain(name)

@@ -16,6 +16,9 @@ from kfac_laplace.report.ranks import risk_over_coverage
 #: Bins of equal width of the expected calibration error.
 BINS = 15
 
+#: What an ECE would be if nothing but chance parted accuracy and confidence.
+CHANCE = "ece by chance"
+
 #: Probabilities of the intervals whose coverage is told.
 LEVELS = (0.5, 0.9, 0.95)
 
@@ -71,15 +74,21 @@ class ClassRows:
     def figures(self, weights: Tensor) -> dict[str, Tensor]:
         """Accuracy, mean NLL in nats, ECE, Brier score, AURC and mean confidence.
 
+        Beside the ECE stands what chance alone would make of it: the bins' gaps less those of all
+        data, under `CHANCE`.
+
         Args:
             weights: of the examples, (b, n), where examples without a row may be left out.
         """
         totals = weights[:, : len(self.sums)] @ self.sums
         count = totals[:, 0]
+        gaps = totals[:, 5:] / count[:, None]
+        expected = self.sums[:, 5:].sum(0) / len(self.example)
         return {
             "accuracy": totals[:, 1] / count,
             "nll": -totals[:, 2] / count,
-            "ece": totals[:, 5:].abs().sum(1) / count,
+            "ece": gaps.abs().sum(1),
+            CHANCE: (gaps - expected).abs().sum(1),
             "brier": totals[:, 3] / count,
             "aurc": risk_over_coverage(self.confidence, 1 - self.correct, weights[:, self.example]),
             "confidence": totals[:, 4] / count,

@@ -22,7 +22,8 @@ p { margin: .25rem 0; } small, .soft { color: var(--soft); } small { font-size: 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--rule); text-align: right;
   vertical-align: top; font-weight: normal; overflow-wrap: normal; }
-thead th { vertical-align: bottom; font-weight: 600; }
+thead th { vertical-align: bottom; font-weight: 600; } .note { font-weight: normal; }
+thead th { overflow-wrap: anywhere; }
 th:first-child { text-align: left; } tbody td small { white-space: nowrap; }
 small.better { color: var(--good); font-weight: 600; }
 small.worse { color: var(--bad); font-weight: 600; }
@@ -34,8 +35,9 @@ figure h3 { margin: 0 0 .5rem; font-size: 1rem; } figure svg { width: 100%; heig
   display: block; }
 figcaption { margin-top: .5rem; font-size: .85rem; color: var(--soft); }
 .layers td, .layers th { white-space: nowrap; }
-@media (max-width: 40rem) { body { padding: .75rem; } th, td { padding: .3rem .3rem; }
-  table { font-size: .85rem; } small { font-size: .72rem; } th[scope=row] small { display: none; } }
+@media (max-width: 40rem) { body { padding: .75rem; } th, td { padding: .3rem .25rem; }
+  table { font-size: .8rem; } small { font-size: .7rem; } .note { display: none; }
+  tbody td small { white-space: normal; } figure { padding: .5rem; } }
 @media print { body { max-width: none; padding: 0; } figure { background: none; padding: 0; }
   .pictures { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; } tr {
   break-inside: avoid; } }

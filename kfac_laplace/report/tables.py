@@ -4,7 +4,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kfac_laplace.report.bootstrap import Interval
+from kfac_laplace.report.bootstrap import Difference, Interval
 from kfac_laplace.summary import aligned
 
 #: Scores in the order in which they are told, by their names in tables.
@@ -46,7 +46,7 @@ class Row:
     name: str
     values: dict[str, float]
     intervals: dict[str, Interval] = field(default_factory=dict)
-    differences: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    differences: dict[str, Difference] = field(default_factory=dict)
 
     def verdict(self, name: str) -> str:
         """"better" or "worse" than the mode where the difference's interval says so, else ""."""
@@ -89,27 +89,37 @@ def as_text(rows: Sequence[Row], said: str, heading: str = "prediction") -> list
     return found
 
 
-def as_html(rows: Sequence[Row], heading: str = "prediction", *, notes: bool = False) -> str:
-    """A table with a line for each figure and a column for each row; names are escaped.
-
-    Args:
-        rows: the columns.
-        heading: of the first column.
-        notes: whether figures are explained.
-    """
-    first = f'<th scope="col">{html.escape(heading)}</th>'
-    head = first + "".join(f'<th scope="col">{html.escape(row.name)}</th>' for row in rows)
-    body = "".join(
-        f'<tr><th scope="row">{html.escape(NAMES[name])}{_note(name, notes)}</th>'
+def as_html(rows: Sequence[Row]) -> str:
+    """A table with a line for each figure and a column for each row; names are escaped."""
+    head = "".join(f'<th scope="col">{html.escape(row.name)}</th>' for row in rows)
+    body = [
+        f'<tr><th scope="row">{_explained(name)}</th>'
         + "".join(f"<td>{_cell(row, name)}</td>" for row in rows)
-        + "</tr>"
         for name in named(rows)
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    ]
+    return _table(f"<td></td>{head}", body)
 
 
-def _note(name: str, notes: bool) -> str:
-    return f"<br><small>{html.escape(MEANINGS[name])}</small>" if notes else ""
+def as_html_by_row(rows: Sequence[Row]) -> str:
+    """A table with a line for each row and a column for each figure; names are escaped."""
+    names = named(rows)
+    head = "".join(f'<th scope="col">{_explained(name)}</th>' for name in names)
+    body = [
+        f'<tr><th scope="row">{html.escape(row.name)}</th>'
+        + "".join(f"<td>{_cell(row, name)}</td>" for name in names)
+        for row in rows
+    ]
+    return _table(f"<td></td>{head}", body)
+
+
+def _table(head: str, body: Sequence[str]) -> str:
+    lines = "".join(f"{line}</tr>" for line in body)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _explained(name: str) -> str:
+    """A figure's name and what it means."""
+    return f'{html.escape(NAMES[name])}<br><small class="note">{html.escape(MEANINGS[name])}</small>'
 
 
 def _cell(row: Row, name: str) -> str:

@@ -33,6 +33,7 @@ class Way:
         link: how probabilities come from the Gaussian.
         is_default: whether it is what `la(x)` does: strange inputs are told by the posterior's
             scores as well, and first by `ood_score`.
+        short: its name in pictures.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Way:
     tau: float
     link: str
     is_default: bool = False
+    short: str = "mode"
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -81,17 +83,19 @@ def ways(choice: Choice, val_loader: Iterable[Any] | None) -> list[Way]:
     kappa, tau = float(scaling.scale), float(scaling.temperature)
     link = scaling.auto(likelihood)
     if not likelihood.has_logits:
-        return [Way("mode", 0.0, 1.0, link), Way("posterior", kappa, 1.0, link, True)]
+        return [Way("mode", 0.0, 1.0, link), Way("posterior", kappa, 1.0, link, True, "posterior")]
     found = [Way("mode", 0.0, 1.0, "mode")]
     # Not by its truth value: that of a DataLoader is its length, which not all of them have.
     loader = next(iter(choice.held_out.loaders), None) if val_loader is None else val_loader
     if loader is not None:
         points = validation_points(choice.posterior, loader, choice.key_y, "val_loader")
         cooled = Criterion(likelihood, points, sigma_of(choice), choice.seed).best_temperature()
-        found.append(Way(f"mode, temperature {cooled:.3g}", 0.0, cooled, "mode"))
+        name = f"mode, temperature {cooled:.3g}"
+        found.append(Way(name, 0.0, cooled, "mode", short="temperature"))
     name = {"mode": "the network's own", "auto": "averages"}.get(link, link)
-    found.append(Way(f"posterior, auto ({name})", kappa, tau, link, True))
-    return [*found, Way(f"posterior, centred at κ = {kappa:.3g}", kappa, tau, "centred")]
+    found.append(Way(f"posterior, auto ({name})", kappa, tau, link, True, "posterior"))
+    name = f"posterior, centred at κ = {kappa:.3g}"
+    return [*found, Way(name, kappa, tau, "centred", short="centred")]
 
 
 def rows(
