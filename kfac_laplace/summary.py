@@ -17,7 +17,7 @@ from kfac_laplace.posterior.predict.scaling import Scaling
 ORIGIN = {"given": ", given", "loo": ", by leave-one-out", "validation": ", by held-out data"}
 #: Where the gradients of a group come from.
 GRADIENTS = {"exact": "layer rule", "generic": "copies by example"}
-HEADINGS = ("group", "parameters", "treatment", "gradients", "setting", "δ", "γ", "memory")
+HEADINGS = ("group", "parameters", "treatment", "gradients", "setting", "memory", "δ", "γ")
 #: Most groups that notebooks show; `summary` has all.
 SHOWN = 20
 
@@ -51,7 +51,7 @@ class Line:
         """As a row of the table."""
         numbers = ["–", "–", "–"]
         if self.delta is not None:
-            numbers = [_span(self.delta), f"{self.gamma:.4g}", _size(self.memory)]
+            numbers = [_size(self.memory), _span(self.delta), f"{self.gamma:.4g}"]
         words = [self.treatment, self.gradients or "–", self.setting or "–"]
         return [self.name, str(self.parameters), *words, *numbers]
 
@@ -167,7 +167,7 @@ def _total(groups: Sequence[Line]) -> list[str]:
     count = sum(group.parameters for group in inside)
     gamma = f"{sum(group.gamma for group in inside):.4g}"
     memory = _size(sum(group.memory for group in inside))
-    return ["in the posterior", str(count), *["", "", "", ""], gamma, memory]
+    return ["in the posterior", str(count), "", "", "", memory, "", gamma]
 
 
 def _directions(posterior: Posterior) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """One pass over test data and over strange inputs, and the report of what they showed."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ def _tables(
             if of == turn:
                 by_score.setdefault(score, {})[name] = values
         own = by_score.pop("") | by_score.get(found.way.scores[0], {})
-        table.append(_row(found.way.name, own, first, bootstrap))
+        table.append(replace(_row(found.way.name, own, first, bootstrap), short=found.way.short))
         first = first or own
         told += [
             _row(f"{score}, {found.way.name}", by_score[score], {}, bootstrap) for score in by_score

@@ -17,7 +17,7 @@ from kfac_laplace.summary import Line
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from matplotlib.figure import Figure
+    from kfac_laplace.report.figure import Figure
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -82,6 +82,17 @@ class Report:
         level, resamples = 100 * self.bootstrap.level, self.bootstrap.resamples
         return f"{level:g} % intervals from {resamples} resamples of the examples"
 
+    @property
+    def _verdicts_said(self) -> str:
+        """What the page says of the columns, as HTML."""
+        said = "mode: the network alone (MAP)."
+        if any(self.differences):
+            said += (
+                f" better, worse: than the mode, where the {100 * self.bootstrap.level:g} % "
+                "interval of the difference on the same resamples leaves out 0."
+            )
+        return f'<p class="soft">{said}</p>'
+
     def __str__(self) -> str:
         """Aligned columns, one line for each way to predict."""
         blocks = [self._said, *as_text(self.table, self._intervals_said)]
@@ -131,7 +142,7 @@ class Report:
         """
         drawn: Callable[[Panel, str], str] = _drawing().svg
         pictures = [(panel, drawn(panel, f"p{turn}")) for turn, panel in enumerate(self.panels)]
-        tables = [("Scores", as_html(self.table))]
+        tables = [("Scores", as_html(self.table) + self._verdicts_said)]
         if self.told:
             tables.append(("Strange inputs, told by", as_html_by_row(self.told)))
         return page.html(self.head, [self._said, self._intervals_said], tables, pictures, self.layers)

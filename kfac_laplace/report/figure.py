@@ -4,12 +4,16 @@ Figures are made without pyplot, whose state belongs to the caller.
 """
 
 import io
+import math
 import re
 from collections.abc import Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.axis import XAxis, YAxis
+from matplotlib.figure import Figure as Figure
+from matplotlib.figure import SubFigure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kfac_laplace.report.panels import Panel
 
@@ -109,7 +113,8 @@ def _named(ax: Axes, panel: Panel) -> None:
     ax.set_ylim(len(curve.y) - 0.4, -0.6)
     if panel.logarithmic:
         ax.set_xscale("log")
-        ax.set_xlim(min(curve.x) / 2, max(curve.x) * 2)  # a decade's mark is seen, most often
+        ax.set_xlim(min(curve.x) / 2, max(curve.x) * 2)
+        _plain_marks(ax.xaxis, max(curve.x) / min(curve.x))
 
 
 def _curves(ax: Axes, panel: Panel) -> None:
@@ -131,10 +136,18 @@ def _curves(ax: Axes, panel: Panel) -> None:
                     markersize=4, linewidth=1.4, label=name)  # fmt: skip
     if panel.logarithmic:
         ax.set_yscale("log")
+        _plain_marks(ax.yaxis, math.inf)
     else:
         ax.set_ylim(bottom=0)
     if panel.title:
         ax.legend(loc="best")
+
+
+def _plain_marks(axis: XAxis | YAxis, ratio: float) -> None:
+    """Marks 0.1, 1, 10 on a logarithmic axis, with 2 and 5 between them over few decades."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 30 else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _plain(name: str) -> str:

@@ -17,13 +17,13 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p { margin: .25rem 0; } small, .soft { color: var(--soft); } small { font-size: .8rem; }
+p { margin: .25rem 0; } .scroll p { font-size: .85rem; } small, .soft { color: var(--soft); } small { font-size: .8rem; }
 .scroll { overflow-x: auto; } .scroll:focus-visible { outline: 2px solid var(--c0); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--rule); text-align: right;
   vertical-align: top; font-weight: normal; overflow-wrap: normal; }
 thead th { vertical-align: bottom; font-weight: 600; } .note { font-weight: normal; }
-thead th { overflow-wrap: anywhere; }
+.short[hidden] { display: none; }
 th:first-child { text-align: left; } tbody td small { white-space: nowrap; }
 small.better { color: var(--good); font-weight: 600; }
 small.worse { color: var(--bad); font-weight: 600; }
@@ -37,6 +37,7 @@ figcaption { margin-top: .5rem; font-size: .85rem; color: var(--soft); }
 .layers td, .layers th { white-space: nowrap; }
 @media (max-width: 40rem) { body { padding: .75rem; } th, td { padding: .3rem .25rem; }
   table { font-size: .8rem; } small { font-size: .7rem; } .note { display: none; }
+  .long { display: none; } .short[hidden] { display: inline; }
   tbody td small { white-space: normal; } figure { padding: .5rem; } }
 @media print { body { max-width: none; padding: 0; } figure { background: none; padding: 0; }
   .pictures { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; } tr {
@@ -65,11 +66,12 @@ def html(
     parts = [f"<h1>{title}</h1>{under}"]
     for name, table in tables:
         parts.append(f"<h2>{escaping.escape(name)}</h2>{_scrolling(name, table)}")
-    drawn = "".join(_figure(panel, drawing) for panel, drawing in pictures)
-    parts.append(f'<h2>Pictures</h2><div class="pictures">{drawn}</div>')
+    parts.append("<h2>Pictures</h2>" + _pictures([one for one in pictures if not one[0].labels]))
     if layers:
         rows = rows_of_html([layer.cells for layer in layers], HEADINGS)
-        parts.append(f'<h2>Layers</h2><div class="layers">{_scrolling("Layers", rows)}</div>')
+        by_layer = _pictures([one for one in pictures if one[0].labels])
+        table = f'<div class="layers">{_scrolling("Layers", rows)}</div>'
+        parts.append(f"<h2>Layers</h2>{by_layer}{table}")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -84,6 +86,12 @@ def _scrolling(name: str, table: str) -> str:
     """A table that scrolls on its own where it is too wide, by keyboard as well."""
     label = escaping.escape(name, quote=True)
     return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{table}</div>'
+
+
+def _pictures(pictures: Sequence[tuple[Panel, str]]) -> str:
+    """Drawings side by side where there is room."""
+    drawn = "".join(_figure(panel, drawing) for panel, drawing in pictures)
+    return f'<div class="pictures">{drawn}</div>'
 
 
 def _figure(panel: Panel, drawing: str) -> str:

@@ -35,7 +35,7 @@ def panels(test: Sequence[Found], layers: Sequence[Line]) -> list[Panel]:
     if values:
         made += [_coverage(values), _ranks(values)]
     if test[0].strange is not None:
-        made += [_entropies(test[0]), _entropies(test[-1])]
+        made += [panel for one in (test[0], test[-1]) if (panel := _entropies(one)) is not None]
     return [*made, *_by_layer(layers)]
 
 
@@ -156,13 +156,18 @@ def _ranks(entries: Sequence[Entry[ValueRows]]) -> Panel:
     )
 
 
-def _entropies(found: Found) -> Panel:
-    """Entropies of test data and of strange inputs as one way has them."""
+def _entropies(found: Found) -> Panel | None:
+    """Entropies of test data and of strange inputs as one way has them; None where all are equal.
+
+    They are where the noise alone says how uncertain the network is.
+    """
     assert found.usual is not None and found.strange is not None
     usual, strange = found.usual[ENTROPY], found.strange[ENTROPY]
     both = torch.cat([usual, strange])
     low, high = float(both.min()), float(both.max())
-    edges = torch.linspace(low, high if high > low else low + 1, 26, dtype=torch.float64)
+    if high - low <= 1e-9 * max(1.0, abs(high)):
+        return None
+    edges = torch.linspace(low, high, 26, dtype=torch.float64)
     at = edges.tolist()
     return Panel(
         f"Entropies: {found.way.name}",

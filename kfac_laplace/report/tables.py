@@ -41,12 +41,14 @@ class Row:
         values: figures by name.
         intervals: ends of their intervals.
         differences: figures minus those of the mode on the same resamples, with both ends.
+        short: its name where there is no room.
     """
 
     name: str
     values: dict[str, float]
     intervals: dict[str, Interval] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)
+    short: str = ""
 
     def verdict(self, name: str) -> str:
         """"better" or "worse" than the mode where the difference's interval says so, else ""."""
@@ -91,7 +93,7 @@ def as_text(rows: Sequence[Row], said: str, heading: str = "prediction") -> list
 
 def as_html(rows: Sequence[Row]) -> str:
     """A table with a line for each figure and a column for each row; names are escaped."""
-    head = "".join(f'<th scope="col">{html.escape(row.name)}</th>' for row in rows)
+    head = "".join(f'<th scope="col">{_names(row)}</th>' for row in rows)
     body = [
         f'<tr><th scope="row">{_explained(name)}</th>'
         + "".join(f"<td>{_cell(row, name)}</td>" for row in rows)
@@ -115,6 +117,15 @@ def as_html_by_row(rows: Sequence[Row]) -> str:
 def _table(head: str, body: Sequence[str]) -> str:
     lines = "".join(f"{line}</tr>" for line in body)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _names(row: Row) -> str:
+    """A name, and the short one for phones, which style sheets show in turn."""
+    name = html.escape(row.name)
+    if not row.short:
+        return name
+    short = html.escape(row.short)
+    return f'<span class="long">{name}</span><span class="short" hidden>{short}</span>'
 
 
 def _explained(name: str) -> str:

@@ -91,7 +91,7 @@ def ways(choice: Choice, val_loader: Iterable[Any] | None) -> list[Way]:
         points = validation_points(choice.posterior, loader, choice.key_y, "val_loader")
         cooled = Criterion(likelihood, points, sigma_of(choice), choice.seed).best_temperature()
         name = f"mode, temperature {cooled:.3g}"
-        found.append(Way(name, 0.0, cooled, "mode", short="temperature"))
+        found.append(Way(name, 0.0, cooled, "mode", short="scaled"))
     name = {"mode": "the network's own", "auto": "averages"}.get(link, link)
     found.append(Way(f"posterior, auto ({name})", kappa, tau, link, True, "posterior"))
     name = f"posterior, centred at κ = {kappa:.3g}"
