@@ -158,7 +158,9 @@ def rows_of_html(rows: Sequence[Sequence[str]], headings: Sequence[str] = ()) ->
         + "</tr>"
         for row in rows
     )
-    return f"<table>{f'<thead><tr>{head}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
+    return (
+        f"<table>{f'<thead><tr>{head}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
+    )
 
 
 def _total(groups: Sequence[Line]) -> list[str]:

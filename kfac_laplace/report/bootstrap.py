@@ -69,7 +69,8 @@ class Bootstrap:
         """Ones, then the resamples; single examples have nothing to be resampled with."""
         yield [torch.ones(1, n, dtype=torch.float64) for n in counts]
         draws = [
-            torch.Generator().manual_seed((self.seed + turn) % 2**63) for turn, _ in enumerate(counts)
+            torch.Generator().manual_seed((self.seed + turn) % 2**63)
+            for turn, _ in enumerate(counts)
         ]
         left, at_once = self.resamples if min(counts) > 1 else 0, max(1, CHUNK // width)
         while left:

@@ -112,9 +112,7 @@ def _tested(
     return n, [Found(*one) for one in zip(compared, joined, own, strict=True)]
 
 
-def _strange(
-    choice: Choice, loader: Iterable[Any], compared: list[Way]
-) -> list[dict[str, Tensor]]:
+def _strange(choice: Choice, loader: Iterable[Any], compared: list[Way]) -> list[dict[str, Tensor]]:
     """Scores of strange inputs by each way."""
     scores: list[list[dict[str, Tensor]]] = [[] for _ in compared]
     for raw in loader:
@@ -170,9 +168,7 @@ def _tables(
     return table, told
 
 
-def _row(
-    name: str, own: dict[str, Tensor], first: dict[str, Tensor], bootstrap: Bootstrap
-) -> Row:
+def _row(name: str, own: dict[str, Tensor], first: dict[str, Tensor], bootstrap: Bootstrap) -> Row:
     """Values, intervals, and differences to the first way, where there is one."""
     row, by_chance = Row(name, {}), own.get(CHANCE)
     for figure, replicates in own.items():

@@ -145,7 +145,9 @@ class Report:
         tables = [("Scores", as_html(self.table) + self._verdicts_said)]
         if self.told:
             tables.append(("Strange inputs, told by", as_html_by_row(self.told)))
-        return page.html(self.head, [self._said, self._intervals_said], tables, pictures, self.layers)
+        return page.html(
+            self.head, [self._said, self._intervals_said], tables, pictures, self.layers
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the report in the form that the suffix says.
@@ -204,4 +206,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-

@@ -17,7 +17,8 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p { margin: .25rem 0; } .scroll p { font-size: .85rem; } small, .soft { color: var(--soft); } small { font-size: .8rem; }
+p { margin: .25rem 0; } .scroll p { font-size: .85rem; }
+small, .soft { color: var(--soft); } small { font-size: .8rem; }
 .scroll { overflow-x: auto; } .scroll:focus-visible { outline: 2px solid var(--c0); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--rule); text-align: right;

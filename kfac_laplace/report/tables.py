@@ -51,7 +51,7 @@ class Row:
     short: str = ""
 
     def verdict(self, name: str) -> str:
-        """"better" or "worse" than the mode where the difference's interval says so, else ""."""
+        """Whether it is better or worse than the mode, where the interval says so; else nothing."""
         if name not in self.differences or name not in HIGHER + LOWER:
             return ""
         _, low, high = self.differences[name]
@@ -130,7 +130,9 @@ def _names(row: Row) -> str:
 
 def _explained(name: str) -> str:
     """A figure's name and what it means."""
-    return f'{html.escape(NAMES[name])}<br><small class="note">{html.escape(MEANINGS[name])}</small>'
+    return (
+        f'{html.escape(NAMES[name])}<br><small class="note">{html.escape(MEANINGS[name])}</small>'
+    )
 
 
 def _cell(row: Row, name: str) -> str:

@@ -59,7 +59,7 @@ def test_a_binary_brier_score_is_twice_that_of_scikit_learn():
 
 
 def test_weights_are_copies():
-    """What an example counts twice is what two of it would give; those of weight 0 are not there."""
+    """What an example counts twice is what two of it would give; weight 0 is none."""
     probs, y = drawn(60)
     weights = torch.randint(4, (1, 60), generator=DRAW).double()
     copies = weights[0].long()
