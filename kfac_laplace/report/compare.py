@@ -17,8 +17,8 @@ from kfac_laplace.posterior.predict.glm import OutputGaussian, output_gaussian
 from kfac_laplace.posterior.predict.inputs import inputs_alone, inputs_of
 from kfac_laplace.report.bootstrap import Bootstrap
 from kfac_laplace.report.document import Report
-from kfac_laplace.report.means import CHANCE, ClassRows, ValueRows, joined_classes, joined_values
 from kfac_laplace.report.found import Found
+from kfac_laplace.report.means import CHANCE, ClassRows, ValueRows, joined_classes, joined_values
 from kfac_laplace.report.pictures import panels
 from kfac_laplace.report.tables import Row
 from kfac_laplace.report.ways import Way, joined_scores, rows, sigma_of, ways

@@ -49,7 +49,7 @@ class Normals:
         return torch.special.ndtr((y - self.mean) / self.deviation)
 
     def crps(self, y: Tensor) -> Tensor:
-        """s [z (2 Φ(z) − 1) + 2 φ(z) − 1/√π] [Gneiting & Raftery 2007]."""
+        """s [z (2 Φ(z) − 1) + 2 φ(z) − 1/√π] [Gneiting 2007]."""
         z = (y - self.mean) / self.deviation
         density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
         parts = z * (2 * torch.special.ndtr(z) - 1) + 2 * density - 1 / math.sqrt(math.pi)
