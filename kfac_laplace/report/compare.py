@@ -153,7 +153,9 @@ def _tables(
     test: Sequence[Found], replicates: Replicates, bootstrap: Bootstrap
 ) -> tuple[list[Row], list[Row]]:
     """A row for each way, with AUROC and FPR95 by its first score; a row for each score."""
-    table, told, first = [], [], {}
+    table: list[Row] = []
+    told: list[Row] = []
+    first: dict[str, Tensor] = {}
     for turn, found in enumerate(test):
         by_score: dict[str, dict[str, Tensor]] = {}
         for (of, score, name), values in replicates.items():
