@@ -68,11 +68,11 @@ from kfac_laplace.posterior.sharing import (
     sharing_to_plain,
 )
 from kfac_laplace.posterior.steps import optimise
-from kfac_laplace.report import Report, compare
+from kfac_laplace.report import Bootstrap, Question, Report, check_suffix, compare
 from kfac_laplace.states.files import File, read, write
 from kfac_laplace.states.plain import sealed
 from kfac_laplace.states.stored import FORMAT, opened
-from kfac_laplace.summary import line, table
+from kfac_laplace.summary import line, lines, markup, table
 
 log = logging.getLogger("kfac_laplace")
 
@@ -709,37 +709,66 @@ class Laplace(LaplaceTorchWords):
         *,
         val_loader: Iterable[Any] | None = None,
         ood_loader: Iterable[Any] | None = None,
+        resamples: int = 1000,
+        level: float = 0.95,
     ) -> Report:
         """Scores on a loader of the network, temperature scaling and the posterior, side by side.
 
         Args:
             loader: test data.
-            path: where to write them as JSON.
+            path: where to write the report: .json, .html, .png, .pdf or .svg.
             val_loader: held-out data for temperature scaling; by default those that chose κ and τ.
-            ood_loader: strange inputs, for the area under the ROC curve of telling them; targets
-                beside them do not matter.
+            ood_loader: strange inputs, for AUROC and FPR95 of telling them; targets beside them do
+                not matter.
+            resamples: number of resamples of the examples, by which scores have intervals and
+                differences to the network; drawn by `seed`. 0 for none.
+            level: probability of the intervals.
 
         Returns:
-            Rows of plain data, and a table when printed. Classification and binary: accuracy, NLL,
-            ECE, Brier score, mean confidence; else NLL, and with a Gaussian noise RMSE, coverage of
-            90 % intervals and σ.
+            Tables and pictures. Classification and binary: accuracy, NLL, ECE, Brier score, AURC,
+            mean confidence; else NLL, and of numbers RMSE, CRPS, the share of targets in 50, 90 and
+            95 % intervals and the width of the second. Without a Gaussian noise intervals and CRPS
+            are by 999 draws.
+
+        Raises:
+            InvalidValue: no batch, no label that counts, predictions that are not finite, another
+                suffix of the path; an option out of range.
+            MissingPackage: pictures without matplotlib.
         """
-        found = compare(self._choice, loader, val_loader, ood_loader)
         if path is not None:
-            found.write(path)
+            check_suffix(path)
+        choice = self._choice
+        asked = Question(
+            loader,
+            val_loader,
+            ood_loader,
+            Bootstrap(resamples, level, self.seed),
+            repr(self),
+            lines(choice.posterior, self.coverage),
+        )
+        found = compare(choice, asked)
+        if path is not None:
+            found.save(path)
         return found
 
     def summary(self) -> str:
-        """A table: for each group parameters, treatment, setting, δ, γ; then the evidence.
+        """A table: for each group parameters, treatment, setting, δ, γ, memory; then the evidence.
 
         Raises:
             NotFitted: before `fit`.
         """
-        return table(repr(self), self.posterior, self.coverage)
+        posterior = self.posterior
+        return table(repr(self), posterior, lines(posterior, self.coverage))
 
     def __repr__(self) -> str:
         """Likelihood, structure, examples, parameters and κ, on one line."""
         return line(self.curvature, self._scaling, fitted=self._posterior is not None)
+
+    def _repr_html_(self) -> str:
+        """The summary for notebooks, short; before `fit` the line alone."""
+        posterior = None if self._posterior is None else self.posterior
+        groups = () if posterior is None else lines(posterior, self.coverage)
+        return markup(repr(self), posterior, groups)
 
     # --- state -----------------------------------------------------------------------------
 

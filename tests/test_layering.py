@@ -57,7 +57,6 @@ posterior/steps
 posterior/claims
 posterior/predict
 posterior/calibrate
-posterior/scores
 posterior/state
 summary
 report
@@ -71,7 +70,7 @@ plots
 demo
 cli
 """.split()
-EDGE = ["plots", "demo", "cli"]
+EDGE = ["report/figure", "plots", "demo", "cli"]
 INTEGRATIONS = ["integrations"]
 PEERS = {"laplace", "asdl", "asdfghjkl", "curvlinops", "backpack", "laplax", "posteriors"}
 PRESENTATION = {"matplotlib", "rich", "sklearn", "torchmetrics"}
