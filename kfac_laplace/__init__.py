@@ -19,8 +19,6 @@ torch.Size([3, 4])
 ['prior_precision']
 """
 
-__version__ = "0.2.0"
-
 from kfac_laplace.curvature.backend import Curvature as Curvature
 from kfac_laplace.curvature.estimate.fisher import Empirical as Empirical
 from kfac_laplace.curvature.estimate.fisher import Exact as Exact
@@ -43,3 +41,4 @@ from kfac_laplace.posterior.objectives import Columns as Columns
 from kfac_laplace.posterior.objectives import Evidence as Evidence
 from kfac_laplace.posterior.objectives import GammaHyperprior as GammaHyperprior
 from kfac_laplace.posterior.predict.predictive import Predictive as Predictive
+from kfac_laplace.version import __version__ as __version__

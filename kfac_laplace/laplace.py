@@ -20,6 +20,7 @@ from kfac_laplace.curvature.estimate.settings import KfacApprox
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
+from kfac_laplace.curvature.model.fingerprint import Weights, fingerprint
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
@@ -68,8 +69,9 @@ from kfac_laplace.posterior.sharing import (
     sharing_to_plain,
 )
 from kfac_laplace.posterior.steps import optimise
+from kfac_laplace.pretrained import about, posterior_file, write_folder
 from kfac_laplace.report import Bootstrap, Question, Report, check_suffix, compare
-from kfac_laplace.states.files import File, read, write
+from kfac_laplace.states.files import File, is_safetensors, read, write
 from kfac_laplace.states.plain import sealed
 from kfac_laplace.states.stored import FORMAT, opened
 from kfac_laplace.summary import line, lines, markup, table
@@ -772,17 +774,22 @@ class Laplace(LaplaceTorchWords):
 
     # --- state -----------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data: options, curvature, mode and hyperparameters, with a checksum."""
+    def state_dict(self, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Tensors and plain data: options, curvature, mode and hyperparameters, with a checksum.
+
+        Args:
+            dtype: as for `save`.
+        """
         posterior = self.posterior
         content = {
             "format": FORMAT,
             "options": self._plain_options(),
-            "curvature": self.curvature.state_dict(),
+            "curvature": self.curvature.state_dict(dtype=dtype),
             "mode": dict(self._mode),
             "sharing": posterior.prior.digest,
             "hyperparameters": asdict(posterior.hyperparameters.detached()),
             **state.scaling_to_plain(self._scaling),
+            "model": fingerprint(self.curvature.network.model, self._mode),
         }
         return sealed(content)
 
@@ -794,49 +801,107 @@ class Laplace(LaplaceTorchWords):
             "dict_key_y": self.dict_key_y,
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, weights: Weights = "check") -> None:
         """Take over a state made with the same options on the same weights.
 
         Hyperparameters, κ, curvature and mode are the state's; seed, factor_dtype, memory_budget,
         forward_fn, batch_fn and dict_key_y stay this posterior's own.
 
+        Args:
+            state_dict: the state.
+            weights: as for `load`.
+
         Raises:
             InvalidValue: a state of another kind, version, structure, model or of other weights, a
                 damaged or changed one; nothing is changed then.
         """
-        self._take_state(state_dict, "Make it with the stored options, as Laplace.load does")
+        remedy = "Make it with the stored options, as Laplace.load does"
+        self._take_state(state_dict, remedy, weights)
 
-    def _take_state(self, state_dict: Mapping[str, Any], remedy: str) -> None:
+    def _take_state(self, state_dict: Mapping[str, Any], remedy: str, weights: Weights) -> None:
         """Take over a state; the remedy is for options other than the stored ones."""
-        found = state.restored(state_dict, self.model, self.options, self._plain_options(), remedy)
+        own = self._plain_options()
+        found = state.restored(state_dict, self.model, self.options, own, remedy, weights)
         self._adopt(found.curvature, found.mode, found.hyperparameters, found.sharing)
         self._scaling, self._data, self._held_out = found.scaling, TrainingData(), TrainingData()
         delta = self._hyper.prior_precision
         if bool((delta == delta[0]).all()):
             self._starts_at(delta[:1])
 
-    def save(self, path: File) -> None:
-        """Write `state_dict()` to a file that `torch.load(weights_only=True)` reads.
+    def save(self, path: File, *, dtype: torch.dtype | None = None) -> None:
+        """Write `state_dict()` to a file: as safetensors by the suffix, else as torch.save does.
 
         It is written as a whole or not at all: after a failure the path holds what it held before.
+        A .safetensors file has every bit in less room, and a header in JSON.
 
         Args:
-            path: where to, or a file open for bytes.
+            path: where to, such as posterior.safetensors, or a file open for bytes, which is
+                written as torch.save does.
+            dtype: torch.float32 to round curvature to it in a .safetensors file, which takes half
+                the room; docs/saving.md says what that costs.
 
         Raises:
             NotFitted: before `fit`.
+            InvalidValue: a dtype that is no such, or beside a file that is not .safetensors.
+            MissingPackage: a .safetensors file, and that package is not installed.
             OSError: the folder does not exist or is full, the path is a folder or not writable.
         """
-        write(self.state_dict(), path)
+        if dtype is not None and not is_safetensors(path):
+            raise InvalidValue(
+                "curvature is rounded in .safetensors files alone",
+                where="dtype",
+                got=f"{dtype} beside {path}",
+                remedy="Save to a path that ends in .safetensors, or leave dtype out",
+            )
+        write(self.state_dict(dtype=dtype), path, self._about())
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write posterior.safetensors, config.json and README.md, as the Hugging Face Hub has them.
+
+        A README.md that is there stays. The model's own weights are not in it.
+
+        Args:
+            folder: made where it is not there.
+            dtype: as for `save`.
+
+        Raises:
+            InvalidValue: the folder has a config.json of another library.
+        """
+        write_folder(folder, self.state_dict(dtype=dtype), self._about())
+
+    def _about(self) -> dict[str, Any]:
+        return about(self.curvature, self.posterior, self._scaling)
 
     @classmethod
-    def load(cls, path: File, model: nn.Module, **overrides: Any) -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, model: nn.Module, *, weights: Weights = "check", **overrides: Any
+    ) -> Self:
+        """Read the posterior of a folder that `save_pretrained` made.
+
+        Args:
+            folder: on this machine: `huggingface_hub.snapshot_download` fetches one.
+            model: as for `load`, like the following.
+            weights: whether the model's weights have to be those of the fit.
+            overrides: options.
+
+        Raises:
+            InvalidValue: no such folder, and as for `load`.
+        """
+        return cls.load(posterior_file(folder), model, weights=weights, **overrides)
+
+    @classmethod
+    def load(
+        cls, path: File, model: nn.Module, *, weights: Weights = "check", **overrides: Any
+    ) -> Self:
         """Read a saved posterior for a model that holds the weights of the fit.
 
         Args:
-            path: file made by `save`, or such a file open for bytes. It is read as plain data:
-                nothing in it is run.
+            path: file made by `save`, or such a file open for bytes, of whichever format. It is
+                read as plain data: nothing in it is run.
             model: the network, with its weights loaded.
+            weights: "check" that parameters and buffers are those of the fit; or "ignore" their
+                values: the posterior is around the stored mean, at which the model is run, with
+                buffers and frozen weights as they are in the model.
             overrides: options that the file cannot hold, such as a likelihood of your own, and
                 those that do not bind its numbers: seed, factor_dtype, memory_budget, forward_fn,
                 batch_fn and dict_key_y. Others may be given if they are the file's; hyperparameters
@@ -847,13 +912,14 @@ class Laplace(LaplaceTorchWords):
             InvalidValue: a file of another kind or version, a damaged one, one that belongs to
                 another model or other weights, or an override that contradicts it.
             InvalidType: an override that is no option of `Laplace`.
+            MissingPackage: a .safetensors file, and that package is not installed.
         """
         state.check_names(overrides, inspect.signature(cls.__init__).parameters.keys() - _NO_OPTION)
         stored = read(path)
-        found = opened(stored, state.KEYS, "a Laplace posterior", state.LATER)
+        found = opened(stored, state.KEYS, "a Laplace posterior", *state.LATER)
         options = state.options_from_state(found["options"], overrides)
         loaded = cls(model, options.pop("likelihood"), **options)
-        loaded._take_state(stored, "Leave it out: the file decides it")
+        loaded._take_state(stored, "Leave it out: the file decides it", weights)
         return loaded
 
     # --- checks ----------------------------------------------------------------------------

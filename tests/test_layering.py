@@ -16,6 +16,7 @@ HOUSE = Sources(ROOT / "kfac_laplace")
 
 # Each may import from those before it. Who builds a room gives it its line.
 ROOMS = """
+version
 errors
 options
 states
@@ -59,6 +60,7 @@ posterior/predict
 posterior/calibrate
 posterior/state
 summary
+pretrained
 report
 migration
 laplace

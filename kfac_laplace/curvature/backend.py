@@ -320,11 +320,11 @@ class Curvature:
 
     # --- state -------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data, sealed by a checksum."""
+    def state_dict(self, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Tensors and plain data, sealed by a checksum; sums as they are or rounded to float32."""
         content = {
             "format": FORMAT,
-            "ggn": ggn_to_state(self.ggn),
+            "ggn": ggn_to_state(self.ggn, dtype),
             "draws": self.generator.get_state(),
         }
         return sealed(content)

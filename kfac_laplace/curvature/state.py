@@ -33,8 +33,17 @@ from kfac_laplace.states.stored import Stored, shown
 MOST_ENTRIES = 2**40
 
 
-def ggn_to_state(ggn: GGN) -> dict[str, Any]:
-    """Everything that `ggn_from_state` needs beside the model and the options."""
+def ggn_to_state(ggn: GGN, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Everything that `ggn_from_state` needs beside the model and the options.
+
+    Args:
+        ggn: the result.
+        dtype: torch.float32 to round curvature to its values, in tensors as wide as before.
+
+    Raises:
+        InvalidValue: another dtype, or curvature beyond the range of float32.
+    """
+    check_rounding(dtype)
     known = ggn.knowledge
     return {
         "structure": ggn.options.hessian_structure,
@@ -48,7 +57,7 @@ def ggn_to_state(ggn: GGN) -> dict[str, Any]:
         "row_entries": known.row_entries,
         "interface": _plain_interface(known.interface),
         "settings": dict(ggn.settings),
-        "blocks": {name: block.tensors() for name, block in ggn.blocks.items()},
+        "blocks": {name: _sums(block, dtype) for name, block in ggn.blocks.items()},
         "kinds": {name: block.kind for name, block in ggn.blocks.items()},
         "statistic": ggn.statistic,
         "n_data": ggn.n_data,
@@ -56,6 +65,34 @@ def ggn_to_state(ggn: GGN) -> dict[str, Any]:
         "n_outputs": ggn.n_outputs,
         "targets": ggn.targets,
     }
+
+
+def check_rounding(dtype: object) -> None:
+    """Raise `InvalidValue` for what curvature is not rounded to."""
+    if dtype not in (None, torch.float64, torch.float32):
+        raise InvalidValue(
+            "curvature is saved as it is or rounded to float32",
+            where="dtype",
+            got=shown(dtype),
+            remedy="Pass dtype=torch.float32, or leave it out",
+        )
+
+
+def _sums(block: Block, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The raw sums of a block, rounded where that is wanted, but for counts."""
+    sums = block.tensors()
+    if dtype != torch.float32:
+        return sums
+    rounded = {k: v.float().to(v.dtype) if v.ndim > 1 else v for k, v in sums.items()}
+    for name, tensor in rounded.items():
+        if not bool(tensor.isfinite().all()):
+            raise InvalidValue(
+                "curvature beyond the range of float32",
+                where=f"{block.name}, {name}",
+                got=f"{float(sums[name].abs().max()):.3e}",
+                remedy="Save without dtype",
+            )
+    return rounded
 
 
 #: What such a state holds.

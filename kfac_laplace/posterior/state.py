@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.gradients.groups import SUBSETS
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.model.fingerprint import (
+    Weights,
+    check_shapes,
+    check_values,
+    check_weights_word,
+    differing,
+)
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidType, InvalidValue, KfacLaplaceError
 from kfac_laplace.likelihoods import Likelihood
@@ -30,12 +37,15 @@ KEYS = (
     "hyperparameters",
     "posterior_scale",
 )
-#: What was added to it later, and what a file without has.
-LATER = {
-    "predictive_temperature": torch.ones((), dtype=torch.float64),
-    "scale_source": "older",
-    "temperature_source": "default",
-}
+#: What was added to it later, in two steps, and what a file without has.
+LATER: tuple[dict[str, Any], ...] = (
+    {
+        "predictive_temperature": torch.ones((), dtype=torch.float64),
+        "scale_source": "older",
+        "temperature_source": "default",
+    },
+    {"model": None},
+)
 #: Options on which stored blocks and evidence depend.
 BINDING = (
     "hessian_structure",
@@ -82,6 +92,7 @@ def restored(
     options: CurvatureOptions,
     own: Mapping[str, Any],
     remedy: str,
+    weights: Weights = "check",
 ) -> Restored:
     """The content of a state for a model that holds the weights of the fit.
 
@@ -91,13 +102,18 @@ def restored(
         options: of its curvature.
         own: all options of the reader as plain data.
         remedy: for options other than the stored ones.
+        weights: "ignore" where the model may hold others.
 
     Raises:
         InvalidValue: a state of another kind, of other options or weights, or a damaged one.
     """
+    check_weights_word(weights)
     with refusing_damage():
-        found = opened(state_dict, KEYS, "a Laplace posterior", LATER)
+        found = opened(state_dict, KEYS, "a Laplace posterior", *LATER)
         check_options(found["options"], own, remedy)
+        marks, network = found["model"], Network.of(model, options.likelihood)
+        if marks.value is not None:
+            check_shapes(marks, network.model)
         curvature = Curvature.from_state(found["curvature"].value, model, options)
         if not curvature.blocks:
             raise found["curvature"].fault("a posterior needs data", "a curvature of none")
@@ -107,7 +123,10 @@ def restored(
         scaling = scaling_from_state(found, likelihood, device)
         sharing = found["sharing"].text()
         check_seal(state_dict, "state")
-    check_weights(curvature.network, mode)
+    if weights == "check":
+        check_weights(network, mode)
+        if marks.value is not None:
+            check_values(marks, network.model, mode)
     return Restored(curvature, mode, hyper, sharing, scaling)
 
 
@@ -293,8 +312,4 @@ def check_weights(network: Network, mode: Mapping[str, Tensor]) -> None:
     live = network.parameters(tuple(mode))
     for name, value in mode.items():
         if not torch.equal(live[name].detach().to(value), value):
-            raise InvalidValue(
-                "the model's weights differ from those at the fit",
-                where=name,
-                remedy="Load the model's own state_dict of that time first",
-            )
+            raise differing(name)

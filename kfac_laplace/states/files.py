@@ -1,4 +1,8 @@
-"""Files of states: written as a whole or not at all, read without running what they hold."""
+"""Files of states: written as a whole or not at all, read without running what they hold.
+
+A path that ends in .safetensors takes that format, any other torch's; what is read is told apart by
+its first bytes.
+"""
 
 import contextlib
 import errno
@@ -7,7 +11,7 @@ import os
 import secrets
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -15,13 +19,14 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.states import safetensors_file
 from kfac_laplace.states.plain import check_plain
 
 #: Where states are written to and read from: a path, or a file that is open for bytes.
 File = str | Path | BinaryIO
 
 
-def write(state: Any, file: File) -> None:
+def write(state: Any, file: File, about: Mapping[str, Any] | None = None) -> None:
     """Write tensors and plain data so that a path holds them all or what it held before.
 
     They go to a new file in the same folder, which takes the path's place when all of it is on the
@@ -30,9 +35,11 @@ def write(state: Any, file: File) -> None:
     Args:
         state: tensors and plain data.
         file: a path, or a file open for bytes, to which they are written as they come.
+        about: JSON for the header of a .safetensors file, for people; torch's files have no place.
 
     Raises:
         InvalidType: other data, or neither a path nor a file. Nothing is written.
+        MissingPackage: a .safetensors file, and that package is not installed.
         OSError: the folder does not exist or is full, the path is a folder or not writable.
     """
     check_plain(state)
@@ -40,15 +47,34 @@ def write(state: Any, file: File) -> None:
         if not hasattr(file, "write") or _is_text(file):
             raise _no_file(file)
         _save(state, file)
-        return
+    elif is_safetensors(file):
+        write_bytes(safetensors_file.to_bytes(state, about or {}), file)
+    else:
+        _put(lambda opened: _save(state, opened), file)
+
+
+def is_safetensors(file: object) -> bool:
+    """Whether a path asks for a .safetensors file by its suffix."""
+    return isinstance(file, str | os.PathLike) and os.fspath(file).lower().endswith(
+        safetensors_file.SUFFIX
+    )
+
+
+def write_bytes(data: bytes, path: str | Path) -> None:
+    """Write bytes to a path as a whole or not at all, as `write` does."""
+    _put(lambda opened: opened.write(data), path)
+
+
+def _put(fill: Callable[[BinaryIO], object], file: str | Path) -> None:
+    """Have a path hold what `fill` writes, or what it held before."""
     path = os.path.realpath(file)
     mode = _mode_of(path)
     if mode is not None and not stat.S_ISREG(mode):  # a pipe or a device has nothing to lose
         with open(path, "wb") as device:
-            _save(state, device)
+            fill(device)
         return
     with _replacing(path, mode) as fresh:
-        _save(state, fresh)
+        fill(fresh)
 
 
 def _mode_of(path: str) -> int | None:
@@ -143,6 +169,7 @@ def read(file: File) -> Any:
 
     Raises:
         FileNotFoundError: and other errors of opening a file, as they come.
+        MissingPackage: a .safetensors file, and that package is not installed.
         InvalidValue: what is in it is no such data: cut short, damaged, or of another kind.
         InvalidType: neither a path nor a file.
     """
@@ -155,6 +182,10 @@ def read(file: File) -> Any:
 
 
 def _loaded(file: Any, where: str) -> Any:
+    start = file.read(safetensors_file.LENGTH + 1)
+    if safetensors_file.looks_like_one(start):
+        return safetensors_file.from_bytes(start + file.read(), where)
+    file.seek(-len(start), os.SEEK_CUR)
     try:
         with warnings.catch_warnings():  # of scripted models, which are refused below
             warnings.simplefilter("ignore")

@@ -144,7 +144,7 @@ class Stored:
 
 
 def opened(
-    state: object, names: Collection[str], kind: str, later: Mapping[str, object] | None = None
+    state: object, names: Collection[str], kind: str, *later: Mapping[str, object]
 ) -> dict[str, Stored]:
     """The entries of a state of ours, whose format is that of this version.
 
@@ -152,8 +152,8 @@ def opened(
         state: what is to be read.
         names: of its entries, beside its format and its checksum.
         kind: what it is the state of: "a Laplace posterior".
-        later: entries that states of this format had not from the start, with what they are where
-            all of them are absent.
+        later: entries that states of this format had not from the start, in the order in which
+            they came: those that came together, with what they are where all of them are absent.
 
     Raises:
         InvalidValue: not such a state, or one of another version.
@@ -174,10 +174,11 @@ def opened(
         raise InvalidValue(f"not the state of {kind}", where="state", got=got, remedy=remedy)
     if "format" in state:
         _check_format(Stored(state["format"], "state.format"))
-    later = later or {}
-    if later.keys().isdisjoint(state):
-        state = {**state, **later}
-    return Stored(state).fields((*names, *later, "format", CHECKSUM))
+    for added in later:
+        if added.keys().isdisjoint(state):
+            state = {**state, **added}
+        names = (*names, *added)
+    return Stored(state).fields((*names, "format", CHECKSUM))
 
 
 def _check_format(stored: Stored) -> None:
