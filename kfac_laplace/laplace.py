@@ -914,11 +914,12 @@ class Laplace(LaplaceTorchWords):
             InvalidType: an override that is no option of `Laplace`.
             MissingPackage: a .safetensors file, and that package is not installed.
         """
-        state.check_names(overrides, inspect.signature(cls.__init__).parameters.keys() - _NO_OPTION)
+        options = inspect.signature(cls.__init__).parameters.keys() - _NO_OPTION
+        state.check_names(overrides, options | {"weights"})
         stored = read(path)
         found = opened(stored, state.KEYS, "a Laplace posterior", *state.LATER)
-        options = state.options_from_state(found["options"], overrides)
-        loaded = cls(model, options.pop("likelihood"), **options)
+        keywords = state.options_from_state(found["options"], overrides)
+        loaded = cls(model, keywords.pop("likelihood"), **keywords)
         loaded._take_state(stored, "Leave it out: the file decides it", weights)
         return loaded
 

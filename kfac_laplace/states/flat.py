@@ -1,7 +1,7 @@
 """Nested plain data as named tensors beside JSON, and back: every value, kind and order returns."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,12 @@ STORABLE = {
         *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     )
+}
+#: Kinds of values that one word tells.
+WORDS: dict[str, Callable[[str], object]] = {
+    "dtype": DTYPES.__getitem__,
+    "device": torch.device,
+    "float": float,
 }
 #: No name of a tensor: the header's own words stand there.
 RESERVED = "__metadata__"
@@ -128,9 +134,7 @@ def _nested(value: Any, left: dict[str, Tensor]) -> Any:
         return {_nested(key, left): _nested(inner, left) for key, inner in value["pairs"]}
     if kind == "tensor":
         return _tensor(value, left)
-    return {"dtype": DTYPES.__getitem__, "device": torch.device, "float": float}[kind](
-        value["name"]
-    )
+    return WORDS[kind](value["name"])
 
 
 def _tensor(told: dict[str, Any], left: dict[str, Tensor]) -> Tensor:

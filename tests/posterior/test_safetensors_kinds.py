@@ -13,6 +13,7 @@ from torch import nn
 from kfac_laplace import Curvature, Laplace, MarglikTuner, MonteCarlo
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import NAMED
+from kfac_laplace.optim import KFAC
 from kfac_laplace.states import files
 from kfac_laplace.states.plain import same
 
@@ -136,3 +137,19 @@ def test_curvature_alone_and_tuners_go_into_such_files(tmp_path):
     again = MarglikTuner(case.model, case.likelihood, n_data=7)
     again.load_state_dict(files.read(tmp_path / "state.safetensors"))
     assert same(again.state_dict(), tuner.state_dict())
+
+
+def test_an_optimisers_state_goes_into_such_files(tmp_path):
+    """With keys that are numbers, as torch's optimisers have them."""
+    model = net()
+    optimizer = KFAC(model, "regression")
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(drawn(9, 4)), drawn(9, 2, seed=1)).backward()
+        optimizer.step()
+    state = optimizer.state_dict()
+    files.write(state, tmp_path / "state.safetensors")
+    again = files.read(tmp_path / "state.safetensors")
+    assert same(again, state)
+    optimizer.load_state_dict(again)
+    assert same(optimizer.state_dict(), state)

@@ -10,7 +10,7 @@ from posterior.small_fits import drawn, fit, narrow, net, with_buffers
 from torch import nn
 
 from kfac_laplace import Laplace
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidType, InvalidValue
 
 pytest.importorskip("safetensors")
 
@@ -126,3 +126,9 @@ def test_buffers_that_are_no_part_of_a_models_state_do_not_count(tmp_path):
     la.save(tmp_path / "la.safetensors")
     model.cache = torch.ones(5)
     assert Laplace.load(tmp_path / "la.safetensors", model).n_data == 9
+
+
+def test_a_misspelt_keyword(saved):
+    path, la = saved
+    with pytest.raises(InvalidType, match="'weight'.*Perhaps weights was meant"):
+        Laplace.load(path, la.model, weight="ignore")
