@@ -183,9 +183,9 @@ def read(file: File) -> Any:
 
 def _loaded(file: Any, where: str) -> Any:
     start = file.read(safetensors_file.LENGTH + 1)
-    if safetensors_file.looks_like_one(start):
-        return safetensors_file.from_bytes(start + file.read(), where)
     file.seek(-len(start), os.SEEK_CUR)
+    if safetensors_file.looks_like_one(start):
+        return safetensors_file.from_bytes(file.read(), where)
     try:
         with warnings.catch_warnings():  # of scripted models, which are refused below
             warnings.simplefilter("ignore")

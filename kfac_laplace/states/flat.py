@@ -100,7 +100,7 @@ class Flattened:
         }
 
     def state(self) -> Any:
-        """The state put together again, in memory of its own.
+        """The state put together again, in the memory of the tensors where they are as they were.
 
         Raises:
             InvalidValue: a tensor is missing, too many, or not as the tree says; no such tree.

@@ -45,8 +45,8 @@ class Small:
         return cls(tensor.contiguous(), dtype, rows)
 
     def tensor(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        entries = self.stored.to(self.dtype, copy=True)
+        """The tensor, which may lie in the memory of `stored`."""
+        entries = self.stored.to(self.dtype)
         if self.rows is None:
             return entries
         below = _below(self.rows)

@@ -68,16 +68,6 @@ def from_bytes(data: bytes, where: str) -> Any:
     return Flattened(tensors, _header(data, where)["tree"].value).state()
 
 
-def about_of(data: bytes, where: str) -> Any:
-    """What a file tells people of its state.
-
-    Args:
-        data: the whole file, or its beginning.
-        where: its name, for messages.
-    """
-    return _header(data, where)["about"].value
-
-
 def looks_like_one(start: bytes) -> bool:
     """Whether a file with these first bytes may be of the kind: a length, and then JSON."""
     length = int.from_bytes(start[:LENGTH], "little")
