@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 import zipfile
 
@@ -116,6 +117,11 @@ def test_without_the_package(path, monkeypatch):
     write(STATE, path.with_suffix(".pt"))
     assert same(read(path.with_suffix(".pt")), STATE)
     assert path.read_bytes() == before
+
+
+def test_the_package_is_imported_when_it_is_used():
+    code = "import sys, kfac_laplace; sys.exit('safetensors' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- what is no such file ------------------------------------------------------------------------
