@@ -213,7 +213,10 @@ class LaplaceModel(Model, FantasizeMixin):  # type: ignore[misc]  # botorch's ba
         """f at the points of each batch, outputs of a point behind one another, in X's dtype."""
         if X.ndim < 2:
             raise InvalidValue(
-                "points are rows", where="X", got=f"shape {tuple(X.shape)}", remedy="Pass (..., q, d)"
+                "points are rows",
+                where="X",
+                got=f"shape {tuple(X.shape)}",
+                remedy="Pass (..., q, d)",
             )
         *b, q, _ = X.shape
         some = next(iter(self.laplace.posterior.mode_for_model.values()))

@@ -390,6 +390,8 @@ class LaplaceRegressor(RegressorMixin, LaplaceEstimator):  # type: ignore[misc]
         means = means[:, 0] if self._one else means
         if not return_std:
             return means
-        variance = np.diagonal(covariance, axis1=1, axis2=2) + float(self.posterior_.sigma_noise) ** 2
+        variance = (
+            np.diagonal(covariance, axis1=1, axis2=2) + float(self.posterior_.sigma_noise) ** 2
+        )
         std = np.sqrt(variance) * columns.scale
         return means, std[:, 0] if self._one else std
