@@ -1,4 +1,4 @@
-"""Tables of numbers for networks: standardised columns, shuffled batches, a perceptron of fit size."""
+"""Tables of numbers for networks: standardised columns, shuffled batches, a perceptron."""
 
 import math
 from collections.abc import Iterator, Sequence
