@@ -5,7 +5,7 @@ import torch
 from posterior import dense
 from torch import nn
 
-from kfac_laplace import Laplace
+from kfac_laplace import Laplace, marglik_training
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted, UnsupportedUse
 
 pytest.importorskip("botorch")
@@ -16,6 +16,7 @@ from botorch.generation import MaxPosteriorSampling
 from botorch.models.transforms import Normalize, Standardize
 from botorch.optim import optimize_acqf
 from botorch.sampling import SobolQMCNormalSampler
+from botorch.test_functions import Branin
 
 from kfac_laplace.integrations.botorch import LaplaceModel
 
@@ -262,3 +263,37 @@ def test_what_is_no_process_is_refused():
         model.condition_on_observations(x, y, noise=torch.zeros_like(y))
     with pytest.raises(InvalidType, match="no such argument"):
         model.condition_on_observations(x, y, rank=3)
+
+
+def branin_model(x, y):
+    """A network trained on these data, at a fixed noise and precision."""
+    standardize = Standardize(1)
+    z, _ = standardize(y)
+    net = nn.Sequential(
+        nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1)
+    ).double()
+    la, *_ = marglik_training(
+        net, [(x, z)], "regression", "full",
+        n_epochs=200, optimizer_kwargs={"lr": 2e-2},
+        sigma_noise_init=0.1, prior_prec_init=0.3, n_epochs_burnin=201,
+    )  # fmt: skip
+    return LaplaceModel(la, outcome_transform=standardize)
+
+
+@pytest.mark.slow
+def test_a_closed_loop_beats_random_search_on_branin():
+    """18 evaluations, of which 6 are random, against 60 random ones."""
+    torch.manual_seed(0)
+    branin = Branin(negate=True).to(torch.float64)
+    low, high = branin.bounds
+    bounds = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double()
+    x = torch.rand(6, 2).double()
+    y = branin(low + (high - low) * x)[:, None]
+    for _ in range(12):
+        acquisition = LogExpectedImprovement(branin_model(x, y), y.max())
+        chosen, _ = optimize_acqf(
+            acquisition, bounds, q=1, num_restarts=4, raw_samples=64, options={"maxiter": 30}
+        )
+        x, y = torch.cat([x, chosen]), torch.cat([y, branin(low + (high - low) * chosen)[:, None]])
+    rivals = branin(low + (high - low) * torch.rand(60, 2).double())
+    assert y.max() > rivals.max()
