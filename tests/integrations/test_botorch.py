@@ -282,7 +282,7 @@ def branin_model(x, y):
 
 @pytest.mark.slow
 def test_a_closed_loop_beats_random_search_on_branin():
-    """18 evaluations, of which 6 are random, against 60 random ones."""
+    """18 evaluations, of which 6 are random, find more than four searches in five by 18."""
     torch.manual_seed(0)
     branin = Branin(negate=True).to(torch.float64)
     low, high = branin.bounds
@@ -295,5 +295,7 @@ def test_a_closed_loop_beats_random_search_on_branin():
             acquisition, bounds, q=1, num_restarts=4, raw_samples=64, options={"maxiter": 30}
         )
         x, y = torch.cat([x, chosen]), torch.cat([y, branin(low + (high - low) * chosen)[:, None]])
-    rivals = branin(low + (high - low) * torch.rand(60, 2).double())
-    assert y.max() > rivals.max()
+    source = torch.Generator().manual_seed(0)
+    rivals = torch.rand(1000, 18, 2, generator=source, dtype=torch.float64)
+    found = branin(low + (high - low) * rivals).amax(1)
+    assert (y.max() > found).double().mean() > 0.8
