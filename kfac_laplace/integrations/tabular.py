@@ -109,7 +109,7 @@ def epochs_for(batches: int) -> int:
     return max(EPOCHS, math.ceil(STEPS / batches))
 
 
-def resolved_dtype(dtype: object, given: np.dtype) -> torch.dtype:  # type: ignore[type-arg]
+def resolved_dtype(dtype: object, given: np.dtype) -> torch.dtype:
     """The dtype of networks for a table: a name, a torch.dtype, or None for the table's own.
 
     Raises:
