@@ -22,10 +22,10 @@ EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SKIPPED = re.compile(r"^```python skip\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 # Examples may use these; without them their page is skipped.
-OPTIONAL = re.compile(
-    r"^from (transformers|peft|torch_geometric|laplace|sklearn|matplotlib|safetensors)\b",
-    re.MULTILINE,
+PACKAGES = (
+    "transformers|peft|torch_geometric|laplace|sklearn|matplotlib|safetensors|botorch|lightning"
 )
+OPTIONAL = re.compile(rf"^(?:from|import) ({PACKAGES})\b", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # [KFAC23], [ML21, eq. 6], [MacKay 1992], [Hobbhahn et al. 2022, eq. 3]
 KEY = re.compile(r"\[([A-Z][A-Za-z]*\d\d|[A-Z]\w+(?: et al\.)? \d{4})(?:, [^\]]*)?\]")

@@ -1,20 +1,24 @@
 """The linearised posterior over outputs in the graph of the inputs: gradients of predictives in x.
 
-J has to be differentiated once more, so it is made by autograd, example by example, and kept: n t c
-rows of p numbers with their graph. Parameters of the posterior stand at its mode and are constants;
-parameters outside it are the model's own, and get gradients.
+J has to be differentiated once more, so it is made by autograd and kept: n t c rows of p numbers
+with their graph; for all examples at once, or where that would be another model example by example.
+Parameters of the posterior stand at its mode and are constants; parameters outside it are the
+model's own, and get gradients.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.func import jacrev, vmap
 
 from kfac_laplace.curvature.gradients.by_group import flat_gradients
 from kfac_laplace.curvature.gradients.example_copies import mixed_examples
 from kfac_laplace.curvature.linalg.dtypes import accumulable, without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch
 from kfac_laplace.curvature.model.failures import ran_out_of_memory
+from kfac_laplace.curvature.model.kept import without_trace
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.recording.autograd_graph import all_nodes
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError, UnsupportedUse
@@ -30,6 +34,8 @@ from kfac_laplace.posterior.predict.glm import (
 from kfac_laplace.posterior.predict.products import covariance
 
 WHERE = "enable_backprop"
+#: Up to so many outputs in all, passes one by one cost less than a vectorised one with its check.
+FEW = 4
 
 
 def gaussian_in_graph(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
@@ -179,7 +185,15 @@ def _jacobian(posterior: Posterior, batch: AnyBatch, mean: Tensor) -> dict[str, 
         UnsupportedUse: they do not, or the derivatives have none.
     """
     theta = {name: p.detach().requires_grad_() for name, p in posterior.mode_for_model.items()}
-    limit = torch.finfo(next(iter(theta.values())).dtype).eps ** 0.5 * mean.abs().max().clamp_min(1)
+    at_once = _vectorised(posterior, batch, theta, mean) if mean.numel() > FEW else None
+    return _one_by_one(posterior, batch, theta, mean) if at_once is None else at_once
+
+
+def _one_by_one(
+    posterior: Posterior, batch: AnyBatch, theta: Mapping[str, Tensor], mean: Tensor
+) -> dict[str, Tensor]:
+    """df/dθ by n t c backward passes; as `_jacobian`."""
+    limit = _agreement(mean)
     examples = []
     alone: Iterator[AnyBatch] = batch.split(1)
     for k, one in enumerate(alone):
@@ -193,6 +207,86 @@ def _jacobian(posterior: Posterior, batch: AnyBatch, mean: Tensor) -> dict[str, 
             _check_second(examples[0], _wanted(posterior, batch))
     stacked = (torch.stack(rows, 1) for rows in zip(*examples, strict=True))
     return dict(zip(theta, stacked, strict=True))
+
+
+def _vectorised(
+    posterior: Posterior, batch: AnyBatch, theta: Mapping[str, Tensor], mean: Tensor
+) -> dict[str, Tensor] | None:
+    """df/dθ of all examples by one vectorised pass; None where that is not the same model.
+
+    Models may refuse it, and it passes over hooks on gradients, so that a weighted sum of its rows
+    and the slope of that are held against those of a plain backward pass.
+    """
+    assert isinstance(batch, Batch)  # others are refused
+    network, known = posterior.network, posterior.ggn.knowledge
+
+    def alone(params: dict[str, Tensor], *data: Tensor) -> tuple[Tensor, Tensor]:
+        x = batch.with_examples([tensor[None] for tensor in data])
+        f = _rows(posterior, network.batch(x, 1, known.interface), params)[0].flatten()
+        return f, f.detach()
+
+    constants = {name: value.detach() for name, value in theta.items()}
+    try:
+        with without_trace(network.model), warnings.catch_warnings():
+            # A call without a rule of its own runs example by example, as we do then.
+            warnings.filterwarnings("error", "There is a performance drop")
+            every = vmap(jacrev(alone, has_aux=True), (None, *[0] * len(batch.data)))
+            rows, f = every(constants, *batch.data)
+    except Exception as error:  # models raise what they like; one by one an error of theirs comes
+        if ran_out_of_memory(error):
+            raise
+        return None
+    if f.shape != mean.flatten(1).shape or bool(
+        (f - mean.flatten(1)).abs().max() > _agreement(mean)
+    ):
+        return None
+    found = {name: accumulable(value.movedim(0, 1)) for name, value in rows.items()}
+    return found if _as_by_autograd(posterior, batch, theta, found) else None
+
+
+def _as_by_autograd(
+    posterior: Posterior,
+    batch: AnyBatch,
+    theta: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+) -> bool:
+    """Whether Σ w J and its slope in what asks for gradients are those of a plain backward pass."""
+    f = _rows(posterior, batch, theta)[0]
+    weights = _unequal(f)
+    by_rows = weights.flatten(1).mT  # (t c, n)
+    wanted = _wanted(posterior, batch)
+    try:
+        plain = torch.autograd.grad(
+            (weights * f).sum(), list(theta.values()), create_graph=True, materialize_grads=True
+        )
+        sums = [torch.tensordot(by_rows, rows, 2) for rows in found.values()]
+        slopes = [
+            torch.autograd.grad(
+                sum((_unequal(g) * g).sum() for g in gradients) + 0 * f.sum(),
+                wanted,
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            for gradients in (plain, sums)
+        ]
+    except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise
+        return False
+    pairs = [*zip(sums, plain, strict=True), *zip(*slopes, strict=True)]
+    return all(bool((a - b).abs().max() <= _agreement(b)) for a, b in pairs)
+
+
+def _agreement(values: Tensor) -> Tensor:
+    """How far numbers computed in two ways may be apart: half the digits of their largest."""
+    eps = torch.finfo(values.dtype).eps
+    return eps**0.5 * values.detach().abs().max().clamp_min(1)
+
+
+def _unequal(like: Tensor) -> Tensor:
+    """Weights of a sum in which no two entries are exchangeable, from -1 to 1."""
+    places = torch.arange(1, like.numel() + 1, dtype=torch.float64)
+    return (places * 2.399963).sin().to(like).reshape(like.shape)
 
 
 def _parameter_gradients(value: Tensor, theta: Mapping[str, Tensor]) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """Gradients of predictives in x: against J(x) Σ J(x)ᵀ by torch.func, and finite differences."""
 
+import copy
+
 import pytest
 import torch
 from posterior import dense
@@ -186,6 +188,56 @@ def test_without_it_nothing_is_in_a_graph_and_the_model_is_left_alone():
     assert case.model[2].weight.grad is None
 
 
+class Hooked(nn.Module):
+    """Gradients are turned on their way back: vectorised passes do not see hooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        hidden = self.first(x).tanh()
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: -2 * gradient)
+        return self.last(hidden)
+
+
+class Asking(nn.Module):
+    """Looks at its values, which a vectorised pass has none of."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.layer(x.sin()) if bool((x < 100).all()) else x
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed last."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.kept = nn.Linear(2, 3), None
+
+    def forward(self, x):
+        self.kept = self.layer(x.sin())
+        return self.kept
+
+
+@pytest.mark.parametrize("model", [Hooked, Asking, Keeping], ids=lambda model: model.__name__)
+def test_models_that_vectorised_passes_would_mistake(model):
+    """Covariances and slopes of many inputs are those of each alone, and those without a graph."""
+    torch.manual_seed(0)
+    la, x = fitted(model().double(), torch.float64)
+    x = x.requires_grad_()
+    found = la.predict(x, enable_backprop=True).covariance
+    torch.testing.assert_close(found, la.predict(x).covariance, **TOL)
+    alone = torch.cat([la.predict(one[None], enable_backprop=True).covariance for one in x])
+    torch.testing.assert_close(slope(found, x), slope(alone, x), **TOL)
+    copy.deepcopy(la.model)  # no tensor of a pass is left in it
+
+
 class Severed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -216,9 +268,9 @@ class OnceOnly(nn.Module):
         return self.last(Once.apply(self.first(x)))
 
 
-def fitted(model):
+def fitted(model, dtype=torch.float32):
     torch.manual_seed(1)
-    x, y = torch.randn(7, 2), torch.randint(0, 3, (7,))
+    x, y = torch.randn(7, 2, dtype=dtype), torch.randint(0, 3, (7,))
     return Laplace(model, "classification").fit([(x, y)]), x
 
 
