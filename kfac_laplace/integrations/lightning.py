@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.errors import InvalidValue, MissingPackage, UnsupportedUse
 from kfac_laplace.integrations.training_data import TrainingData
-from kfac_laplace.integrations.tuned_training import TunedTraining, check_options
+from kfac_laplace.integrations.tuned_training import TunedTraining, Watch, check_options
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.record import Record
@@ -42,8 +42,8 @@ class MarglikCallback(Callback):
     `training_step` calls the module (or the part named by `model`) once and returns −log p in any
     units: cross-entropy, squared errors. The callback adds the gradient of the prior in the same
     units, and makes a round after each training epoch. Values are logged as "marglik/...". Where
-    the module's one optimiser is a `kfac_laplace.optim.KFAC` (with weight_decay=0), most rounds take
-    the curvature that it averages.
+    the module's one optimiser is a `kfac_laplace.optim.KFAC` (with weight_decay=0), most rounds
+    take the curvature that it averages.
 
     Where several ranks train, each makes the pass over all of the data, and all go on from the
     first one's round: their hyperparameters are equal, and a round takes as long as on one.
@@ -55,6 +55,7 @@ class MarglikCallback(Callback):
         loader: what rounds read; the training data in order where it is left out.
         n_data: number of training examples; that of the training data set where it is left out.
         pass_every: with `KFAC`, of how many rounds one passes over the data; 1 for all.
+        watch: called with the tuner's history after each round, such as a `plots.LivePlot`.
         options: those of `MarglikTuner`, but for loss_units, which are the module's, and curvature.
 
     Raises:
@@ -70,12 +71,14 @@ class MarglikCallback(Callback):
         loader: Iterable[Any] | None = None,
         n_data: int | None = None,
         pass_every: int = 4,
+        watch: Watch | None = None,
         **options: Any,
     ):
         check_whole("pass_every", pass_every, 1)
         check_options(options)
         self._likelihood, self._name, self._options = likelihood, model, options
-        self._loader, self._n_data, self._pass_every = loader, n_data, pass_every
+        self._loader, self._n_data = loader, n_data
+        self._pass_every, self._watch = pass_every, watch
         self._training: TunedTraining | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._batch: Any = None
@@ -112,7 +115,9 @@ class MarglikCallback(Callback):
         if before is not None and resumed is None and before.tuner.model is model:
             if before.epoch == trainer.current_epoch:  # this trainer fits further
                 resumed = before.state_dict()
-        self._training = TunedTraining(tuner, as_trained, self._targets, self._pass_every)
+        self._training = TunedTraining(
+            tuner, as_trained, self._targets, self._pass_every, self._watch
+        )
         if resumed:
             self._training.load_state_dict(resumed)
         self._resumed = None
@@ -132,8 +137,7 @@ class MarglikCallback(Callback):
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: Any
     ) -> None:
         """Look at the loss before the first step is made with it."""
-        if not self._running.prior.checked:
-            self._running.prior.check()
+        self._running.prior.check_first()
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Make the epoch's round and log it."""

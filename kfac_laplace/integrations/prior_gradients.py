@@ -61,9 +61,7 @@ class PriorGradients:
         self._under_way: Pass | None = None
         self._scale: Tensor | None = None
         self._of_data, self._of_all = _nothing(), _nothing()
-        self._seen = False
-        #: whether some losses were looked at and found right
-        self.checked = False
+        self._checked = False
         model = tuner.model
         self._on_model = [
             model.register_forward_pre_hook(self._called),
@@ -82,22 +80,28 @@ class PriorGradients:
         """Before a batch: whatever was left of the one before is forgotten."""
         self._calls, self._open, self._under_way = [], None, None
 
+    def check_first(self) -> None:
+        """`check` before the first step; `UnsupportedUse` where the model was not called for it."""
+        if self._checked:
+            return
+        if self._scale is None:
+            raise UnsupportedUse(
+                "a training step was made without a pass of the model that the callback tunes",
+                where=type(self._tuner.model).__name__,
+                remedy="Call it in the training step as a module, self(x) and not self.forward(x), "
+                f"or name the part that is called: MarglikCallback(model='net'). {BY_HAND}",
+            )
+        self._checked = True
+        self.check()
+
     def check(self) -> None:
         """Look whether the losses since the last look were those of the likelihood.
 
         Raises:
             InvalidValue: their gradients in the outputs are no multiples of those of −log p.
-            UnsupportedUse: there was none yet: training does not call the model.
         """
         of_data, of_all = float(self._of_data), float(self._of_all)
         self._of_data, self._of_all = _nothing(), _nothing()
-        if not self._seen:
-            raise UnsupportedUse(
-                "a training step was made without a pass of the model that the callback tunes",
-                where=type(self._tuner.model).__name__,
-                remedy="Call it as a module in the training step (self(x), not self.forward(x)), or "
-                f"name the part that is called: MarglikCallback(model='net'). {BY_HAND}",
-            )
         if of_data < SAME * of_all:
             raise InvalidValue(
                 f"the training loss is not −log p of {type(self._tuner.likelihood).__name__}: its "
@@ -107,7 +111,6 @@ class PriorGradients:
                 remedy="Leave out label smoothing, class weights and mixed labels, or choose the "
                 f"likelihood of the loss. {BY_HAND}",
             )
-        self.checked = True
 
     # --- the passes ----------------------------------------------------------------------------
 
@@ -166,7 +169,7 @@ class PriorGradients:
         self._scale = scale
         self._of_data = self._of_data.to(along.device) + along.square()
         self._of_all = self._of_all.to(along.device) + gradient.double().square().sum()
-        self._open, self._under_way, self._seen = None, made, True
+        self._open, self._under_way = None, made
 
     def _with_prior(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """The gradient of a parameter with the prior's part, once in a backward pass."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.errors import InvalidValue, MissingPackage, UnsupportedUse
 from kfac_laplace.integrations.training_data import TrainingData
-from kfac_laplace.integrations.tuned_training import TunedTraining, check_options
+from kfac_laplace.integrations.tuned_training import TunedTraining, Watch, check_options
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.record import Record
@@ -54,6 +54,7 @@ class MarglikCallback(TrainerCallback):
         loader: what rounds read; the training data in order where it is left out.
         n_data: number of training examples; that of the training data set where it is left out.
         pass_every: with `KFAC`, of how many rounds one passes over the data; 1 for all.
+        watch: called with the tuner's history after each round.
         options: those of `MarglikTuner`, but for loss_units and curvature.
 
     Raises:
@@ -68,12 +69,14 @@ class MarglikCallback(TrainerCallback):
         loader: Iterable[Any] | None = None,
         n_data: int | None = None,
         pass_every: int = 4,
+        watch: Watch | None = None,
         **options: Any,
     ):
         check_whole("pass_every", pass_every, 1)
         check_options(options)
         self._likelihood, self._options = likelihood, options
-        self._loader, self._n_data, self._pass_every = loader, n_data, pass_every
+        self._loader, self._n_data = loader, n_data
+        self._pass_every, self._watch = pass_every, watch
         self._training: TunedTraining | None = None
         #: At the weights with which training ended; None before.
         self.posterior: Laplace | None = None
@@ -92,7 +95,7 @@ class MarglikCallback(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        """Make the tuner, of the training data; where a checkpoint is resumed, take up its state."""
+        """Make the tuner, of the training data; take up the state of a checkpoint."""
         check_arguments(args)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
@@ -104,7 +107,7 @@ class MarglikCallback(TrainerCallback):
         if predicts_next(model) and "batch_fn" not in options:
             options["batch_fn"] = next_tokens
         tuner = MarglikTuner(model, self._likelihood, data.n_data, curvature=kfac, **options)
-        self._training = TunedTraining(tuner, data, self._targets, self._pass_every)
+        self._training = TunedTraining(tuner, data, self._targets, self._pass_every, self._watch)
         if state.global_step:
             self._resume(args, state)
 
@@ -128,8 +131,7 @@ class MarglikCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Look at the loss before the first step is made with it."""
-        if not self._running.prior.checked:
-            self._running.prior.check()
+        self._running.prior.check_first()
 
     def on_epoch_end(
         self,
@@ -187,8 +189,9 @@ class MarglikCallback(TrainerCallback):
 
     def _resume(self, args: "TrainingArguments", state: "TrainerState") -> None:
         """Take up the state of the checkpoint that is resumed."""
-        given = args.resume_from_checkpoint
-        folders = [checkpoint_of(args, state)] + [Path(given)] * isinstance(given, str)
+        folders, given = [checkpoint_of(args, state)], args.resume_from_checkpoint
+        if isinstance(given, str):
+            folders.append(Path(given))
         found = [folder / FILE for folder in folders if (folder / FILE).exists()]
         if not found:
             raise InvalidValue(

@@ -1,6 +1,6 @@
 """A tuner at work in a framework's loop: what the callbacks of all frameworks share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from kfac_laplace.laplace import Laplace
 from kfac_laplace.marglik.record import Record
 from kfac_laplace.marglik.tuner import MarglikTuner
 
+#: What looks at the history after each round.
+Watch = Callable[[Sequence[Record]], Any]
+
 
 class TunedTraining:
     """Rounds at the end of epochs, and the prior's gradient in between.
@@ -23,12 +26,20 @@ class TunedTraining:
         targets: finds those of a batch that the model was called with.
         pass_every: where the tuner has an optimiser's curvature, of how many rounds one passes over
             the data.
+        watch: called with the history after each round, by the first rank.
     """
 
-    def __init__(self, tuner: MarglikTuner, data: TrainingData, targets: Targets, pass_every: int):
+    def __init__(
+        self,
+        tuner: MarglikTuner,
+        data: TrainingData,
+        targets: Targets,
+        pass_every: int,
+        watch: Watch | None,
+    ):
         self.tuner, self.data = tuner, data
         self.prior = PriorGradients(tuner, targets)
-        self._pass_every = pass_every
+        self._pass_every, self._watch = pass_every, watch
         #: the last that ended
         self.epoch = 0
 
@@ -43,18 +54,18 @@ class TunedTraining:
         if epoch <= self.epoch:
             return None
         self.prior.check()
-        record = self._round(epoch)
-        self.epoch = epoch
-        of_first_rank(self.tuner)
-        return record
+        return self._ended(epoch)
 
     def catch_up(self, ended: int) -> Record | None:
         """The round of an epoch at whose end training was saved before the round was made."""
-        if not 0 < ended == self.epoch + 1:
-            return None
-        self.epoch = ended
-        record = self._round(ended)
-        of_first_rank(self.tuner)
+        return self._ended(ended) if 0 < ended == self.epoch + 1 else None
+
+    def _ended(self, epoch: int) -> Record | None:
+        record = self._round(epoch)
+        self.epoch = epoch
+        first = of_first_rank(self.tuner)
+        if record is not None and self._watch is not None and first:
+            self._watch(self.tuner.history)
         return record
 
     def _round(self, epoch: int) -> Record | None:
@@ -80,13 +91,19 @@ class TunedTraining:
         self.epoch = state["epoch"]
 
 
-def of_first_rank(tuner: MarglikTuner) -> None:
-    """Have all ranks go on from the tuner of the first, which the last digits may tell apart."""
-    if distributed.is_available() and distributed.is_initialized():
-        if distributed.get_world_size() > 1:
-            state = [tuner.state_dict()]
-            distributed.broadcast_object_list(state, src=0, device=_device_for_ranks())
-            tuner.load_state_dict(state[0])
+def of_first_rank(tuner: MarglikTuner) -> bool:
+    """Have all ranks go on from the tuner of the first, which the last digits may tell apart.
+
+    Returns:
+        Whether this is the first.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return True
+    if distributed.get_world_size() > 1:
+        state = [tuner.state_dict()]
+        distributed.broadcast_object_list(state, src=0, device=_device_for_ranks())
+        tuner.load_state_dict(state[0])
+    return distributed.get_rank() == 0
 
 
 def _device_for_ranks() -> torch.device:
