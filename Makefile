@@ -34,7 +34,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt .ci/torchvision_operators.py
 	@echo "Installing into $(VENV): a minute or two where there is no cache."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[test,laplace,demo,zoo,docs]'
+		--editable '.[test,laplace,demo,zoo,docs,lightning,tensorboard]'
 	@$(BIN)/python .ci/torchvision_operators.py
 	@touch $(STAMP)
 

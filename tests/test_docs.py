@@ -23,7 +23,8 @@ SKIPPED = re.compile(r"^```python skip\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 # Examples may use these; without them their page is skipped.
 OPTIONAL = re.compile(
-    r"^from (transformers|peft|torch_geometric|laplace|sklearn|matplotlib)\b", re.MULTILINE
+    r"^(?:from|import) (transformers|peft|torch_geometric|laplace|sklearn|matplotlib|lightning)\b",
+    re.MULTILINE,
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # [KFAC23], [ML21, eq. 6], [MacKay 1992], [Hobbhahn et al. 2022, eq. 3]

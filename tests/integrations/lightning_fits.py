@@ -20,13 +20,14 @@ QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+SGD = partial(torch.optim.SGD, lr=0.3)
 TUNED = {"n_epochs_burnin": 1, "n_hypersteps": 3, "tune": "all"}
 
 
 class Module(L.LightningModule):
     """One hidden layer, cross-entropy or mean squared error, plain SGD."""
 
-    def __init__(self, outputs=3, loss=F.cross_entropy, optimizer=partial(torch.optim.SGD, lr=0.3)):
+    def __init__(self, outputs=3, loss=F.cross_entropy, optimizer=SGD):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs))
         self.loss, self.made = loss, optimizer
@@ -63,12 +64,15 @@ def loader_of(dataset, batch_size=5):
     return DataLoader(dataset, batch_size=batch_size)
 
 
-def fitted(module, dataset, callback, *, epochs=3, loader=None, val=None, ckpt_path=None, **options):
+def fitted(
+    module, dataset, callback, *, epochs=3, loader=None, val=None, ckpt_path=None, **options
+):
     """The trainer after a fit in double precision."""
     callbacks = [callback, *options.pop("callbacks", [])]
     options = {**QUIET, "precision": "64-true", "max_epochs": epochs, **options}
     trainer = L.Trainer(callbacks=callbacks, **options)
-    trainer.fit(module, loader or loader_of(dataset), val, ckpt_path=ckpt_path, weights_only=True)
+    loader = loader_of(dataset) if loader is None else loader
+    trainer.fit(module, loader, val, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 
@@ -82,6 +86,7 @@ def by_hand(
     clip=None,
     units=None,
     dtype=torch.float64,
+    batch_size=5,
 ):
     """A loop over `MarglikTuner.loss` on a copy: gradients of so many batches, clipped, a step.
 
@@ -94,7 +99,7 @@ def by_hand(
     mixed = dtype == torch.bfloat16
     module = deepcopy(module).to(torch.float32 if mixed else dtype)
     tuner = MarglikTuner(module, likelihood, len(dataset), **TUNED)
-    optimizer, loader = module.configure_optimizers(), loader_of(dataset)
+    optimizer, loader = module.configure_optimizers(), loader_of(dataset, batch_size)
     for _ in range(epochs):
         module.train()
         batches = list(loader)

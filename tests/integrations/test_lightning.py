@@ -1,6 +1,10 @@
-"""Fits with the callback are those of a loop over `MarglikTuner.loss`, whatever the trainer does."""
+"""Fits with the callback are those of a loop over `MarglikTuner.loss`, as the trainer steps."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ L = pytest.importorskip("lightning")
 
 from integrations.lightning_fits import (  # noqa: E402 - after the skip
     QUIET,
+    SGD,
     TUNED,
     Module,
     Validated,
@@ -24,14 +29,14 @@ from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from kfac_laplace import Laplace  # noqa: E402
+from kfac_laplace.errors import InvalidType, InvalidValue, UnsupportedUse  # noqa: E402
 from kfac_laplace.integrations.lightning import MarglikCallback  # noqa: E402
 from kfac_laplace.optim import KFAC, Damped  # noqa: E402
 
+# A short loader logs rarely; checkpoints of a test are read in another folder.
 pytestmark = [
-    # Lightning on the newest torch, and its advice about workers and logging.
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
-    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
 ]
 
 
@@ -112,6 +117,29 @@ def test_a_trainer_that_fits_further_goes_on():
     trainer.fit_loop.max_epochs = 4
     trainer.fit(module, loader_of(dataset))
     assert_same_training(module, tunes.tuner, *expected)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_and_agree(tmp_path):
+    """Batches of three on each of two ranks are batches of six; 24 examples divide evenly."""
+    module, dataset = Module().double(), data(n=24)
+    torch.save({"weights": module.state_dict(), "data": dataset}, tmp_path / "start.pt")
+    script, out = Path(__file__).with_name("ddp_fit.py"), tmp_path / "rank{rank}.pt"
+    path = os.pathsep.join([str(script.parents[1]), str(script.parents[2])])
+    command = [sys.executable, str(script), str(tmp_path / "start.pt"), str(out)]
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=env, cwd=tmp_path, check=True, timeout=300)
+    expected, tuner = by_hand(module, dataset, batch_size=6)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for name, value in expected.state_dict().items():
+        assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
+        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-9, atol=1e-10)
+    assert ranks[0]["evidence"] == ranks[1]["evidence"]
+    for name, value in tuner.hyperparameters().items():
+        first, second = (rank["hyperparameters"][name] for rank in ranks)
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, value, rtol=1e-9, atol=1e-10)
+    assert [rank["n_data"] for rank in ranks] == [24, 24]
 
 
 def test_early_stopping_looks_at_what_is_logged(tmp_path):
@@ -195,7 +223,7 @@ def test_the_older_package_takes_it_as_well():
     class Older(pl.LightningModule):
         def __init__(self, net):
             super().__init__()
-            self.net, self.loss, self.made = net, F.cross_entropy, partial(torch.optim.SGD, lr=0.3)
+            self.net, self.loss, self.made = net, F.cross_entropy, SGD
 
         forward, training_step = Module.forward, Module.training_step
         configure_optimizers = Module.configure_optimizers
@@ -206,3 +234,61 @@ def test_the_older_package_takes_it_as_well():
     trainer = pl.Trainer(**QUIET, precision="64-true", max_epochs=3, callbacks=[tunes])
     trainer.fit(module, loader_of(dataset))
     assert_same_training(module, tunes.tuner, *expected)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+class Smoothed(Module):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y, weight=torch.tensor([0.1, 1.0, 5.0]).double())
+
+
+class Twice(Module):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy((self(x) + self(-x)) / 2, y)
+
+
+class NotCalled(Module):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.forward(x), y)
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "told"),
+    [
+        (Smoothed, InvalidValue, "the training loss is not"),
+        (Twice, UnsupportedUse, "called twice before a backward pass"),
+        (NotCalled, UnsupportedUse, "without a pass of the model"),
+    ],
+)
+def test_losses_that_are_no_likelihood_are_refused_before_the_first_step(module, error, told):
+    module, dataset = module().double(), data()
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(error, match=told):
+        fitted(module, dataset, callback())
+    assert all(map(torch.equal, module.parameters(), before))
+    assert hooks(module) == 0
+
+
+def test_data_that_do_not_tell_their_number_ask_for_it():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(data())
+
+    module, loader = Module(), DataLoader(Stream(), batch_size=5)
+    with pytest.raises(InvalidValue, match=r"n_data.*Pass MarglikCallback\(n_data=...\)"):
+        fitted(module, None, callback(), loader=loader)
+    tunes = callback(n_data=23)
+    fitted(module, None, tunes, loader=loader)
+    assert tunes.posterior.n_data == 23
+
+
+def test_options_that_others_decide_are_refused():
+    with pytest.raises(InvalidType, match="loss_units"):
+        MarglikCallback(loss_units="residuals")
+    with pytest.raises(InvalidValue, match="no part of the module"):
+        fitted(Module(), data(), callback(model="nett"))

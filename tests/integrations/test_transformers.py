@@ -158,7 +158,7 @@ def by_squares(tuner, y, step):
     [
         ("sequence", "classification", once, 2),
         ("next", "classification", by_tokens_of_a_step, 2),
-        ("number", "regression", by_squares, 1),
+        pytest.param("number", "regression", by_squares, 1, marks=pytest.mark.slow),
         pytest.param("tokens", "classification", by_tokens, 2, marks=pytest.mark.slow),
         pytest.param("next", "classification", by_tokens_of_a_step, 1, marks=pytest.mark.slow),
     ],
@@ -169,11 +169,13 @@ def test_training_is_the_loop_by_hand(kind, likelihood, scale, of, tmp_path):
     expected = by_hand(model, data, of=of, likelihood=likelihood, scale=scale)
     tunes = MarglikCallback(likelihood, **TUNED)
     trained(model, data, tmp_path, tunes, gradient_accumulation_steps=of)
-    assert_same_training(model, tunes.tuner, *expected)
+    single = {"rtol": 1e-5, "atol": 1e-7}  # in which language models compute their loss
+    assert_same_training(model, tunes.tuner, *expected, **(single if kind == "next" else {}))
     delta = tunes.tuner.hyperparameters()["prior_precision"]
     assert torch.equal(tunes.posterior.prior_precision, delta)
 
 
+@pytest.mark.slow
 def test_half_precision_rounds_and_no_more(tmp_path):
     """Under autocast the trainer hands on outputs in another type than those of the loss."""
     data, model = sentences("next"), model_for("next").float()
@@ -183,11 +185,11 @@ def test_half_precision_rounds_and_no_more(tmp_path):
     trained(half, data, tmp_path, tunes[1], num_train_epochs=1, bf16=True)
     rounding = {"rtol": 2**-8, "atol": 2**-8}  # of bfloat16
     assert_same_training(half, tunes[1].tuner, plain, tunes[0].tuner, **rounding)
-    moved = [(one - other).abs().max() for one, other in zip(plain.parameters(), half.parameters())]
-    assert max(moved) > 0
+    pairs = zip(plain.parameters(), half.parameters(), strict=True)
+    assert any(not torch.equal(one, other) for one, other in pairs)
 
 
-@pytest.mark.parametrize("saves", ["epoch", "steps"])
+@pytest.mark.parametrize("saves", [pytest.param("epoch", marks=pytest.mark.slow), "steps"])
 def test_resumed_from_a_checkpoint_training_is_the_same_to_the_bit(saves, tmp_path):
     """Checkpoints by steps are older than the round of their epoch; training is shuffled."""
     data, start = sentences("sequence"), model_for("sequence")
@@ -235,11 +237,8 @@ def test_early_stopping_ends_with_a_posterior(tmp_path):
 )
 def test_refusals(options, told, tmp_path):
     data, model = sentences("sequence"), model_for("sequence")
-    before = deepcopy(model.state_dict())
     if "resume" in options:
         trained(deepcopy(model), data, tmp_path / "elsewhere", save_strategy="epoch")
         options = {"resume": str(tmp_path / "elsewhere" / "checkpoint-5")}
-    else:
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(InvalidValue, match=told):
         trained(model, data, tmp_path / "here", MarglikCallback(), **options)
