@@ -175,9 +175,10 @@ class LivePlot:
             figure.savefig(fresh, format=Path(self.path).suffix[1:] or "png")
 
     def _show(self, figure: Figure) -> None:
-        from IPython.display import display
+        from IPython import display
 
         if self._shown is None:
-            self._shown = display(figure, display_id=True)
+            show: Any = display.display  # without annotations
+            self._shown = show(figure, display_id=True)
         else:
             self._shown.update(figure)

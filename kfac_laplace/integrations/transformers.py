@@ -234,7 +234,8 @@ def checkpoint_of(args: "TrainingArguments", state: "TrainerState") -> Path:
 
 def predicts_next(model: nn.Module) -> bool:
     """Whether a model shifts the labels to those of the next token."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters
+    base: Any = getattr(model, "get_base_model", None)  # of adapters
+    inner = model if base is None else base()
     named = type(inner).__name__ in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     return named or getattr(inner, "loss_type", None) == "ForCausalLM"
 
