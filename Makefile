@@ -7,6 +7,7 @@ SELECT = not slow
 PROCESSES = auto
 ARGS =
 
+EXTRAS = test,demo,laplace,zoo,docs,report,safetensors,sklearn,botorch,lightning,transformers,tensorboard
 VENV = .venv
 BIN = $(VENV)/bin
 # Touched last: an interrupted installation starts again, and so does one whose versions changed.
@@ -34,7 +35,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt .ci/torchvision_operators.py
 	@echo "Installing into $(VENV): a minute or two where there is no cache."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[test,laplace,demo,zoo,docs,report,safetensors,sklearn,botorch]'
+		--editable '.[$(EXTRAS)]'
 	@$(BIN)/python .ci/torchvision_operators.py
 	@touch $(STAMP)
 

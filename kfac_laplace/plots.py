@@ -1,15 +1,21 @@
 """Pictures of calibration, evidence, hyperparameters and predictive bands.
 
-Each function draws into axes that the caller made and returns nothing. Needs matplotlib.
+Each function draws into axes that the caller made and returns nothing. `LivePlot` makes a figure of
+its own, anew after each round of a tuner. Needs matplotlib.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from kfac_laplace.errors import MissingPackage
 from kfac_laplace.marglik.record import Record
+from kfac_laplace.states.files import replacing
 
 #: Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -107,3 +113,72 @@ def band(
     ax.plot(x, mean, color=COLOURS[0], linewidth=1.5, label="mean")
     ax.set_title("Predictive band")
     ax.legend(fontsize="x-small", frameon=False)
+
+
+def hyperparameters_over_epochs(ax: Axes, history: Sequence[Record]) -> None:
+    """Precisions and noise over epochs on a logarithmic scale, also where groups come and go."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in history:
+        for name, value in record.scalars().items():
+            if name.partition("/")[0] in record.hyperparameters:
+                curves.setdefault(name, []).append((record.epoch, value))
+    few = len(curves) <= len(COLOURS)
+    for place, (name, points) in enumerate(curves.items()):
+        label = name.removeprefix("prior_precision/").removesuffix(".weight")
+        colour = COLOURS[place] if few else None
+        ax.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.2)
+    if few:
+        ax.legend(fontsize="x-small", frameon=False)
+    ax.set(xlabel="epoch", ylabel="prior precision δ, noise σ", yscale="log")
+    ax.set_title("Hyperparameters")
+
+
+class LivePlot:
+    """Evidence and hyperparameters over epochs, drawn anew each time it is called.
+
+    Args:
+        path: a picture that is replaced as a whole, its suffix says of which kind; None for the
+            output of a notebook's cell, where the picture takes the place of the one before.
+
+    Raises:
+        MissingPackage: no path, and no IPython.
+
+    Example:
+        `live = LivePlot("marglik.png")`, and `live(tuner.history)` after each round.
+    """
+
+    def __init__(self, path: str | Path | None = None):
+        self.path = path
+        self._shown: Any = None
+        if path is None:
+            try:
+                import IPython  # noqa: F401 - whether it is there
+            except ImportError:
+                raise MissingPackage(
+                    "a notebook is needed to show a picture in",
+                    where="path",
+                    remedy="Pass a path, which any viewer of pictures may watch",
+                ) from None
+
+    def __call__(self, history: Sequence[Record]) -> None:
+        """Draw the rounds so far; nothing before the first."""
+        if not history:
+            return
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        evidence(left, {"evidence": history})
+        hyperparameters_over_epochs(right, history)
+        if self.path is None:
+            self._show(figure)
+            return
+        with replacing(self.path) as fresh:
+            figure.savefig(fresh, format=Path(self.path).suffix[1:] or "png")
+
+    def _show(self, figure: Figure) -> None:
+        from IPython import display
+
+        if self._shown is None:
+            show: Any = display.display  # without annotations
+            self._shown = show(figure, display_id=True)
+        else:
+            self._shown.update(figure)

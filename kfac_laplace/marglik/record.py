@@ -1,8 +1,11 @@
 """What a round of hyperparameter steps leaves behind."""
 
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -95,6 +98,31 @@ class Record:
             shared=shared,
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The record in plain numbers, strings and lists, as JSON can hold them.
+
+        Values of which each group has one are named by group. What is not finite is None.
+        """
+        return {field.name: _plain(getattr(self, field.name), self) for field in fields(self)}
+
+    def scalars(self) -> dict[str, float]:
+        """What is worth a curve over epochs, by name; hyperparameters by group, as "name/group".
+
+        Hyperparameters of which there are more than groups are there by "name/min" and "name/max".
+        """
+        names = ("evidence", "objective", "log_likelihood", "log_det_ratio", "scatter", "seconds")
+        found = {name: float(getattr(self, name)) for name in names}
+        found["effective_dimensions"] = float(self.effective_dimensions.sum())
+        for name, value in self.hyperparameters.items():
+            if value.numel() == 1:
+                found[name] = float(value)
+            elif value.numel() == len(self.groups):
+                pairs = zip(self.groups, value.tolist(), strict=True)
+                found |= {f"{name}/{group}": number for group, number in pairs}
+            else:
+                found |= {f"{name}/min": float(value.min()), f"{name}/max": float(value.max())}
+        return found
+
 
 def best_of(history: Sequence[Record], n_data: int) -> Record | None:
     """The record of the largest objective among those that can be compared, or None.
@@ -144,3 +172,43 @@ def warn_of_count(history: Sequence[Record], count: int, n_data: int) -> None:
             count,
             n_data,
         )
+
+
+class TakesScalars(Protocol):
+    """A writer of curves, as `torch.utils.tensorboard.SummaryWriter` is one."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Take one value."""
+        ...
+
+
+def add_scalars(writer: TakesScalars, history: Iterable[Record], prefix: str = "marglik") -> None:
+    """Write the curves of `Record.scalars` over epochs.
+
+    Args:
+        writer: TensorBoard's, or another with `add_scalar`.
+        history: the records to be written, such as `tuner.history`, or its last alone.
+        prefix: in front of each name.
+    """
+    for record in history:
+        for name, value in record.scalars().items():
+            writer.add_scalar(f"{prefix}/{name}", value, record.epoch)
+
+
+def history_as_json(history: Sequence[Record]) -> str:
+    """The records as a list in strict JSON, which has no word for what is not finite but null."""
+    return json.dumps([record.to_dict() for record in history], indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any, record: Record) -> Any:
+    """A field of a record in what JSON can hold."""
+    if isinstance(value, dict):
+        return {name: _plain(entry, record) for name, entry in value.items()}
+    if isinstance(value, Tensor):
+        numbers = [_plain(number, record) for number in value.flatten().tolist()]
+        if value.ndim and len(numbers) == len(record.groups):
+            return dict(zip(record.groups, numbers, strict=True))
+        return numbers if len(numbers) != 1 else numbers[0]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return list(value) if isinstance(value, tuple) else value

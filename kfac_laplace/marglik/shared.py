@@ -19,6 +19,7 @@ from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted
+from kfac_laplace.marglik.decay import largest_decay
 from kfac_laplace.posterior.claims import Claim
 from kfac_laplace.states.plain import same
 
@@ -118,7 +119,7 @@ def check_shares(
     elif options.hessian_structure != "kron" or not options.joint_bias:
         got = f"hessian_structure='{options.hessian_structure}', joint_bias={options.joint_bias}"
         remedy = "Kronecker factors of layers with their biases are what can be shared"
-    elif decays := _decayed(optimizer, network, tracked):
+    elif decays := largest_decay(optimizer, network.model, tracked):
         got = f"weight_decay={decays} in the optimiser, where the prior is the weight decay"
         remedy = "Make it with weight_decay=0"
     else:
@@ -126,17 +127,6 @@ def check_shares(
     raise InvalidValue(
         "not the curvature of the tuner's loss", where="curvature", got=got, remedy=remedy
     )
-
-
-def _decayed(optimizer: AveragesCurvature, network: Network, tracked: set[str]) -> float:
-    """The largest weight decay of a parameter that has a prior precision."""
-    own = {id(p) for name, p in network.model.named_parameters() if name in tracked}
-    decays = [
-        float(group.get("weight_decay", 0.0))
-        for group in optimizer.param_groups
-        if any(id(p) in own for p in group["params"])
-    ]
-    return max(decays, default=0.0)
 
 
 def last_pass(ggn: GGN, optimizer: AveragesCurvature, options: CurvatureOptions) -> GGN:

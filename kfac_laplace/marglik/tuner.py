@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from kfac_laplace.errors import NotFitted
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, settled_axis
 from kfac_laplace.marglik.burn_in import BEGINNING, AtMost, BurnIn
+from kfac_laplace.marglik.decay import DecayWatch
 from kfac_laplace.marglik.found import Found, by_a_pass, by_averages, fitted
 from kfac_laplace.marglik.grouping import Grouping
 from kfac_laplace.marglik.live import LiveParameters
@@ -36,7 +38,13 @@ from kfac_laplace.marglik.loss import (
     unexplained,
 )
 from kfac_laplace.marglik.progress import Progress
-from kfac_laplace.marglik.record import Record, best_of, rounds_that_moved, warn_of_count
+from kfac_laplace.marglik.record import (
+    Record,
+    best_of,
+    history_as_json,
+    rounds_that_moved,
+    warn_of_count,
+)
 from kfac_laplace.marglik.roles import Tune
 from kfac_laplace.marglik.sample import KeepsFirst
 from kfac_laplace.marglik.shared import AveragesCurvature, check_shares
@@ -50,6 +58,7 @@ from kfac_laplace.posterior.mackay import check_objective
 from kfac_laplace.posterior.objectives import AnyObjective, on_data, resolve_objective
 from kfac_laplace.posterior.prior import Given, checked_mean, starting_precision
 from kfac_laplace.posterior.sharing import PriorStructure
+from kfac_laplace.states.files import write_text
 
 log = logging.getLogger("kfac_laplace")
 
@@ -188,6 +197,7 @@ class MarglikTuner:
         self._constant: float | None = None  # loss of the best constant prediction
         self._last_pass: GGN | None = None  # what rounds without one take from it
         self._said: set[tuple[str, str]] = set()
+        self._decay = DecayWatch()
         self.history: list[Record] = []
 
     # --- the loss ----------------------------------------------------------------------------
@@ -208,33 +218,68 @@ class MarglikTuner:
                 where the classes are.
             InvalidType: targets of a wrong dtype, or an output that `Laplace` would not take.
         """
+        data = self.data_loss(output, target)
+        loss = data + self._prior_loss().to(data.dtype)
+        variance = self._at.hyper.sigma_noise.to(data) ** 2
+        return loss * variance if self._in_residuals else loss
+
+    def data_loss(self, output: Any, target: Tensor) -> Tensor:
+        """The data's part of `loss`, (1/B) Σ −log p(y|f, σ)/T, for loops that add the prior's.
+
+        Arguments and errors are those of `loss`. Computed with gradients it counts as training:
+        from these losses the tuner sees when the network has settled.
+        """
         output, target = output_and_target(output, target)
-        if self._live.moved:
-            self._stand(self._at.today(self._setup))
-            self._live = LiveParameters(self._network.model, ())
+        self._follow()
         hyper, groups = self._at.hyper, self._at.groups
         known, model = groups.known, self._network.model
         axis = settled_axis(self.likelihood, output, target, self.options.class_axis, known.axis)
         fit = mean_log_likelihood(self.likelihood, output, target, hyper.sigma_noise, axis)
         known = looked_at(known, self.likelihood, output, axis)
-        if self._penalty is None:
-            several = self._at.patterns is not None or hyper.prior_precision.numel() > 1
-            prior = groups.prior or groups.first_prior(several)
-            self._live = LiveParameters(model, prior.layouts.params)
-            self._penalty = prior.penalty(hyper.prior_precision / (2 * self.n_data))
-            self._progress = replace(self._progress, modes={})
+        self._todays_penalty()
         if fit.requires_grad:  # not a look at held-out data
             outputs, own = output.numel() // len(output), None
             measure = unexplained(self.likelihood, fit, outputs, hyper.sigma_noise)
             if self.curvature is not None:
                 own = statistic_of_batch(self.likelihood, measure, output, target, axis)
             self._progress = self._progress.with_batch(model, output, measure, own)
+            self._decay.watch(model, groups.shapes)
         settled = known.with_axis(axis, output.ndim)
         if settled is not groups.known:
             self._at = replace(self._at, groups=replace(groups, known=settled))
-        penalty = self._penalty(self._live.found).to(fit.dtype)
-        loss = -1 / self._temperature * fit + penalty
-        return loss * hyper.sigma_noise.to(fit) ** 2 if self._in_residuals else loss
+        return -1 / self._temperature * fit
+
+    def prior_gradient(self) -> dict[Tensor, Tensor]:
+        """The gradient of the prior's part of `loss`, δ (θ − μ)/N, of each trained parameter.
+
+        In nats, whatever `loss_units` is: it belongs to `data_loss`.
+        """
+        with torch.enable_grad():
+            loss = self._prior_loss()
+        params = list(self._live.found.values())
+        return dict(zip(params, torch.autograd.grad(loss, params), strict=True))
+
+    def _prior_loss(self) -> Tensor:
+        """(1/2N) Σ δ (θ − μ)² at the parameters as they are."""
+        self._follow()
+        return self._todays_penalty()(self._live.found)
+
+    def _follow(self) -> None:
+        """Group the parameters anew where others are trained than before."""
+        if self._live.moved:
+            self._stand(self._at.today(self._setup))
+            self._live = LiveParameters(self._network.model, ())
+
+    def _todays_penalty(self) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """The prior's part of the loss as a function of the parameters, made where it is none."""
+        if self._penalty is None:
+            hyper, groups = self._at.hyper, self._at.groups
+            several = self._at.patterns is not None or hyper.prior_precision.numel() > 1
+            prior = groups.prior or groups.first_prior(several)
+            self._live = LiveParameters(self._network.model, prior.layouts.params)
+            self._penalty = prior.penalty(hyper.prior_precision / (2 * self.n_data))
+            self._progress = replace(self._progress, modes={})
+        return self._penalty
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The model's output on a batch of a loader, in the model's present mode, and its targets.
@@ -302,6 +347,7 @@ class MarglikTuner:
         """
         epoch = self._progress.epoch + 1 if epoch is None else epoch
         check_whole("epoch", epoch, 0)
+        self._decay.end()
         progress = self._progress.ended(self._network.model, epoch)
         if epoch < self.n_epochs_burnin or epoch % self.marglik_frequency:
             self._progress = progress
@@ -417,6 +463,14 @@ class MarglikTuner:
         """Tensors and plain data, from which training goes on as if it had not stopped."""
         now = Snapshot(self._at, self._progress, self.history, self._constant, self._last_pass)
         return now.to_plain(self._setup)
+
+    def save_history(self, path: str | Path) -> None:
+        """Write the records of all rounds as a JSON list, in place of what the path held before.
+
+        Args:
+            path: of the file; its entries are those of `Record.to_dict`.
+        """
+        write_text(history_as_json(self.history), path)
 
     def damping(self) -> dict[str, float]:
         """λ = δ σ² T / N of each parameter, by name: what its prior adds to the curvature.

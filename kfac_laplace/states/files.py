@@ -77,6 +77,20 @@ def _put(fill: Callable[[BinaryIO], object], file: str | Path) -> None:
         fill(fresh)
 
 
+def write_text(text: str, path: str | Path) -> None:
+    """Write a text so that a path holds all of it or what it held before; errors as of `write`."""
+    with replacing(path) as fresh:
+        fresh.write(text.encode("utf-8"))
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A new file that takes a path's place at the end, or vanishes at an error."""
+    real = os.path.realpath(path)
+    with _replacing(real, _mode_of(real)) as fresh:
+        yield fresh
+
+
 def _mode_of(path: str) -> int | None:
     """The mode of what may be written over, or None where nothing is; `OSError` where it may not.
 
