@@ -61,6 +61,7 @@ posterior/state
 summary
 report
 migration
+subnetworks
 laplace
 optim
 marglik

@@ -18,6 +18,7 @@ from kfac_laplace.curvature.gradients.effect import check_effect, tell_unused
 from kfac_laplace.curvature.gradients.groups import Group, Subset
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
@@ -42,7 +43,7 @@ class Curvature:
             match counts).
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
         hessian_structure: "kron", "diag" or "full".
-        subset_of_weights: "all", "last_layer" or parameter-name patterns.
+        subset_of_weights: "all", "last_layer", patterns of names, or a subnetwork; see `Laplace`.
         joint_bias: whether a weight and its bias share a block.
         uncovered: "diag", "error" or "freeze", for parameters without a layer rule under "kron".
         seed: seed of labels and signs.
@@ -70,7 +71,7 @@ class Curvature:
         kfac_approx: KfacApprox = "auto",
         fisher: str | Fisher = "exact",
         hessian_structure: Structure = "kron",
-        subset_of_weights: Subset = "all",
+        subset_of_weights: Subset | GivenSubnetwork = "all",
         joint_bias: bool = True,
         uncovered: str = "diag",
         seed: int = 0,
@@ -98,6 +99,7 @@ class Curvature:
         self._start(model, options)
 
     def _start(self, model: nn.Module, options: CurvatureOptions) -> None:
+        options = options.for_model(model)
         self.options = options
         self.network = Network.of(model, options.likelihood, options.forward_fn, options.budget)
         chosen = self.network.select(options.subset_of_weights, options.uncovered_stay_out)

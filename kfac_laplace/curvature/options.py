@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypedDict, TypeVar
 
 import numpy
+from torch import Tensor, nn
 
 from kfac_laplace import likelihoods
 from kfac_laplace.curvature.estimate import fisher as fishers
@@ -15,10 +16,12 @@ from kfac_laplace.curvature.estimate.blocks import STRUCTURES, Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher
 from kfac_laplace.curvature.estimate.settings import KfacApprox, check_kfac_approx
 from kfac_laplace.curvature.gradients.groups import Subset
+from kfac_laplace.curvature.gradients.subnetwork import Subnetwork
 from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import ForwardFn
+from kfac_laplace.curvature.model.unchanged import unwrap
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_choice, check_seed, check_whole, unknown
@@ -58,7 +61,8 @@ class CurvatureOptions:
             match counts).
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
         hessian_structure: "kron", "diag" or "full".
-        subset_of_weights: "all", "last_layer" or parameter-name patterns.
+        subset_of_weights: "all", "last_layer", parameter-name patterns, or a subnetwork: a mask
+            or indices of all parameters behind one another, or masks by name.
         joint_bias: whether a weight and its bias share a block.
         uncovered: what happens to trainable parameters without a layer rule under "kron":
             an exact diagonal block ("diag"), an error ("error"), or they stay out ("freeze").
@@ -107,6 +111,9 @@ class CurvatureOptions:
         object.__setattr__(self, "likelihood", likelihoods.resolve(self.likelihood))
         object.__setattr__(self, "fisher", fishers.resolve(self.fisher))
         check_choice("hessian_structure", self.hessian_structure, STRUCTURES)
+        if isinstance(self.subset_of_weights, Tensor):
+            object.__setattr__(self, "subset_of_weights", Subnetwork.of(self.subset_of_weights))
+        self._check_subnetwork()
         check_choice("uncovered", self.uncovered, UNCOVERED)
         check_kfac_approx(self.kfac_approx)
         Budget(self.memory_budget)  # checks it
@@ -122,6 +129,26 @@ class CurvatureOptions:
                 raise InvalidType("not a function", where=name, got=repr(getattr(self, name)))
         if self.factor_dtype not in FACTOR_DTYPES:
             raise unknown("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
+
+    def _check_subnetwork(self) -> None:
+        """Raise `InvalidValue` for Kronecker factors of a part of a tensor."""
+        given = self.subset_of_weights
+        if isinstance(given, Subnetwork | Mapping) and self.hessian_structure == "kron":
+            raise InvalidValue(
+                "a part of a matrix has no Kronecker factors: B ⊗ A is of all its rows and columns",
+                where="subset_of_weights",
+                got="a subnetwork with hessian_structure='kron'",
+                remedy="Choose hessian_structure='full' or 'diag', or whole parameters by patterns "
+                "of their names",
+            )
+
+    def for_model(self, model: nn.Module) -> "CurvatureOptions":
+        """The same with masks by parameter name as a subnetwork of a model."""
+        given = self.subset_of_weights
+        if not isinstance(given, Mapping):
+            return self
+        shapes = {name: p.shape for name, p in unwrap(model).named_parameters()}
+        return replace(self, subset_of_weights=Subnetwork.by_name(given, shapes))
 
     @property
     def budget(self) -> Budget:
@@ -210,6 +237,8 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "vectors"):
         name = _name_of(value, fishers.NAMED)
         return None if name is None else [name, asdict(value)]  # all with a name are dataclasses
+    if isinstance(value, Subnetwork):
+        return value.indices
     if isinstance(value, Mapping):
         return dict(value)
     if callable(value):

@@ -203,7 +203,7 @@ def _blocks(
     found: Mapping[str, Stored], known: Knowledge, options: CurvatureOptions, device: torch.device
 ) -> dict[str, Block]:
     """One block for each group, or "full", each of the kind that the options ask for; or none."""
-    layouts = {group.name: group.layout for group in known.groups}
+    layouts = {group.name: group.block_layout for group in known.groups}
     kinds: dict[str, str] = {group.name: group.treatment for group in known.groups}
     if options.hessian_structure == "diag":
         kinds = dict.fromkeys(kinds, "diag")

@@ -80,7 +80,7 @@ def check_unused(stored: Stored, known: Knowledge, blocks: Mapping[str, Block]) 
             if any(bool(tensor.any()) for tensor in told.values()):
                 raise stored.fault("parameters without effect have curvature", ", ".join(params))
     if "full" in blocks and unused:
-        sizes = {name: shape.numel() for name, shape in known.shapes.items()}
+        sizes = {name: each.count for name, each in known.entries.items()}
         flags = torch.cat([torch.full((n,), name in unused) for name, n in sizes.items()])
         diagonal = blocks["full"].tensors()["matrix"].diagonal()
         if bool(diagonal[flags.to(diagonal.device)].any()):

@@ -14,7 +14,6 @@ from kfac_laplace.curvature.gradients.by_group import (
     factored_gradient,
     flat_gradients,
     gradient_pieces,
-    gradients,
 )
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group, Term
@@ -240,7 +239,8 @@ class DiagonalAccumulator(WholeGradients):
 
     def block(self) -> DiagonalBlock:
         """The diagonal."""
-        return DiagonalBlock(self._group.layout, self._values)
+        inside = self._group.block_layout
+        return DiagonalBlock(inside, inside.of_whole(self._values))
 
 
 class DenseAccumulator(WholeGradients):
@@ -250,15 +250,14 @@ class DenseAccumulator(WholeGradients):
         self, groups: Sequence[Group], layout: Layout, passed: ForwardPass, dtype: SumDtype
     ):
         super().__init__(groups, passed)
-        self._groups, self._layout = groups, layout
+        self._layout = layout
         self._sum = GramSum(1, layout.size, passed.params[layout.params[0]].detach(), dtype)
 
     def _add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
         """Add the outer products of whole gradients."""
-        found = gradients(self._passed, self._groups, rows, generic)
-        if found:
-            flat = flat_gradients(found, self._layout).flatten(0, 1)  # (v n, p)
-            self._sum.add(flat[None])
+        flat = flat_gradients(self._passed, self._layout, (rows, generic))  # (v, n, p)
+        if flat is not None:
+            self._sum.add(flat.flatten(0, 1)[None])
 
     def block(self) -> DenseBlock:
         """The matrix."""

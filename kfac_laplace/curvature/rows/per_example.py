@@ -75,6 +75,18 @@ class Outer:
         """Itself."""
         return self
 
+    def entries(self, places: Tensor) -> Tensor:
+        """Some entries of the gradients, shape (v, n, k), without the matrices.
+
+        Args:
+            places: where they stand in matrices (b, o, i) once these are flattened, (k,).
+        """
+        o, i = self.left.shape[-1], self.right.shape[-1]
+        rows, columns = places // i, places // (o * i) * i + places % i  # of (b o) and (b i)
+        left = self.left.permute(0, 2, 3, 1, 4).flatten(3)[..., rows]  # (v, n, t, k)
+        right = self.right.permute(1, 2, 0, 3).flatten(2)[..., columns]  # (n, t, k)
+        return (left * right).sum(2)
+
 
 @dataclass(frozen=True)
 class LookedUp:
