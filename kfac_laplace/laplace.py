@@ -86,10 +86,10 @@ class Laplace(LaplaceTorchWords):
     Args:
         model: the network at its mode θ*; it is never changed.
         likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
-        hessian_structure: "kron", "diag" or "full".
+        hessian_structure: "kron", "ekfac", "diag" or "full".
         subset_of_weights: "all", "last_layer", parameter-name patterns, or a subnetwork: a boolean
             mask or int64 indices of `parameters_to_vector(model.parameters())`, or boolean masks by
-            parameter name (not with "kron"). Other parameters and entries stay at their values.
+            parameter name (under "diag" or "full"). Other parameters and entries stay as they are.
         kfac_approx: "auto", "expand", "reduce" or {pattern: setting}.
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
         prior_precision: δ, one value, one for each precision of the prior structure, or

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kfac_laplace import likelihoods
 from kfac_laplace.curvature.estimate import fisher as fishers
-from kfac_laplace.curvature.estimate.blocks import STRUCTURES, Structure
+from kfac_laplace.curvature.estimate.blocks import FACTORED, STRUCTURES, Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher
 from kfac_laplace.curvature.estimate.settings import KfacApprox, check_kfac_approx
 from kfac_laplace.curvature.gradients.groups import Subset
@@ -60,7 +60,8 @@ class CurvatureOptions:
         kfac_approx: "auto", "expand", "reduce", or patterns of layer names to these (the first
             match counts).
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
-        hessian_structure: "kron", "diag" or "full".
+        hessian_structure: "kron", "ekfac" (K-FAC's eigenbasis with the exact diagonal in it, by a
+            second pass), "diag" or "full".
         subset_of_weights: "all", "last_layer", parameter-name patterns, or a subnetwork: a mask
             or indices of all parameters behind one another, or masks by name.
         joint_bias: whether a weight and its bias share a block.
@@ -133,11 +134,11 @@ class CurvatureOptions:
     def _check_subnetwork(self) -> None:
         """Raise `InvalidValue` for Kronecker factors of a part of a tensor."""
         given = self.subset_of_weights
-        if isinstance(given, Subnetwork | Mapping) and self.hessian_structure == "kron":
+        if isinstance(given, Subnetwork | Mapping) and self.hessian_structure in FACTORED:
             raise InvalidValue(
                 "a part of a matrix has no Kronecker factors: B ⊗ A is of all its rows and columns",
                 where="subset_of_weights",
-                got="a subnetwork with hessian_structure='kron'",
+                got=f"a subnetwork with hessian_structure='{self.hessian_structure}'",
                 remedy="Choose hessian_structure='full' or 'diag', or whole parameters by patterns "
                 "of their names",
             )
@@ -162,7 +163,7 @@ class CurvatureOptions:
     @property
     def uncovered_stay_out(self) -> bool:
         """Whether parameters that no layer rule covers stay out of the posterior."""
-        return self.hessian_structure == "kron" and self.uncovered == "freeze"
+        return self.hessian_structure in FACTORED and self.uncovered == "freeze"
 
     def seeded(self, seed: int) -> "CurvatureOptions":
         """The same with another seed."""

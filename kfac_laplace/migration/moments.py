@@ -45,7 +45,7 @@ def precision(posterior: Posterior) -> Tensor:
     raise UnsupportedUse(
         "a posterior in Kronecker factors makes no matrix of its precision",
         where="posterior_precision",
-        got="hessian_structure='kron'",
+        got=f"hessian_structure='{structure}'",
         remedy="Take curvature.blocks[name].factors or .dense(), which are H at σ = T = 1, "
         "prior_precision_diag, log_det_posterior_precision, square_norm or functional_covariance",
     )
