@@ -654,20 +654,20 @@ class Laplace(LaplaceTorchWords):
             enable_backprop: stay in the graph of x, and of parameters outside the posterior.
 
         Returns:
-            Classification and binary: probabilities, shaped like the output. Regression: the mean
-            (N, C) and the covariance (N, C, C) without noise. Other likelihoods: E[y].
+            Classification and binary: probabilities, shaped like the output. Regression (rewards):
+            the mean (N, C) and the covariance (N, C, C) without noise. Other likelihoods: E[y].
         """
         link_approx, joint = ordered(link_approx, joint)
         if joint:
             return self._predictor.joint(x, pred_type, enable_backprop)
-        if not self.likelihood.has_gaussian_noise:
+        if not self.likelihood.shows_outputs:
             return self._predictor.expected(
                 x, pred_type, link_approx, n_samples, generator, enable_backprop
             )
         predictive = self.predict(
             x, pred_type, link_approx, n_samples, generator, enable_backprop=enable_backprop
         )
-        return predictive.mean, predictive.covariance
+        return predictive.output_mean, predictive.covariance
 
     def predict(
         self,
