@@ -81,7 +81,7 @@ class GGN:
     def eigenbases(self) -> dict[str, Bases]:
         """Eigenvectors of the Kronecker factors, by group."""
         return {
-            name: block.bases
+            name: block.bases()
             for name, block in self.blocks.items()
             if isinstance(block, KroneckerBlock)
         }

@@ -127,7 +127,7 @@ def ggn_from_state(stored: Stored, network: Network, options: CurvatureOptions) 
     statistic = _statistic(found, () if one else None).to(network.device)
     targets = checked_targets(found["targets"], options.likelihood, counts).to(network.device)
     settings = settings_of(found["settings"], groups)
-    bases = {name: b.bases for name, b in blocks.items() if isinstance(b, EigenBlock)}
+    bases = {name: b.bases() for name, b in blocks.items() if isinstance(b, EigenBlock)}
     return GGN(options, known, settings, blocks, statistic, targets=targets, bases=bases, **counts)
 
 

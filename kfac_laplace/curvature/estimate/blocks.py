@@ -243,9 +243,8 @@ class KroneckerBlock(Block):
                 lam = eigenvalues_of_diagonal(self.input_sum, self.name) / count
             else:
                 lam = self.inputs.eigenvalues(self.name) / count
-            return Spectrum(mu[..., :, None] * lam[..., None, :], lambda: self.bases)
+            return Spectrum(mu[..., :, None] * lam[..., None, :], self.bases)
 
-    @property
     def bases(self) -> Bases:
         """Eigenvectors of B and A, computed anew; None for a diagonal A."""
         left = eigenbasis(self.outputs.matrices(), self.name)

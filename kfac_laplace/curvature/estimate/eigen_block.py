@@ -45,7 +45,6 @@ class EigenBlock(Block):
         left, right = bases
         return cls(layout, values, left, left[:, :0, :0] if right is None else right)
 
-    @property
     def bases(self) -> Bases:
         """Eigenvectors of B and A."""
         return self.output_basis, self.input_basis if self.input_basis.shape[-1] else None
@@ -74,11 +73,11 @@ class EigenBlock(Block):
     @property
     def factors(self) -> EigenFactors:
         """The diagonal and the bases."""
-        return EigenFactors(self.values, *self.bases)
+        return EigenFactors(self.values, *self.bases())
 
     def dense(self) -> Tensor:
         """Block-diagonal over b of U diag(values) Uᵀ, U = U_B ⊗ U_A, in parameter order."""
-        left, right = self.bases
+        left, right = self.bases()
         if right is None:
             right = torch.eye(self.values.shape[-1]).to(left).repeat(len(left), 1, 1)
         blocks = []
@@ -92,4 +91,4 @@ class EigenBlock(Block):
     def spectrum(self) -> Spectrum:
         """The diagonal, and the bases as they are."""
         with torch.inference_mode(False):
-            return Spectrum(eigenvalues_of_diagonal(self.values, self.name), lambda: self.bases)
+            return Spectrum(eigenvalues_of_diagonal(self.values, self.name), self.bases)
