@@ -28,6 +28,7 @@ from kfac_laplace.curvature.layers import layer_rule as layer_rule
 from kfac_laplace.errors import KfacLaplaceError as KfacLaplaceError
 from kfac_laplace.laplace import Laplace as Laplace
 from kfac_laplace.likelihoods import Bernoulli as Bernoulli
+from kfac_laplace.likelihoods import BradleyTerry as BradleyTerry
 from kfac_laplace.likelihoods import Categorical as Categorical
 from kfac_laplace.likelihoods import Gaussian as Gaussian
 from kfac_laplace.likelihoods import Heteroscedastic as Heteroscedastic

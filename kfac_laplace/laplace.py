@@ -18,6 +18,7 @@ from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher
 from kfac_laplace.curvature.estimate.settings import KfacApprox
 from kfac_laplace.curvature.gradients.groups import Subset
+from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.fingerprint import Weights, fingerprint
@@ -25,7 +26,7 @@ from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
-from kfac_laplace.migration.arguments import ordered
+from kfac_laplace.migration.arguments import chosen_subset, ordered
 from kfac_laplace.migration.words import LaplaceTorchWords
 from kfac_laplace.options import check_iterable, check_positive, check_text, check_whole
 from kfac_laplace.posterior import state
@@ -78,7 +79,7 @@ from kfac_laplace.summary import line, lines, markup, table
 
 log = logging.getLogger("kfac_laplace")
 
-_NO_OPTION = {"self", "model"}
+_NO_OPTION = {"self", "model", "subnetwork_indices", "subnetwork_mask"}
 
 
 class Laplace(LaplaceTorchWords):
@@ -87,9 +88,10 @@ class Laplace(LaplaceTorchWords):
     Args:
         model: the network at its mode θ*; it is never changed.
         likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
-        hessian_structure: "kron", "diag" or "full".
-        subset_of_weights: "all", "last_layer" or parameter-name patterns; other parameters stay
-            at their values.
+        hessian_structure: "kron", "ekfac", "diag" or "full".
+        subset_of_weights: "all", "last_layer", parameter-name patterns, or a subnetwork: a boolean
+            mask or int64 indices of `parameters_to_vector(model.parameters())`, or boolean masks by
+            parameter name (under "diag" or "full"). Other parameters and entries stay as they are.
         kfac_approx: "auto", "expand", "reduce" or {pattern: setting}.
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
         prior_precision: δ, one value, one for each precision of the prior structure, or
@@ -111,6 +113,8 @@ class Laplace(LaplaceTorchWords):
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of a loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take; see `Curvature`.
+        subnetwork_indices: laplace-torch's place for indices, with subset_of_weights="subnetwork".
+        subnetwork_mask: likewise for a mask, or masks by name.
 
     Raises:
         InvalidValue: an option out of range.
@@ -124,7 +128,7 @@ class Laplace(LaplaceTorchWords):
         likelihood: str | Likelihood = "classification",
         *,
         hessian_structure: Structure = "kron",
-        subset_of_weights: Subset = "all",
+        subset_of_weights: Subset | GivenSubnetwork = "all",
         kfac_approx: KfacApprox = "auto",
         fisher: str | Fisher = "exact",
         prior_precision: Given = 1.0,
@@ -141,12 +145,14 @@ class Laplace(LaplaceTorchWords):
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
         memory_budget: int | None = None,
+        subnetwork_indices: Tensor | None = None,
+        subnetwork_mask: GivenSubnetwork | None = None,
     ):
         self.model = model
-        self.options = CurvatureOptions.of(
+        options = CurvatureOptions.of(
             likelihood,
             hessian_structure=hessian_structure,
-            subset_of_weights=subset_of_weights,
+            subset_of_weights=chosen_subset(subset_of_weights, subnetwork_indices, subnetwork_mask),
             kfac_approx=kfac_approx,
             fisher=fisher,
             joint_bias=joint_bias,
@@ -160,7 +166,8 @@ class Laplace(LaplaceTorchWords):
         )
         self._sharing = resolve_sharing(prior_structure)
         check_sharing(self._sharing, hessian_structure)
-        self.curvature = Curvature.of(model, self.options)
+        self.curvature = Curvature.of(model, options)
+        self.options = self.curvature.options
         self._structure = copy.deepcopy(prior_structure)  # the caller's mapping may change
         self._mean = checked_mean(prior_mean)
         check_text("dict_key_y", dict_key_y)
@@ -649,20 +656,20 @@ class Laplace(LaplaceTorchWords):
             enable_backprop: stay in the graph of x, and of parameters outside the posterior.
 
         Returns:
-            Classification and binary: probabilities, shaped like the output. Regression: the mean
-            (N, C) and the covariance (N, C, C) without noise. Other likelihoods: E[y].
+            Classification and binary: probabilities, shaped like the output. Regression (rewards):
+            the mean (N, C) and the covariance (N, C, C) without noise. Other likelihoods: E[y].
         """
         link_approx, joint = ordered(link_approx, joint)
         if joint:
             return self._predictor.joint(x, pred_type, enable_backprop)
-        if not self.likelihood.has_gaussian_noise:
+        if not self.likelihood.shows_outputs:
             return self._predictor.expected(
                 x, pred_type, link_approx, n_samples, generator, enable_backprop
             )
         predictive = self.predict(
             x, pred_type, link_approx, n_samples, generator, enable_backprop=enable_backprop
         )
-        return predictive.mean, predictive.covariance
+        return predictive.output_mean, predictive.covariance
 
     def predict(
         self,

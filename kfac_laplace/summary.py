@@ -68,7 +68,7 @@ def line(curvature: Curvature, scaling: Scaling, *, fitted: bool) -> str:
     parts = [type(curvature.likelihood).__name__, f"{options.hessian_structure}"]
     if not fitted:
         return f"Laplace({', '.join([*parts, 'not fitted'])})"
-    parameters = sum(math.prod(shape) for shape in curvature.ggn.knowledge.shapes.values())
+    parameters = sum(each.count for each in curvature.ggn.knowledge.entries.values())
     parts += [f"{curvature.n_data} examples", f"{parameters} parameters"]
     parts.append(f"κ = {float(scaling.scale):.4g}{ORIGIN.get(scaling.source, '')}")
     if float(scaling.temperature) != 1:

@@ -63,6 +63,7 @@ summary
 pretrained
 report
 migration
+subnetworks
 laplace
 optim
 marglik

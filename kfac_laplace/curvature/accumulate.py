@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
+from kfac_laplace.curvature.estimate.blocks import FACTORED
 from kfac_laplace.curvature.estimate.choice import choose_settings, first_examples, idle_examples
 from kfac_laplace.curvature.estimate.estimator import Plan, estimate
 from kfac_laplace.curvature.ggn import GGN
@@ -87,7 +88,7 @@ def _of_pass(
     if first:
         passed = passed.knowing(_with_groups(passed, ggn.options))
         few = partial(first_examples, network, passed, parameters)
-        blind = few if ggn.options.hessian_structure == "kron" else None
+        blind = few if ggn.options.hessian_structure in FACTORED else None
         layers = [g.name for g in passed.knowledge.groups if g.treatment == "kron"]
         if [*settings] != layers:
             settings = choose_settings(passed, ggn.options.kfac_approx, blind)
@@ -101,7 +102,7 @@ def _of_pass(
         passed = passed.weighted(ggn.likelihood.importance(targets))
     options = ggn.options
     dtype = SumDtype(options.factor_dtype)
-    plan = Plan(options.hessian_structure, settings, options.fisher, dtype)
+    plan = Plan(options.hessian_structure, settings, options.fisher, dtype, bases=ggn.bases)
     blocks = estimate(passed, plan, targets, generator)
     if bool(idle.all()):
         blocks = {name: block.zero() for name, block in blocks.items()}
@@ -113,7 +114,8 @@ def _of_pass(
                 remedy="Check inputs and weights; half precision may overflow",
             )
     known = passed.learned
-    return GGN(ggn.options, known, settings, blocks, statistic, batch.n, len(f), f.numel(), sums)
+    counts = {"n_data": batch.n, "n_rows": len(f), "n_outputs": f.numel()}
+    return GGN(options, known, settings, blocks, statistic, **counts, targets=sums, bases=ggn.bases)
 
 
 def _aligned(
@@ -140,7 +142,7 @@ def _aligned(
 def _with_groups(passed: ForwardPass, options: CurvatureOptions) -> Knowledge:
     """The groups of a first pass, without the uncovered ones where these are to be frozen."""
     known = learn_groups(passed, options.subset_of_weights, options.joint_bias)
-    if options.hessian_structure == "kron" and options.uncovered == "freeze":
+    if options.uncovered_stay_out:
         return replace(known, groups=tuple(group for group in known.groups if group.covered))
     return known
 
@@ -154,7 +156,7 @@ def _with_effects(passed: ForwardPass, options: CurvatureOptions, first: bool) -
     found = effective(passed.recording).intersection(known.tracked) - known.effective
     without_rule = [name for name in known.tracked if name in found - _covered(known)]
     known = replace(known, effective=known.effective | found)
-    if not without_rule or options.hessian_structure != "kron":
+    if not without_rule or options.hessian_structure not in FACTORED:
         return known
     late = [] if first else [name for name in without_rule if name in _factorable(passed)]
     if late and options.uncovered != "error":

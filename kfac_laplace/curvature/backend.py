@@ -1,6 +1,6 @@
 """The curvature backend: the GGN of a model, batch by batch."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from kfac_laplace.curvature.gradients.effect import check_effect, tell_unused
 from kfac_laplace.curvature.gradients.groups import Group, Subset
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
@@ -41,8 +42,8 @@ class Curvature:
         kfac_approx: "auto", "expand", "reduce", or patterns of layer names to these (the first
             match counts).
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
-        hessian_structure: "kron", "diag" or "full".
-        subset_of_weights: "all", "last_layer" or parameter-name patterns.
+        hessian_structure: "kron", "ekfac", "diag" or "full".
+        subset_of_weights: "all", "last_layer", patterns of names, or a subnetwork; see `Laplace`.
         joint_bias: whether a weight and its bias share a block.
         uncovered: "diag", "error" or "freeze", for parameters without a layer rule under "kron".
         seed: seed of labels and signs.
@@ -70,7 +71,7 @@ class Curvature:
         kfac_approx: KfacApprox = "auto",
         fisher: str | Fisher = "exact",
         hessian_structure: Structure = "kron",
-        subset_of_weights: Subset = "all",
+        subset_of_weights: Subset | GivenSubnetwork = "all",
         joint_bias: bool = True,
         uncovered: str = "diag",
         seed: int = 0,
@@ -98,6 +99,7 @@ class Curvature:
         self._start(model, options)
 
     def _start(self, model: nn.Module, options: CurvatureOptions) -> None:
+        options = options.for_model(model)
         self.options = options
         self.network = Network.of(model, options.likelihood, options.forward_fn, options.budget)
         chosen = self.network.select(options.subset_of_weights, options.uncovered_stay_out)
@@ -185,7 +187,7 @@ class Curvature:
 
     @property
     def coverage(self) -> dict[str, str]:
-        """How each parameter of the model is treated: "kron", "diag", "dense" or "frozen".
+        """How each parameter of the model is treated: "kron", "ekfac", "diag", "dense", "frozen".
 
         "unused" are those of the posterior that no output depends on: their curvature is zero.
         """
@@ -238,6 +240,9 @@ class Curvature:
         self.network.check_none_new(
             self.ggn.knowledge, options.subset_of_weights, options.uncovered_stay_out
         )
+        if options.hessian_structure == "ekfac" and not self.ggn.bases:
+            _check_read_twice(loader)
+            self._take_bases(self._of_factors().read(loader, key_y=key_y, progress=progress))
         batches = 0
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
             for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):
@@ -280,6 +285,8 @@ class Curvature:
             InvalidType: targets of a wrong dtype.
             UnsupportedUse: a use of a parameter that cannot be treated correctly.
         """
+        if self.options.hessian_structure == "ekfac" and not self.ggn.bases:
+            self._take_bases(self._of_factors().accumulate(x, y, parameters=parameters))
         first, before = not self.blocks, self.ggn
         draws = self.generator.get_state()
         self._add(x, y, parameters)
@@ -301,6 +308,19 @@ class Curvature:
         except BaseException:
             self.generator.set_state(draws)
             raise
+
+    def _of_factors(self) -> "Curvature":
+        """A curvature of no data with Kronecker factors, whose eigenbases are wanted."""
+        options = replace(self.options, hessian_structure="kron")
+        return Curvature.of(self.network.model, options).remember(
+            self.ggn.knowledge, self.ggn.settings
+        )
+
+    def _take_bases(self, factors: "Curvature") -> None:
+        """Take over what was learned, and the eigenbases of the factors; data are not counted."""
+        known, settings = factors.ggn.knowledge, factors.ggn.settings
+        bases = factors.ggn.eigenbases()
+        self.ggn = replace(self.ggn, knowledge=known, settings=settings, bases=bases)
 
     def _tell(self, span: str) -> None:
         """Name the parameters without effect on `span`."""
@@ -346,3 +366,14 @@ class Curvature:
             check_seal(state, "curvature")
             made.generator.set_state(found["draws"].value.cpu())
         return made
+
+
+def _check_read_twice(loader: object) -> None:
+    """Raise `InvalidValue` for data that can be read once only."""
+    if isinstance(loader, Iterator):
+        raise InvalidValue(
+            "'ekfac' reads the data twice: for the factors, and for the diagonal in their basis",
+            where="train_loader",
+            got=f"an iterator, {type(loader).__name__}",
+            remedy="Pass a DataLoader or a list of batches",
+        )

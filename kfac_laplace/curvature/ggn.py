@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.blocks import Block
+from kfac_laplace.curvature.estimate.blocks import Bases, Block, KroneckerBlock
 from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
@@ -43,6 +43,8 @@ class GGN:
         n_rows: number of output rows, nodes where these have outputs of their own.
         n_outputs: number of scalar outputs.
         targets: what is known of the targets without any network, `Likelihood.target_sums`.
+        bases: eigenvectors of Kronecker factors by group, in which "ekfac" takes the diagonal;
+            empty before any data were read, and under other structures.
     """
 
     options: CurvatureOptions
@@ -54,6 +56,7 @@ class GGN:
     n_rows: float = 0
     n_outputs: float = 0
     targets: Tensor = field(default_factory=_none)
+    bases: Mapping[str, Bases] = field(default_factory=dict)
 
     @property
     def likelihood(self) -> Likelihood:
@@ -71,9 +74,17 @@ class GGN:
         return self.knowledge.params
 
     def without_data(self) -> "GGN":
-        """The GGN of no data, with the groups and settings that are known."""
+        """The GGN of no data, with the groups, settings and bases that are known."""
         knowledge = replace(self.knowledge, effective=frozenset())
-        return GGN(self.options, knowledge, self.settings)
+        return GGN(self.options, knowledge, self.settings, bases=self.bases)
+
+    def eigenbases(self) -> dict[str, Bases]:
+        """Eigenvectors of the Kronecker factors, by group."""
+        return {
+            name: block.bases()
+            for name, block in self.blocks.items()
+            if isinstance(block, KroneckerBlock)
+        }
 
     def scaled(self, weight: float) -> "GGN":
         """The GGN with every example counted `weight` times.
@@ -127,6 +138,13 @@ class GGN:
                 "the two were computed with different blocks or settings",
                 where="merge",
                 remedy="Use the same model and options for both",
+            )
+        if not same(self.bases, other.bases):
+            raise InvalidValue(
+                "the two have diagonals in different eigenbases, each that of its own data",
+                where="merge",
+                got="hessian_structure='ekfac'",
+                remedy="Begin both from one: other = curvature.empty(); other.fit(loader)",
             )
         return self._joined({n: b + other.blocks[n] for n, b in self.blocks.items()}, other)
 

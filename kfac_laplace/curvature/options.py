@@ -8,17 +8,20 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypedDict, TypeVar
 
 import numpy
+from torch import Tensor, nn
 
 from kfac_laplace import likelihoods
 from kfac_laplace.curvature.estimate import fisher as fishers
-from kfac_laplace.curvature.estimate.blocks import STRUCTURES, Structure
+from kfac_laplace.curvature.estimate.blocks import FACTORED, STRUCTURES, Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher
 from kfac_laplace.curvature.estimate.settings import KfacApprox, check_kfac_approx
 from kfac_laplace.curvature.gradients.groups import Subset
+from kfac_laplace.curvature.gradients.subnetwork import Subnetwork
 from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import ForwardFn
+from kfac_laplace.curvature.model.unchanged import unwrap
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_choice, check_seed, check_whole, unknown
@@ -57,8 +60,10 @@ class CurvatureOptions:
         kfac_approx: "auto", "expand", "reduce", or patterns of layer names to these (the first
             match counts).
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
-        hessian_structure: "kron", "diag" or "full".
-        subset_of_weights: "all", "last_layer" or parameter-name patterns.
+        hessian_structure: "kron", "ekfac" (K-FAC's eigenbasis with the exact diagonal in it, by a
+            second pass), "diag" or "full".
+        subset_of_weights: "all", "last_layer", parameter-name patterns, or a subnetwork: a mask
+            or indices of all parameters behind one another, or masks by name.
         joint_bias: whether a weight and its bias share a block.
         uncovered: what happens to trainable parameters without a layer rule under "kron":
             an exact diagonal block ("diag"), an error ("error"), or they stay out ("freeze").
@@ -107,6 +112,9 @@ class CurvatureOptions:
         object.__setattr__(self, "likelihood", likelihoods.resolve(self.likelihood))
         object.__setattr__(self, "fisher", fishers.resolve(self.fisher))
         check_choice("hessian_structure", self.hessian_structure, STRUCTURES)
+        if isinstance(self.subset_of_weights, Tensor):
+            object.__setattr__(self, "subset_of_weights", Subnetwork.of(self.subset_of_weights))
+        self._check_subnetwork()
         check_choice("uncovered", self.uncovered, UNCOVERED)
         check_kfac_approx(self.kfac_approx)
         Budget(self.memory_budget)  # checks it
@@ -123,6 +131,26 @@ class CurvatureOptions:
         if self.factor_dtype not in FACTOR_DTYPES:
             raise unknown("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
 
+    def _check_subnetwork(self) -> None:
+        """Raise `InvalidValue` for Kronecker factors of a part of a tensor."""
+        given = self.subset_of_weights
+        if isinstance(given, Subnetwork | Mapping) and self.hessian_structure in FACTORED:
+            raise InvalidValue(
+                "a part of a matrix has no Kronecker factors: B ⊗ A is of all its rows and columns",
+                where="subset_of_weights",
+                got=f"a subnetwork with hessian_structure='{self.hessian_structure}'",
+                remedy="Choose hessian_structure='full' or 'diag', or whole parameters by patterns "
+                "of their names",
+            )
+
+    def for_model(self, model: nn.Module) -> "CurvatureOptions":
+        """The same with masks by parameter name as a subnetwork of a model."""
+        given = self.subset_of_weights
+        if not isinstance(given, Mapping):
+            return self
+        shapes = {name: p.shape for name, p in unwrap(model).named_parameters()}
+        return replace(self, subset_of_weights=Subnetwork.by_name(given, shapes))
+
     @property
     def budget(self) -> Budget:
         """`memory_budget`, and what each computation gets of it."""
@@ -135,7 +163,7 @@ class CurvatureOptions:
     @property
     def uncovered_stay_out(self) -> bool:
         """Whether parameters that no layer rule covers stay out of the posterior."""
-        return self.hessian_structure == "kron" and self.uncovered == "freeze"
+        return self.hessian_structure in FACTORED and self.uncovered == "freeze"
 
     def seeded(self, seed: int) -> "CurvatureOptions":
         """The same with another seed."""
@@ -210,6 +238,8 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "vectors"):
         name = _name_of(value, fishers.NAMED)
         return None if name is None else [name, asdict(value)]  # all with a name are dataclasses
+    if isinstance(value, Subnetwork):
+        return value.indices
     if isinstance(value, Mapping):
         return dict(value)
     if callable(value):

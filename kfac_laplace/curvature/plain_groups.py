@@ -9,7 +9,7 @@ import torch
 
 from kfac_laplace.curvature.gradients.groups import Group, Role, Treatment
 from kfac_laplace.curvature.gradients.knowledge import Knowledge, UseKey
-from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.gradients.network import Network, restricted
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.curvature.rows.layout import Chain, Fold, Layout
 from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout, Segments
@@ -165,7 +165,7 @@ def knowledge_of_groups(
         )
     if partial:
         tracked = tuple(name for name in tracked if name in want)
-    return Knowledge(tracked, groups)
+    return Knowledge(tracked, restricted(groups, options.subset_of_weights, network.model))
 
 
 def rows_to_plain(layouts: Mapping[UseKey, RowLayout | None]) -> list[Any]:

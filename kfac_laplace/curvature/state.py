@@ -7,7 +7,13 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.blocks import KINDS, Block
+from kfac_laplace.curvature.estimate.blocks import (
+    Block,
+    DenseBlock,
+    DiagonalBlock,
+    KroneckerBlock,
+)
+from kfac_laplace.curvature.estimate.eigen_block import EigenBlock
 from kfac_laplace.curvature.estimate.settings import PartSetting, Setting
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.groups import Group
@@ -29,6 +35,9 @@ from kfac_laplace.errors import InvalidValue
 from kfac_laplace.states.plain import same
 from kfac_laplace.states.stored import Stored, shown
 
+KINDS: dict[str, type[Block]] = {
+    block.kind: block for block in (KroneckerBlock, EigenBlock, DiagonalBlock, DenseBlock)
+}
 #: Gradient rows of one example hold no more: they would fill a memory of terabytes.
 MOST_ENTRIES = 2**40
 
@@ -155,7 +164,8 @@ def ggn_from_state(stored: Stored, network: Network, options: CurvatureOptions) 
     statistic = _statistic(found, () if one else None).to(network.device)
     targets = checked_targets(found["targets"], options.likelihood, counts).to(network.device)
     settings = settings_of(found["settings"], groups)
-    return GGN(options, known, settings, blocks, statistic, targets=targets, **counts)
+    bases = {name: b.bases() for name, b in blocks.items() if isinstance(b, EigenBlock)}
+    return GGN(options, known, settings, blocks, statistic, targets=targets, bases=bases, **counts)
 
 
 def _statistic(found: Mapping[str, Stored], shape: tuple[int, ...] | None) -> Tensor:
@@ -240,8 +250,10 @@ def _blocks(
     found: Mapping[str, Stored], known: Knowledge, options: CurvatureOptions, device: torch.device
 ) -> dict[str, Block]:
     """One block for each group, or "full", each of the kind that the options ask for; or none."""
-    layouts = {group.name: group.layout for group in known.groups}
+    layouts = {group.name: group.block_layout for group in known.groups}
     kinds: dict[str, str] = {group.name: group.treatment for group in known.groups}
+    if options.hessian_structure == "ekfac":
+        kinds = {name: "ekfac" if kind == "kron" else kind for name, kind in kinds.items()}
     if options.hessian_structure == "diag":
         kinds = dict.fromkeys(kinds, "diag")
     if options.hessian_structure == "full":
@@ -266,7 +278,7 @@ def block_from_state(
 
     Args:
         stored: what its `tensors()` were.
-        kind: "kron", "diag" or "dense".
+        kind: "kron", "ekfac", "diag" or "dense".
         layout: of its group.
         diagonal: whether of A only the diagonal is there.
         device: where it is to lie.
@@ -280,6 +292,10 @@ def block_from_state(
         shapes["matrix"] = (layout.size, layout.size)
     elif kind == "diag":
         shapes["values"] = (b, o, i)
+    elif kind == "ekfac":
+        width = 0 if diagonal else i
+        shapes |= {"values": (b, o, i), "output_basis": (b, o, o)}
+        shapes["input_basis"] = (b, width, width)
     else:
         parts = stored.items()
         shapes |= _gram_shapes(parts, "output", b, o) | {"input_count": (b,)}

@@ -10,6 +10,9 @@ from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.states.stored import Stored
 
+#: Sums that say nothing of an effect: what layers get, and bases.
+NO_SIGN = ("input_", "output_basis")
+
 
 def checked_counts(found: Mapping[str, Stored], blocks: Mapping[str, Block]) -> dict[str, float]:
     """Numbers of examples, rows and outputs, which are there together, and with curvature alone.
@@ -76,11 +79,11 @@ def check_unused(stored: Stored, known: Knowledge, blocks: Mapping[str, Block]) 
         if unused.issuperset(params) and group.name in blocks:
             sums = blocks[group.name].tensors()
             # Of Kronecker factors one suffices: what layers get says nothing of their effect.
-            told = {k: v for k, v in sums.items() if not k.startswith("input_")}
+            told = {k: v for k, v in sums.items() if not k.startswith(NO_SIGN)}
             if any(bool(tensor.any()) for tensor in told.values()):
                 raise stored.fault("parameters without effect have curvature", ", ".join(params))
     if "full" in blocks and unused:
-        sizes = {name: shape.numel() for name, shape in known.shapes.items()}
+        sizes = {name: each.count for name, each in known.entries.items()}
         flags = torch.cat([torch.full((n,), name in unused) for name, n in sizes.items()])
         diagonal = blocks["full"].tensors()["matrix"].diagonal()
         if bool(diagonal[flags.to(diagonal.device)].any()):

@@ -9,6 +9,7 @@ from kfac_laplace.errors import InvalidType
 from kfac_laplace.likelihoods.alignment import aligned_target as aligned_target
 from kfac_laplace.likelihoods.alignment import settled_axis as settled_axis
 from kfac_laplace.likelihoods.bernoulli import Bernoulli as Bernoulli
+from kfac_laplace.likelihoods.bradley_terry import BradleyTerry as BradleyTerry
 from kfac_laplace.likelihoods.categorical import Categorical as Categorical
 from kfac_laplace.likelihoods.checks import check_finite as check_finite
 from kfac_laplace.likelihoods.gaussian import Gaussian as Gaussian
@@ -26,6 +27,7 @@ NAMED: dict[str, type[Likelihood]] = {
     "poisson": Poisson,
     "studentt": StudentT,
     "heteroscedastic": Heteroscedastic,
+    "reward_modeling": BradleyTerry,
 }
 
 

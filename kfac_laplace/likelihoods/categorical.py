@@ -17,7 +17,7 @@ from kfac_laplace.likelihoods.checks import check_length, loss_weight
 from kfac_laplace.likelihoods.latent import Latent
 from kfac_laplace.likelihoods.likelihood import Likelihood
 from kfac_laplace.likelihoods.links import averaged, bridge, centred, probit
-from kfac_laplace.likelihoods.predictive import ClassPredictive
+from kfac_laplace.likelihoods.predictive import ClassPredictive, RowPredictive
 from kfac_laplace.likelihoods.stick_breaking import StickBreaking
 
 
@@ -260,7 +260,7 @@ class Categorical(Likelihood):
         counts = 0 if self.ignore_index != 0 else 1
         return torch.full(f.shape[:2], counts, device=f.device)
 
-    def predict(self, latent: Latent, sigma: Tensor, link: str) -> "SoftmaxPredictive":
+    def predict(self, latent: Latent, sigma: Tensor, link: str) -> RowPredictive:
         """Probabilities by a link, or by averages over samples."""
         return SoftmaxPredictive(self, latent, link)
 

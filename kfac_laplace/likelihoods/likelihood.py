@@ -36,10 +36,17 @@ class Likelihood(ABC):
     has_gaussian_noise = False
     #: whether outputs are logits: links make probabilities of them, and a temperature divides them
     has_logits = False
+    #: whether the fit takes pairs of inputs along axis 1, and predictions single ones as well
+    of_pairs = False
     #: number of rows of `target_sums`, the first and last of them ≥ 0; None where it is not known
     target_rows: int | None = None
 
     # --- the density -------------------------------------------------------------------------
+
+    @property
+    def shows_outputs(self) -> bool:
+        """Whether calling a posterior gives mean and covariance of f; else it gives E[y]."""
+        return self.has_gaussian_noise
 
     @abstractmethod
     def distribution(self, f: Tensor, sigma: Tensor) -> Distribution:

@@ -10,6 +10,7 @@ from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.estimate.fisher import MonteCarlo
 from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
+from kfac_laplace.curvature.gradients.subnetwork import Subnetwork
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError, UnsupportedUse
 from kfac_laplace.marglik.loss import undivided_prior
@@ -62,7 +63,18 @@ class Grouping:
         mean: Given,
         tune: Tune,
     ) -> "Grouping":
-        """That of a model of which no batch was seen."""
+        """That of a model of which no batch was seen.
+
+        Raises:
+            UnsupportedUse: a subnetwork: the other entries would be trained without a prior.
+        """
+        if isinstance(options.subset_of_weights, Subnetwork):
+            raise UnsupportedUse(
+                "a subnetwork is one of a trained network: its other entries would have no prior",
+                where="subset_of_weights",
+                got=f"{len(options.subset_of_weights.indices)} entries",
+                remedy="Tune whole parameters, and choose the subnetwork of Laplace afterwards",
+            )
         curvature = Curvature.of(model, options)
         known, shapes = curvature.ggn.knowledge, _shapes(curvature)
         tune = check_tune(tune, curvature.network.shapes)

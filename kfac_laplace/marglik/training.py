@@ -65,7 +65,7 @@ def marglik_training(
         model: the network; trained in place, its mode is put back at the end.
         train_loader: a loader that can be read every epoch.
         likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
-        hessian_structure: "kron", "diag" or "full".
+        hessian_structure: "kron", "ekfac", "diag" or "full".
         optimizer_cls: optimiser of the weights; `kfac_laplace.optim.KFAC` is given the model and
             the likelihood as well. Its own weight decay is 0, whatever its default: the prior is.
         optimizer_kwargs: its options.

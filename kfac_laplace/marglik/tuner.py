@@ -301,7 +301,7 @@ class MarglikTuner:
         trained than before.
         """
         seen, now, key_y = KeepsFirst(loader), self._at.groups.today(), self._setup.key_y
-        curvature = now.curvature().read(islice(seen, 1), key_y=key_y)
+        curvature = now.curvature().read([*islice(seen, 1)], key_y=key_y)
         examples = seen.few(self._network, key_y, self.options.batch_fn)
         now = replace(now, examples=examples).grouped(curvature.ggn.knowledge)
         self._stand(self._at.over(now, self._setup))

@@ -11,8 +11,14 @@ from kfac_laplace.posterior.gaussian import Posterior
 
 
 def mean(posterior: Posterior) -> Tensor:
-    """θ* as a vector (P,), float64."""
-    return torch.cat([value.flatten() for value in posterior.mode.values()])
+    """θ* as a vector (P,) of all entries inside the posterior, float64."""
+    layouts = posterior.prior.layouts
+    return layouts.flatten(layouts.pack(posterior.mode))
+
+
+def drawn_mean(posterior: Posterior) -> Tensor:
+    """The mean of the vectors that are drawn: θ*, and what is not random around a subnetwork."""
+    return torch.cat([value.flatten() for value in posterior.drawn.values()])
 
 
 def prior_diagonal(posterior: Posterior) -> Tensor:
@@ -39,7 +45,7 @@ def precision(posterior: Posterior) -> Tensor:
     raise UnsupportedUse(
         "a posterior in Kronecker factors makes no matrix of its precision",
         where="posterior_precision",
-        got="hessian_structure='kron'",
+        got=f"hessian_structure='{structure}'",
         remedy="Take curvature.blocks[name].factors or .dense(), which are H at σ = T = 1, "
         "prior_precision_diag, log_det_posterior_precision, square_norm or functional_covariance",
     )

@@ -168,7 +168,7 @@ class LaplaceTorchWords(ABC):
 
         Returns:
             Float64 rows (n, P) in the order of `parameters_to_vector`, of the parameters in the
-            posterior.
+            posterior; for a subnetwork of all parameters of the model, the others at their values.
         """
         return self._predictor.parameters(number(n, n_samples), self._source(generator))
 
@@ -214,12 +214,25 @@ class LaplaceTorchWords(ABC):
 
     @property
     def mean(self) -> Tensor:
-        """θ* (P,) of the parameters in the posterior, in the order of `parameters_to_vector`."""
-        return moments.mean(self.posterior)
+        """The mean of what `sample` draws, in the order of `parameters_to_vector`, float64.
+
+        θ* (P,) of the parameters in the posterior; of a subnetwork all of the model's parameters.
+        """
+        return moments.drawn_mean(self.posterior)
 
     @property
     def n_params(self) -> int:
-        """P, the number of parameters in the posterior."""
+        """P, the number of parameters in the posterior; the length of `mean`."""
+        return sum(value.numel() for value in self.posterior.drawn.values())
+
+    @property
+    def mean_subnet(self) -> Tensor:
+        """θ* (k,) of the entries in the posterior, float64."""
+        return moments.mean(self.posterior)
+
+    @property
+    def n_params_subnet(self) -> int:
+        """k, the number of entries in the posterior."""
         return self.posterior.prior.layouts.size
 
     @property

@@ -14,6 +14,7 @@ from torch.nn.functional import softplus
 
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.gradients.subnetwork import Subnetwork
 from kfac_laplace.errors import NotFitted
 from kfac_laplace.posterior.block import BlockNormal, DenseNormal, SpectralNormal
 from kfac_laplace.posterior.expansion import Expansion
@@ -228,10 +229,18 @@ class Posterior:
         live = self.network.unchanged({name: value.shape for name, value in self.mode.items()})
         return {name: value.to(live[name].dtype) for name, value in self.mode.items()}
 
+    @property
+    def drawn(self) -> dict[str, Tensor]:
+        """What draws are vectors of: the mode; all of the model's parameters for a subnetwork."""
+        if not isinstance(self.ggn.options.subset_of_weights, Subnetwork):
+            return dict(self.mode)
+        live = self.network.parameters(tuple(self.network.shapes))
+        return {name: value.detach().double() for name, value in live.items()} | dict(self.mode)
+
     def deviations(
         self, n: int, generator: Generator, kept: slice = slice(None)
     ) -> dict[str, Tensor]:
-        """Draws of θ − θ* by parameter name, shape (n, *shape), float64.
+        """Draws of θ − θ* by parameter name, shape (n, *shape), float64; zero where not random.
 
         Args:
             n: number of draws.

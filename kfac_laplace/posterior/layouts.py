@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.rows.entries import Entries
 from kfac_laplace.curvature.rows.layout import Layout
 
 
@@ -25,6 +26,26 @@ class Layouts:
     def in_same_order(self, other: "Layouts") -> bool:
         """Whether another has the same groups one after another."""
         return [*self.groups.items()] == [*other.groups.items()]
+
+    @property
+    def whole(self) -> "Layouts":
+        """The same groups with all entries of their parameters."""
+        return Layouts({name: la.whole for name, la in self.groups.items()}, self.params)
+
+    @cached_property
+    def entries(self) -> dict[str, Entries]:
+        """Which entries of each parameter are inside, in parameter order."""
+        entries = {
+            name: each
+            for layout in self.groups.values()
+            for name, each in zip(layout.params, layout.entries, strict=True)
+        }
+        return {name: entries[name] for name in self.params}
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether some entries of a parameter are outside."""
+        return any(each.places is not None for each in self.entries.values())
 
     @property
     def size(self) -> int:
@@ -48,12 +69,13 @@ class Layouts:
         return Layouts(chosen, [name for name in self.params if name in inside])
 
     def by_parameter(self, vector: Tensor) -> dict[str, Tensor]:
-        """Split a vector (..., p) in parameter order into tensors (..., *shape)."""
-        parts = vector.split([shape.numel() for shape in self.shapes.values()], -1)
-        return {
-            name: part.reshape((*vector.shape[:-1], *shape))
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        """Split a vector (..., p) in parameter order into tensors (..., *shape).
+
+        Entries that are outside are zero.
+        """
+        parts = vector.split([each.count for each in self.entries.values()], -1)
+        pairs = zip(self.entries.items(), parts, strict=True)
+        return {name: each.spread(part) for (name, each), part in pairs}
 
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors (..., *shape) by parameter name as the groups' matrices (..., b, o, i)."""
@@ -65,11 +87,7 @@ class Layouts:
 
     def flatten(self, matrices: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `pack_vector`: matrices (..., b, o, i) to one vector (..., p)."""
-        tensors: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
         for name, layout in self.groups.items():
-            tensors |= layout.unpack(matrices[name])
-        parts = [
-            tensors[name].reshape((*tensors[name].shape[: tensors[name].ndim - len(shape)], -1))
-            for name, shape in self.shapes.items()
-        ]
-        return torch.cat(parts, -1)
+            parts |= layout.by_entry(matrices[name])
+        return torch.cat([parts[name] for name in self.params], -1)

@@ -52,8 +52,11 @@ class Prior:
     def index(self) -> dict[str, Tensor]:
         """For each group the places of its precisions, broadcastable to its matrices (b, o, i)."""
         with torch.inference_mode(False):
-            index = self.sharing.index(self.layouts)
-            check_index(index, self.layouts, self.sharing)
+            whole = self.layouts.whole
+            index = self.sharing.index(whole)
+            check_index(index, whole, self.sharing)
+            if self.layouts.has_parts:
+                index = _index_of_parts(index, self.layouts)
             return {name: index[name].to(self.device) for name in self.layouts.groups}
 
     @cached_property
@@ -197,7 +200,7 @@ class Prior:
         Args:
             parameters: θ by name, in their own shapes and dtypes; differentiable in them.
         """
-        if self.constant_on_blocks:
+        if self._is_bundled:
             norms = squared_norms(self._bundled(parameters), self._means)
             return self._add(self._place_of_parameter, norms)
         squares = {
@@ -225,11 +228,16 @@ class Prior:
             precision: δ, one value or one for each precision; its gradient is left out.
         """
         precision = self.full(precision.detach())
-        if not self.constant_on_blocks:
+        if not self._is_bundled:
             return partial(self.quadratic, precision=precision)
         weights = precision.index_select(0, self._place_of_parameter)
         counts = [len(bundle) for bundle in self._bundles]
         return WeightedSquares(self._bundles, self._means, weights.split(counts))
+
+    @property
+    def _is_bundled(self) -> bool:
+        """Whether each parameter has one precision for all of its entries."""
+        return self.constant_on_blocks and not self.layouts.has_parts
 
     def _bundled(self, parameters: Mapping[str, Tensor]) -> list[list[Tensor]]:
         return [[parameters[name] for name in bundle] for bundle in self._bundles]
@@ -264,7 +272,18 @@ class Prior:
 
 def layouts_of(groups: Iterable[Group], params: Iterable[str]) -> Layouts:
     """The layouts of a curvature's groups and parameters."""
-    return Layouts({group.name: group.layout for group in groups}, tuple(params))
+    return Layouts({group.name: group.block_layout for group in groups}, tuple(params))
+
+
+def _index_of_parts(index: Mapping[str, Tensor], layouts: Layouts) -> dict[str, Tensor]:
+    """An index of all entries as one of those that are inside: precisions without any go."""
+    found = {
+        name: places if not places.ndim else layout.of_whole(places.expand(layout.whole.matrix))
+        for name, places in index.items()
+        for layout in (layouts.groups[name],)
+    }
+    used = torch.cat([places.flatten() for places in found.values()]).unique()
+    return {name: torch.searchsorted(used, places) for name, places in found.items()}
 
 
 def given_precision(value: object, device: torch.device) -> Tensor | dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.estimate.blocks import FACTORED
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.options import unknown
 from kfac_laplace.posterior.layouts import Layouts
@@ -207,15 +208,15 @@ def resolve_sharing(structure: PriorStructure) -> Sharing:
 
 
 def check_sharing(sharing: Sharing, hessian_structure: str) -> None:
-    """Raise `InvalidValue` for a prior under "kron" that is not constant on each block.
+    """Raise `InvalidValue` for a prior under "kron" or "ekfac" that is not constant on each block.
 
     P = τ B⊗A + P₀ keeps the eigenvectors of B⊗A only where P₀ is a multiple of the identity.
     """
-    if hessian_structure == "kron" and not sharing.constant_on_blocks:
+    if hessian_structure in FACTORED and not sharing.constant_on_blocks:
         raise InvalidValue(
             "a prior that varies within a layer does not commute with Kronecker factors",
             where="prior_structure",
-            got=f"'{sharing.title}' with hessian_structure='kron'",
+            got=f"'{sharing.title}' with hessian_structure='{hessian_structure}'",
             remedy="Use prior_structure='layerwise', or hessian_structure='diag'",
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.gradients.groups import SUBSETS
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.gradients.subnetwork import Subnetwork
 from kfac_laplace.curvature.model.fingerprint import (
     Weights,
     check_shapes,
@@ -176,7 +177,9 @@ def _check_alone(where: str, plain: Mapping[str, Any]) -> None:
         checked_mean(plain["prior_mean"])
         Stored(plain["dict_key_y"], "dict_key_y").text()
         subset = Stored(plain["subset_of_weights"], "subset_of_weights")
-        if isinstance(subset.value, str):
+        if isinstance(subset.value, Tensor):
+            Subnetwork.of(subset.value)
+        elif isinstance(subset.value, str):
             subset.text(SUBSETS)
         else:
             subset.texts()

@@ -98,7 +98,8 @@ def test_every_option_of_laplace_is_here_or_the_curvatures():
     keywords = inspect.signature(Laplace.from_curvature).parameters.keys()
     assert {*OWN} == keywords - {"curvature", "model"}
     curvatures = set(inspect.signature(CurvatureOptions).parameters)
-    assert {*inspect.signature(Laplace).parameters} <= {*OWN, *curvatures, "model"}
+    spellings = {"subnetwork_indices", "subnetwork_mask"}  # of subset_of_weights
+    assert {*inspect.signature(Laplace).parameters} <= {*OWN, *curvatures, *spellings, "model"}
 
 
 def test_patterns_set_precisions():

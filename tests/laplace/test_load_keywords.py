@@ -55,7 +55,9 @@ APPLIED: dict[str, tuple[Any, Callable[[Laplace], Any]]] = {
     "batch_fn": (lambda batch: (batch[1], batch[0]), lambda la: la.options.batch_fn),
     "dict_key_y": ("target", lambda la: la.dict_key_y),
 }
-KEYWORDS = inspect.signature(Laplace).parameters.keys() - {"model"}
+#: Other words for a value of `subset_of_weights`, not for a file.
+SPELLINGS = {"subnetwork_indices", "subnetwork_mask"}
+KEYWORDS = inspect.signature(Laplace).parameters.keys() - {"model"} - SPELLINGS
 
 
 @pytest.fixture

@@ -7,14 +7,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from kfac_laplace.curvature.estimate.blocks import (
+    Bases,
+    Block,
+    DenseBlock,
+    DiagonalBlock,
+    KroneckerBlock,
+)
+from kfac_laplace.curvature.estimate.eigen_block import EigenBlock
 from kfac_laplace.curvature.estimate.settings import Setting, of_part
 from kfac_laplace.curvature.estimate.shared_grams import SharedGrams
 from kfac_laplace.curvature.gradients.by_group import (
     factored_gradient,
     flat_gradients,
     gradient_pieces,
-    gradients,
 )
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group, Term
@@ -240,7 +246,30 @@ class DiagonalAccumulator(WholeGradients):
 
     def block(self) -> DiagonalBlock:
         """The diagonal."""
-        return DiagonalBlock(self._group.layout, self._values)
+        inside = self._group.block_layout
+        return DiagonalBlock(inside, inside.of_whole(self._values))
+
+
+class EigenAccumulator(WholeGradients):
+    """Σ_v Σ_n (U_Bᵀ G U_A)² of per-example gradients G, exact [EKFAC18, eq. 10]."""
+
+    def __init__(self, group: Group, passed: ForwardPass, bases: Bases):
+        super().__init__([group], passed)
+        self._group, self._bases = group, bases
+        self._values = bases[0].new_zeros(group.layout.matrix)
+
+    def _add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
+        """Turn the per-example gradients in factored form, and square them."""
+        factored = factored_gradient(self._passed, self._group, rows)
+        if factored is not None:
+            left, right = self._bases
+            dtype = factored.left.dtype
+            turned = factored.turned(left.to(dtype), None if right is None else right.to(dtype))
+            self._values += turned.squares(self._passed.budget)
+
+    def block(self) -> EigenBlock:
+        """The diagonal in its bases."""
+        return EigenBlock.of(self._group.layout, self._values, self._bases)
 
 
 class DenseAccumulator(WholeGradients):
@@ -250,15 +279,14 @@ class DenseAccumulator(WholeGradients):
         self, groups: Sequence[Group], layout: Layout, passed: ForwardPass, dtype: SumDtype
     ):
         super().__init__(groups, passed)
-        self._groups, self._layout = groups, layout
+        self._layout = layout
         self._sum = GramSum(1, layout.size, passed.params[layout.params[0]].detach(), dtype)
 
     def _add(self, rows: Mapping[int, Tensor], generic: Mapping[str, Tensor]) -> None:
         """Add the outer products of whole gradients."""
-        found = gradients(self._passed, self._groups, rows, generic)
-        if found:
-            flat = flat_gradients(found, self._layout).flatten(0, 1)  # (v n, p)
-            self._sum.add(flat[None])
+        flat = flat_gradients(self._passed, self._layout, (rows, generic))  # (v, n, p)
+        if flat is not None:
+            self._sum.add(flat.flatten(0, 1)[None])
 
     def block(self) -> DenseBlock:
         """The matrix."""

@@ -20,9 +20,13 @@ from kfac_laplace.curvature.linalg.spectrum import (
 )
 from kfac_laplace.curvature.rows.layout import Layout
 
-#: Kronecker factors where rules give them, the diagonal, or the whole matrix
-Structure = Literal["kron", "diag", "full"]
-STRUCTURES = ("kron", "diag", "full")
+#: Kronecker factors where rules give them, their eigenbasis, the diagonal, or the whole matrix
+Structure = Literal["kron", "ekfac", "diag", "full"]
+STRUCTURES = ("kron", "ekfac", "diag", "full")
+#: Structures that take Kronecker factors where there are rules.
+FACTORED = ("kron", "ekfac")
+#: Eigenvectors of B (b, o, o) and of A (b, i, i), as columns; None for a diagonal A.
+Bases = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -239,10 +243,10 @@ class KroneckerBlock(Block):
                 lam = eigenvalues_of_diagonal(self.input_sum, self.name) / count
             else:
                 lam = self.inputs.eigenvalues(self.name) / count
-            return Spectrum(mu[..., :, None] * lam[..., None, :], self._bases)
+            return Spectrum(mu[..., :, None] * lam[..., None, :], self.bases)
 
-    def _bases(self) -> tuple[Tensor, Tensor | None]:
-        """Eigenvectors of B and A; None for a diagonal A."""
+    def bases(self) -> Bases:
+        """Eigenvectors of B and A, computed anew; None for a diagonal A."""
         left = eigenbasis(self.outputs.matrices(), self.name)
         if self.has_diagonal_input:
             return left, None
@@ -308,8 +312,3 @@ class DenseBlock(Block):
         """A single one, and the eigenvectors."""
         matrix = self.matrix[None]
         return torch.ones_like(matrix[:, :1, :1]), eigenbasis(matrix, self.name)
-
-
-KINDS: dict[str, type[Block]] = {
-    block.kind: block for block in (KroneckerBlock, DiagonalBlock, DenseBlock)
-}

@@ -1,7 +1,7 @@
 """The blocks of one batch: sums over backward vectors, group by group."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from torch import Generator, Tensor
@@ -10,9 +10,10 @@ from kfac_laplace.curvature.estimate.accumulators import (
     Accumulator,
     DenseAccumulator,
     DiagonalAccumulator,
+    EigenAccumulator,
     KroneckerAccumulator,
 )
-from kfac_laplace.curvature.estimate.blocks import Block, Structure
+from kfac_laplace.curvature.estimate.blocks import FACTORED, Bases, Block, Structure
 from kfac_laplace.curvature.estimate.fisher import Exact, Fisher
 from kfac_laplace.curvature.estimate.head import Cut, find_cut
 from kfac_laplace.curvature.estimate.settings import Setting
@@ -30,11 +31,12 @@ class Plan:
     """What is estimated, and how.
 
     Args:
-        structure: "kron", "diag" or "full".
+        structure: "kron", "ekfac", "diag" or "full".
         settings: expand or reduce, by name of the groups with Kronecker factors.
         fisher: which backward vectors.
         dtype: the precision of products and sums.
         widest: of input factors with more columns only the diagonal is wanted; None: of none.
+        bases: eigenvectors of the factors by group, for "ekfac".
     """
 
     structure: Structure
@@ -42,6 +44,7 @@ class Plan:
     fisher: Fisher
     dtype: SumDtype = SumDtype()
     widest: int | None = None
+    bases: Mapping[str, Bases] = field(default_factory=dict)
 
 
 def estimate(passed: ForwardPass, plan: Plan, y: Tensor, generator: Generator) -> dict[str, Block]:
@@ -83,7 +86,9 @@ def finished(passed: ForwardPass, made: dict[str, Accumulator]) -> dict[str, Blo
 
 def _accumulator(passed: ForwardPass, plan: Plan, group: Group, shared: SharedGrams) -> Accumulator:
     """The sum for a group's block, by its structure."""
-    treatment = group.treatment if plan.structure == "kron" else "diag"
+    treatment = group.treatment if plan.structure in FACTORED else "diag"
+    if treatment == "kron" and plan.structure == "ekfac":
+        return EigenAccumulator(group, passed, plan.bases[group.name])
     if treatment == "kron":
         setting = plan.settings[group.name]
         return KroneckerAccumulator(group, passed, setting, plan.dtype, plan.widest, shared)

@@ -16,10 +16,12 @@ from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.curvature.recording.sources import Source
 from kfac_laplace.curvature.recording.tape import Use
 from kfac_laplace.curvature.rows.layout import Layout, unfold
-from kfac_laplace.curvature.rows.per_example import Factored, joined
+from kfac_laplace.curvature.rows.per_example import Factored, Outer, joined
 
 #: gradient rows (v, b, *lead, o) by index of the use
 Rows = Mapping[int, Tensor]
+#: An entry that is picked costs about as much as so many within a matrix product.
+ENTRYWISE = 8
 
 
 def factored_gradient(passed: ForwardPass, group: Group, rows: Rows) -> Factored | None:
@@ -59,16 +61,37 @@ def gradient_pieces(
                 yield piece.dense()
 
 
-def gradients(
-    passed: ForwardPass, groups: Sequence[Group], rows: Rows, generic: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Per-example gradients (v, n, *shape) by parameter, of those that have any."""
-    found: dict[str, Tensor] = {}
-    for group in groups:
-        pieces = list(gradient_pieces(passed, group, rows, generic))
-        if pieces:
-            found |= group.layout.unpack(torch.cat(pieces, 1))
-    return found
+def block_gradients(
+    passed: ForwardPass, group: Group, rows: Rows, generic: Mapping[str, Tensor]
+) -> Tensor | None:
+    """Per-example gradients (v, n, b, o, i) of a group's block; None where there are none.
+
+    Arguments as for `gradient_pieces`.
+    """
+    pieces = list(block_pieces(passed, group, rows, generic))
+    return torch.cat(pieces, 1) if pieces else None
+
+
+def block_pieces(
+    passed: ForwardPass, group: Group, rows: Rows, generic: Mapping[str, Tensor]
+) -> Iterator[Tensor]:
+    """What `gradient_pieces` yields, of the entries that are in the group's block alone."""
+    part = group.part
+    if part is None:
+        yield from gradient_pieces(passed, group, rows, generic)
+        return
+    few = ENTRYWISE * part.size <= group.layout.size
+    if few and group.factored and group.name not in passed.without_rules:
+        factored = factored_gradient(passed, group, rows)
+        if isinstance(factored, Outer):
+            v, _, _, t, _ = factored.left.shape
+            step = at_once(v * t * part.size, passed.budget.gradients(factored.left))
+            places = part.places.to(factored.left.device)
+            for piece in factored.pieces(step):
+                yield piece.entries(places)[:, :, None, None]
+            return
+    for whole in gradient_pieces(passed, group, rows, generic):
+        yield part.of_whole(whole)
 
 
 def copied_gradients(passed: ForwardPass, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -89,22 +112,35 @@ def copied_gradients(passed: ForwardPass, vectors: Sequence[Tensor]) -> dict[str
     }
 
 
-def flat_gradients(by_parameter: Mapping[str, Tensor], layout: Layout) -> Tensor:
-    """Gradients (v, n, p) in parameter order, zero for parameters that are missing.
+def flat_gradients(
+    passed: ForwardPass, layout: Layout, known: tuple[Rows, Mapping[str, Tensor]]
+) -> Tensor | None:
+    """Per-example gradients (v, n, p) of some entries, whatever groups their parameters are in.
+
+    Entries that the outputs do not depend on have zeros; None where they depend on none.
 
     Args:
-        by_parameter: parameter name to (v, n, *shape); at least one.
-        layout: names and shapes of all p entries.
+        passed: the forward pass.
+        layout: the parameters of some groups and their entries, in the order that is wanted.
+        known: gradient rows of the recorded uses, and what `copied_gradients` gave.
     """
-    some = next(iter(by_parameter.values()))
-    lead = some.shape[:2]
-    parts = [
-        by_parameter[name].reshape(*lead, -1)
-        if name in by_parameter
-        else some.new_zeros(*lead, shape.numel())
-        for name, shape in zip(layout.params, layout.shapes, strict=True)
-    ]
-    return torch.cat(parts, -1)
+    found: dict[str, Tensor] = {}
+    for group in passed.knowledge.groups:
+        if group.name not in layout.params:
+            continue
+        own = block_gradients(passed, group, *known)
+        if own is not None:
+            found |= group.block_layout.by_entry(own)
+    if not found:
+        return None
+    some = next(iter(found.values()))
+    return torch.cat(
+        [
+            found[name] if name in found else some.new_zeros(*some.shape[:2], each.count)
+            for name, each in zip(layout.params, layout.entries, strict=True)
+        ],
+        -1,
+    )
 
 
 def _exact_pieces(passed: ForwardPass, group: Group, rows: Rows) -> Iterator[Tensor]:

@@ -35,7 +35,9 @@ def examined(passed: ForwardPass) -> Knowledge:
         UnsupportedUse: outputs are random or change from call to call, or examples mix.
     """
     known, batch = passed.knowledge, passed.batch
-    interface = known.interface.after(batch.shapes, batch.n, passed.recording.output.ndim)
+    output = passed.recording.output
+    single = int(passed.likelihood.of_pairs)
+    interface = known.interface.after(batch.shapes, batch.n, output.ndim, single)
     if not interface.looked:
         warn_of_activation(passed.likelihood.activation(passed.output_rows))
     if not interface.checked or (interface.checked == 1 and batch.n > 1):

@@ -1,21 +1,24 @@
 """Groups of parameters that share a block, found from the way the model uses them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.gradients.subnetwork import Subnetwork
 from kfac_laplace.curvature.recording.sources import Part, Source
 from kfac_laplace.curvature.recording.tape import Recording, Use
+from kfac_laplace.curvature.rows.entries import Entries
 from kfac_laplace.curvature.rows.inputs import Inputs, Ones, WithOne
 from kfac_laplace.curvature.rows.layout import Chain, Layout, flat_layout
+from kfac_laplace.curvature.rows.part_layout import PartLayout
 from kfac_laplace.errors import InvalidType, InvalidValue, UnsupportedUse
 from kfac_laplace.options import check_choice
 
-Subset = str | Sequence[str]
+Subset = str | Sequence[str] | Subnetwork
 SUBSETS = ("all", "last_layer")
 Role = Literal["joint", "weight", "bias", "exact", "generic"]
 Treatment = Literal["kron", "dense", "diag"]
@@ -53,6 +56,7 @@ class Group:
         treatment: its block under hessian_structure="kron".
         covered: whether layer rules cover all its uses.
         diagonal: whether its input factor A is diagonal, as that of a table is.
+        part: some entries of its parameters, where no others are random.
     """
 
     name: str
@@ -61,6 +65,17 @@ class Group:
     treatment: Treatment
     covered: bool = True
     diagonal: bool = False
+    part: PartLayout | None = None
+
+    @property
+    def block_layout(self) -> Layout:
+        """How the block's entries lie: those of `layout`, whose gradients are taken, or a part."""
+        return self.part or self.layout
+
+    def restricted(self, entries: Mapping[str, Entries]) -> "Group":
+        """The same group with only some entries random, by parameter."""
+        part = PartLayout.of(self.layout, entries)
+        return replace(self, part=part if isinstance(part, PartLayout) else None)
 
     @property
     def factored(self) -> bool:
@@ -110,6 +125,8 @@ def select_parameters(
 
     "last_layer" is left open here: only a forward pass can tell which layer is used last.
     """
+    if isinstance(subset, Subnetwork):
+        return _of_subnetwork(subset, shapes, trainable)
     if isinstance(subset, str):
         check_choice("subset_of_weights", subset, SUBSETS, "a list of parameter-name patterns")
         return list(trainable)
@@ -129,6 +146,23 @@ def select_parameters(
                 remedy=f"The parameters are {list(shapes)}",
             )
     return [name for name in trainable if any(fnmatchcase(name, p) for p in subset)]
+
+
+def _of_subnetwork(
+    subset: Subnetwork, shapes: Mapping[str, torch.Size], trainable: Sequence[str]
+) -> list[str]:
+    """Names of the parameters that a subnetwork has entries of; `InvalidValue` for frozen ones."""
+    inside = subset.entries(shapes)
+    frozen = [name for name in inside if name not in trainable]
+    if frozen:
+        raise InvalidValue(
+            "a subnetwork has entries of frozen parameters",
+            where="subset_of_weights",
+            got=", ".join(frozen),
+            remedy="Set requires_grad, or leave them out. Entries are counted over all parameters "
+            "of the model, frozen ones as well",
+        )
+    return list(inside)
 
 
 def last_layer(recording: Recording) -> list[str]:

@@ -7,7 +7,9 @@ import torch
 
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.model.interface import Interface
+from kfac_laplace.curvature.rows.entries import Entries
 from kfac_laplace.curvature.rows.layout import Layout, flat_layout
+from kfac_laplace.curvature.rows.part_layout import PartLayout
 from kfac_laplace.curvature.rows.row_layout import RowLayout
 
 #: a use's parameters, and its kind, number of leading axes and turn among such uses
@@ -76,8 +78,18 @@ class Knowledge:
 
     @property
     def full_layout(self) -> Layout:
-        """All of them behind one another."""
-        return flat_layout(self.shapes)
+        """All entries inside the posterior behind one another."""
+        return PartLayout.of(flat_layout(self.shapes), self.entries)
+
+    @property
+    def entries(self) -> dict[str, Entries]:
+        """Which entries of these parameters are inside, in model order."""
+        entries = {
+            name: each
+            for group in self.groups
+            for name, each in zip(group.layout.params, group.block_layout.entries, strict=True)
+        }
+        return {name: entries[name] for name in self.params}
 
     def rows_alone(self, tracked: tuple[str, ...]) -> "Knowledge":
         """How rows lie in the model's layers, for a fit that groups its parameters anew."""

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import (
+    Group,
     Subset,
     find_groups,
     last_layer,
     select_parameters,
 )
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
+from kfac_laplace.curvature.gradients.subnetwork import Subnetwork
 from kfac_laplace.curvature.model.batches import (
     AnyBatch,
     as_batch,
@@ -285,6 +287,14 @@ def _changed(name: str, got: str) -> InvalidValue:
     )
 
 
+def restricted(groups: tuple[Group, ...], subset: Subset, model: nn.Module) -> tuple[Group, ...]:
+    """Groups with the entries of a subnetwork alone; as they are where the subset is another."""
+    if not isinstance(subset, Subnetwork):
+        return groups
+    entries = subset.entries({name: p.shape for name, p in model.named_parameters()})
+    return tuple(group.restricted(entries) for group in groups)
+
+
 def learn_groups(passed: ForwardPass, subset: Subset, joint_bias: bool) -> Knowledge:
     """Find groups (and with "last_layer" the tracked parameters) from the first pass.
 
@@ -310,11 +320,12 @@ def learn_groups(passed: ForwardPass, subset: Subset, joint_bias: bool) -> Knowl
         for name in names
     }
     shapes = {name: passed.params[name].shape for name in tracked}
+    groups = find_groups(recording, shapes, joint_bias, frozenset(ungrouped))
     every = [use.layer for use in recording.uses]
     entries = sum(prod(la.inputs.lead) * la.matrix[0] * la.matrix[1] for la in every)
     return replace(
         known,
         tracked=tracked,
-        groups=find_groups(recording, shapes, joint_bias, frozenset(ungrouped)),
+        groups=restricted(groups, subset, passed.forward.model),
         row_entries=max(1, entries // passed.n),
     )

@@ -28,25 +28,29 @@ class Interface:
     checked: int = 0
     looked: bool = False
 
-    def after(self, shapes: Mapping[str, torch.Size], n: int, output_rank: int) -> "Interface":
+    def after(
+        self, shapes: Mapping[str, torch.Size], n: int, output_rank: int, more: int = 0
+    ) -> "Interface":
         """What is known after a batch of n examples.
 
         Args:
             shapes: shapes of the inputs with axes, by place.
             n: number of examples, by the targets.
             output_rank: axes of the output.
+            more: axes that inputs have here and need not have in predictions, as those of pairs.
         """
         ranks, shared = dict(self.ranks), set(self.shared)
         for place, shape in shapes.items():
             if shape[0] == n and place not in shared:
-                ranks[place] = min(len(shape), ranks.get(place, len(shape)))
+                rank = max(1, len(shape) - more)
+                ranks[place] = min(rank, ranks.get(place, rank))
             elif shape[0] != n:
                 ranks.pop(place, None)
                 if shape[0] != 1:  # an axis of 1 may be repeated in one batch and whole in the next
                     shared.add(place)
         # One example may have lost its axis.
-        rank = max(self.output_rank, output_rank) if n > 1 else self.output_rank
-        return replace(self, ranks=ranks, shared=frozenset(shared), output_rank=rank)
+        outputs = max(self.output_rank, output_rank) if n > 1 else self.output_rank
+        return replace(self, ranks=ranks, shared=frozenset(shared), output_rank=outputs)
 
     def joined(self, other: "Interface") -> "Interface":
         """What two together have seen."""

@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.rows.entries import Entries
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -50,7 +52,17 @@ class Layout:
     @property
     def size(self) -> int:
         """Number of scalar parameters p."""
-        return sum(shape.numel() for shape in self.shapes)
+        return sum(each.count for each in self.entries)
+
+    @property
+    def entries(self) -> tuple[Entries, ...]:
+        """Which entries of each parameter the block has: all, unless it is a `PartLayout`."""
+        return tuple(Entries(shape) for shape in self.shapes)
+
+    @property
+    def whole(self) -> "Layout":
+        """How all entries lie in the group's matrices: itself, unless it is a `PartLayout`."""
+        return self
 
     @property
     def _chains(self) -> tuple[Chain, ...]:
@@ -79,6 +91,15 @@ class Layout:
             flat = part.reshape((*lead, self.parts, -1))
             unpacked[name] = unfold(flat, chain, len(lead) + 1).reshape((*lead, *shape))
         return unpacked
+
+    def by_entry(self, matrices: Tensor) -> dict[str, Tensor]:
+        """Matrices (..., b, o, i) as one vector (..., count) a parameter."""
+        lead = matrices.shape[:-3]
+        return {name: part.reshape((*lead, -1)) for name, part in self.unpack(matrices).items()}
+
+    def of_whole(self, matrices: Tensor) -> Tensor:
+        """The block's entries of the group's matrices (..., b, o, i): all of them."""
+        return matrices
 
     @cached_property
     def order(self) -> Tensor:

@@ -33,6 +33,9 @@ class Factored(Protocol):
     def as_outer(self) -> "Outer":
         """Both sides as tensors."""
 
+    def turned(self, left: Tensor, right: Tensor | None) -> "Factored":
+        """The gradients Uᵀ G W in bases U (b, o, o) and W (b, i, i); None for the identity."""
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -75,6 +78,25 @@ class Outer:
         """Itself."""
         return self
 
+    def turned(self, left: Tensor, right: Tensor | None) -> "Outer":
+        """Both sides turned."""
+        rows = torch.einsum("vbnto,bop->vbntp", self.left, left)
+        return Outer(
+            rows, self.right if right is None else torch.einsum("bnti,bij->bntj", self.right, right)
+        )
+
+    def entries(self, places: Tensor) -> Tensor:
+        """Some entries of the gradients, shape (v, n, k), without the matrices.
+
+        Args:
+            places: where they stand in matrices (b, o, i) once these are flattened, (k,).
+        """
+        o, i = self.left.shape[-1], self.right.shape[-1]
+        rows, columns = places // i, places // (o * i) * i + places % i  # of (b o) and (b i)
+        left = self.left.permute(0, 2, 3, 1, 4).flatten(3)[..., rows]  # (v, n, t, k)
+        right = self.right.permute(1, 2, 0, 3).flatten(2)[..., columns]  # (n, t, k)
+        return (left * right).sum(2)
+
 
 @dataclass(frozen=True)
 class LookedUp:
@@ -115,6 +137,12 @@ class LookedUp:
         squared = self.merged().square().sum(0).flatten(0, 1)  # (n t, o)
         out = squared.new_zeros(self.size, squared.shape[-1])
         return out.index_add_(0, self.index.flatten(), squared).mT[None]
+
+    def turned(self, left: Tensor, right: Tensor | None) -> Factored:
+        """The gradient rows turned: a table's own basis is the identity."""
+        if right is not None:
+            return self.as_outer().turned(left, right)
+        return LookedUp(self.left @ left[0], self.index, self.size)
 
     def as_outer(self) -> Outer:
         """With one-hot rows in full."""

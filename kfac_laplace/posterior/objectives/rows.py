@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.gradients.by_group import (
+    block_gradients,
     copied_gradients,
     factored_gradient,
-    gradient_pieces,
 )
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
@@ -239,7 +239,7 @@ def _rows(
     kept: Tensor,
 ) -> Rows | None:
     """Rows of those examples that a mask keeps; None where the outputs do not depend on them."""
-    if group.factored and group.name not in passed.without_rules:
+    if group.factored and group.part is None and group.name not in passed.without_rules:
         if group.diagonal:
             table = factored_gradient(passed, group, known)
             if isinstance(table, LookedUp):
@@ -249,11 +249,8 @@ def _rows(
             rows = _of_one_use(passed, group, known, kept)
             if rows is not None:
                 return rows
-    pieces = [*gradient_pieces(passed, group, known, copied)]
-    if not pieces:
-        return None
-    whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-    return Flat(_kept(whole[0].flatten(1), kept))
+    whole = block_gradients(passed, group, known, copied)
+    return None if whole is None else Flat(_kept(whole[0].flatten(1), kept))
 
 
 def _of_one_use(

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.by_group import (
+    block_gradients,
+    block_pieces,
     copied_gradients,
     factored_gradient,
     flat_gradients,
-    gradient_pieces,
-    gradients,
 )
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
@@ -200,13 +200,10 @@ def used_last(passed: ForwardPass, groups: Sequence[Group]) -> set[str]:
 
 
 def entries_inside(ggn: GGN, names: set[str]) -> Tensor:
-    """1 where an entry of all parameters behind one another is in these groups, else 0, (1, p)."""
+    """1 where an entry of all parameters behind one another is in these groups, else 0, (p,)."""
     inside = {p for group in ggn.groups if group.name in names for p in group.layout.params}
-    shapes = ggn.knowledge.full_layout
-    return torch.cat([
-        torch.full((shape.numel(),), float(param in inside))
-        for param, shape in zip(shapes.params, shapes.shapes, strict=True)
-    ])  # fmt: skip
+    entries = ggn.knowledge.entries.items()
+    return torch.cat([torch.full((each.count,), float(name in inside)) for name, each in entries])
 
 
 def _add_group(
@@ -218,7 +215,7 @@ def _add_group(
 ) -> None:
     """Add a group's share to the covariances (n, v / width, width, width) in `total`."""
     width = total.shape[-1]
-    if group.factored:
+    if group.factored and group.part is None:
         factored = factored_gradient(passed, group, known[0])
         if factored is not None:
             normal = block_normal(posterior, group.name, factored.left)
@@ -226,7 +223,7 @@ def _add_group(
             total += factored_covariance(normal, factored, width, passed.budget)
         return
     start = 0
-    for piece in gradient_pieces(passed, group, *known):
+    for piece in block_pieces(passed, group, *known):
         stop = start + piece.shape[1]
         total[start:stop] += covariance(block_normal(posterior, group.name, piece), piece, width)
         start = stop
@@ -240,18 +237,17 @@ def _matrices(
     rows = passed.rows(vectors, groups)
     copied = copied_gradients(passed, vectors)
     if posterior.ggn.options.hessian_structure == "full":
-        found = gradients(passed, groups, rows, copied)
-        flat = flat_gradients(found, posterior.ggn.knowledge.full_layout)
+        layout = posterior.ggn.knowledge.full_layout
+        flat = flat_gradients(passed, layout, (rows, copied))
+        if flat is None:  # the outputs depend on no parameter
+            flat = f.new_zeros(len(vectors), passed.n, layout.size)
         yield block_normal(posterior, "full", flat), flat[:, :, None, None]
         return
     for group in groups:
-        found = gradients(passed, [group], rows, copied)
-        if not found:  # the outputs do not depend on this group
-            empty = f.new_zeros(len(vectors), passed.n, *group.layout.matrix)
-            yield block_normal(posterior, group.name, empty), empty
-        else:
-            packed = group.layout.pack(found)
-            yield block_normal(posterior, group.name, packed), packed
+        found = block_gradients(passed, group, rows, copied)
+        if found is None:  # the outputs do not depend on this group
+            found = f.new_zeros(len(vectors), passed.n, *group.block_layout.matrix)
+        yield block_normal(posterior, group.name, found), found
 
 
 def block_normal(posterior: Posterior, name: str, like: Tensor) -> BlockNormal:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from kfac_laplace.curvature.gradients.by_group import flat_gradients
 from kfac_laplace.curvature.gradients.example_copies import mixed_examples
 from kfac_laplace.curvature.linalg.dtypes import accumulable, without_autocast
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch
@@ -328,9 +327,10 @@ def _matrices(
     """Each group's name and posterior with gradients (v, n, b, o, i); no name for all in one."""
     ggn = posterior.ggn
     if ggn.options.hessian_structure == "full":
-        flat = flat_gradients(found, ggn.knowledge.full_layout)
+        entries = ggn.knowledge.entries.items()
+        flat = torch.cat([each.take(found[name]) for name, each in entries], -1)
         yield None, block_normal(posterior, "full", flat), flat[:, :, None, None]
         return
     for group in ggn.groups:
-        packed = group.layout.pack({name: found[name] for name in group.layout.params})
+        packed = group.block_layout.pack(found)
         yield group.name, block_normal(posterior, group.name, packed), packed

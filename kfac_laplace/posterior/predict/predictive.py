@@ -64,6 +64,11 @@ class Predictive:
         return self._restore(finite(self._rows.mean, "E[y]", MEAN))
 
     @property
+    def output_mean(self) -> Tensor:
+        """Mean of the outputs f, shaped like the model's output."""
+        return self._restore(finite(self.mean_f, "outputs of the model", MEAN))
+
+    @property
     def covariance(self) -> Tensor:
         """Covariance of the outputs (latent, without noise): (n, c, c), or (n, t, c, c)."""
         covariance = finite(self.covariance_f, "covariance of the outputs", COVARIANCE)

@@ -175,11 +175,14 @@ class Predictor:
     def parameters(self, n: int, generator: Generator | None) -> Tensor:
         """Draws (n, P) in the order of the parameters."""
         check_whole("n_samples", n, 1)
-        mode = self.posterior.mode
-        drawn = self.posterior.deviations(n, self.source(generator))
-        flat = torch.cat([drawn[name].reshape(n, -1) for name in mode], 1)
-        centre = torch.cat([value.flatten() for value in mode.values()])
-        return finite(centre + self.scaling.scale.sqrt() * flat, "sampled parameters", WEIGHTS)
+        deviations = self.posterior.deviations(n, self.source(generator))
+        width = self.scaling.scale.sqrt()
+        centre = {name: v.expand(n, *v.shape) for name, v in self.posterior.drawn.items()}
+        drawn = [
+            (value + width * deviations[name] if name in deviations else value).reshape(n, -1)
+            for name, value in centre.items()
+        ]
+        return finite(torch.cat(drawn, 1), "sampled parameters", WEIGHTS)
 
     def functions(
         self,
