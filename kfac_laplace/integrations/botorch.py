@@ -142,8 +142,9 @@ class LaplaceModel(Model, FantasizeMixin):  # type: ignore[misc]  # botorch's ba
         if observation_noise is not False:
             covariance = covariance + torch.diag_embed(self._noise(observation_noise, mean))
         posterior = GPyTorchPosterior(self._normal(mean, covariance))
-        if hasattr(self, "outcome_transform"):
-            posterior = self.outcome_transform.untransform_posterior(posterior)
+        transform: Any = getattr(self, "outcome_transform", None)
+        if transform is not None:
+            posterior = transform.untransform_posterior(posterior)
         if posterior_transform is not None:
             return posterior_transform(posterior=posterior, X=X)
         return posterior
@@ -196,8 +197,9 @@ class LaplaceModel(Model, FantasizeMixin):  # type: ignore[misc]  # botorch's ba
         if not idcs or any(not -m <= index < m for index in idcs):
             raise InvalidValue("no such outputs", where="idcs", got=idcs, remedy=f"There are {m}")
         made = self._with_outputs([self._outputs[index] for index in idcs])
-        if hasattr(self, "outcome_transform"):
-            made.outcome_transform = self.outcome_transform.subset_output(idcs=idcs)
+        transform: Any = getattr(self, "outcome_transform", None)
+        if transform is not None:
+            made.outcome_transform = transform.subset_output(idcs=idcs)
         return made
 
     def _with_outputs(self, outputs: Sequence[int]) -> "LaplaceModel":

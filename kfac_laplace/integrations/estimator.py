@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -106,7 +107,9 @@ class LaplaceEstimator(BaseEstimator):  # type: ignore[misc]  # sklearn has no a
         self.device = device
         self.dtype = dtype
 
-    def train(self, X: Table, y: Table, likelihood: str, n_outputs: int, **noise: float) -> None:
+    def train(
+        self, X: Table, y: NDArray[Any], likelihood: str, n_outputs: int, **noise: float
+    ) -> None:
         """Train on a checked table and targets that the likelihood takes; set what is fitted."""
         check_whole("batch_size", self.batch_size, 1)
         check_positive("lr", self.lr)

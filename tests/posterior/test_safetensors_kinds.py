@@ -24,6 +24,13 @@ def likelihoods(name):
     return fit(net(), name, **({"sigma_noise": 0.6} if NAMED[name]().has_noise else {}))
 
 
+def rewards():
+    torch.manual_seed(0)
+    pairs = nn.Sequential(nn.Linear(4, 1), nn.Flatten()).double()  # (n, 2, 4) to (n, 2)
+    x, y = torch.randn(20, 2, 4, dtype=torch.float64), torch.randint(0, 2, (20,))
+    return Laplace(pairs, "reward_modeling", hessian_structure="diag").fit([(x, y)])
+
+
 def tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
     model[2].weight = model[0].weight
@@ -49,7 +56,8 @@ KINDS = {
         for name in ("mlp-tanh", "mlp-regression", "mlp-binary", "cnn", "vit", "tokens", "twice")
         for structure in ("kron", "diag", "full")
     },
-    **{name: lambda name=name: likelihoods(name) for name in NAMED},
+    **{name: lambda name=name: likelihoods(name) for name in NAMED if name != "reward_modeling"},
+    "reward_modeling": rewards,  # of pairs
     **{f"tuned {s}": lambda s=s: tuned(s, prior_structure="scalar") for s in ("kron", "full")},
     **{
         f"prior {structure}": lambda structure=structure: fit(
