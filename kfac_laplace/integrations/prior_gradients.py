@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kfac_laplace.curvature.linalg.dtypes import accumulable
@@ -47,15 +47,19 @@ class Pass:
 class PriorGradients:
     """Hooks on a network that add the prior's gradient to each gradient of its training loss.
 
-    Parameters that a pass does not use get nothing in it, as torch's weight decay has it.
+    Parameters that a pass does not use get nothing in it, as torch's weight decay has it. A network
+    has one such set of hooks: those of a training that broke go where new ones come. Copies of the
+    network, which take its hooks along, are left alone.
 
     Args:
         tuner: whose prior, likelihood and network.
         targets: finds those of the batch that the network was called with.
     """
 
+    _model: nn.Module | None = None  # of a copy
+
     def __init__(self, tuner: MarglikTuner, targets: Targets):
-        self._tuner, self._targets = tuner, targets
+        self._model, self._tuner, self._targets = tuner.model, tuner, targets
         self._calls: list[bool] = []  # of the model, and whether another was made inside
         self._open: Pass | None = None  # waits for its backward pass
         self._under_way: Pass | None = None
@@ -63,6 +67,8 @@ class PriorGradients:
         self._of_data, self._of_all = _nothing(), _nothing()
         self._checked = False
         model = tuner.model
+        for other in _at_work_on(model):
+            other.close()
         self._on_model = [
             model.register_forward_pre_hook(self._called),
             model.register_forward_hook(self._returned, with_kwargs=True),
@@ -82,6 +88,12 @@ class PriorGradients:
 
     def check_first(self) -> None:
         """`check` before the first step; `UnsupportedUse` where the model was not called for it."""
+        if not self._on_model:
+            raise UnsupportedUse(
+                "another callback tunes the same model",
+                where=type(self._tuner.model).__name__,
+                remedy="Leave one of them out: each would add a prior of its own",
+            )
         if self._checked:
             return
         if self._scale is None:
@@ -114,15 +126,19 @@ class PriorGradients:
 
     # --- the passes ----------------------------------------------------------------------------
 
-    def _trains(self) -> bool:
-        return self._tuner.model.training and torch.is_grad_enabled()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a copy of the network: hooks that do nothing."""
+        return object.__new__, (PriorGradients,)
 
-    def _called(self, model: Any, args: Any) -> None:
-        if self._trains():
+    def _trains(self, model: nn.Module) -> bool:
+        return model is self._model and model.training and torch.is_grad_enabled()
+
+    def _called(self, model: nn.Module, args: Any) -> None:
+        if self._trains(model):
             self._calls.append(False)
 
-    def _returned(self, model: Any, args: Any, kwargs: Any, returned: Any) -> None:
-        if not self._trains() or not self._calls:
+    def _returned(self, model: nn.Module, args: Any, kwargs: Any, returned: Any) -> None:
+        if not self._trains(model) or not self._calls:
             return
         around = self._calls.pop()
         if self._calls:
@@ -163,10 +179,9 @@ class PriorGradients:
         if made is not self._open:
             return
         along = (gradient * made.direction).sum(dtype=torch.float64)
-        scale = along / made.norm
-        if self._scale is not None:  # outputs of no gradient have the units of those before
-            scale = torch.where(made.norm > 0, scale, self._scale)
-        self._scale = scale
+        # Outputs of no gradient have the units of those before.
+        before = torch.zeros_like(along) if self._scale is None else self._scale
+        self._scale = torch.where(made.norm > 0, along / made.norm, before)
         self._of_data = self._of_data.to(along.device) + along.square()
         self._of_all = self._of_all.to(along.device) + gradient.double().square().sum()
         self._open, self._under_way = None, made
@@ -177,7 +192,16 @@ class PriorGradients:
         prior = None if made is None else made.prior.pop(parameter, None)
         if prior is None or scale is None:
             return gradient
-        return gradient + (scale * prior).to(gradient.dtype)
+        own = (scale * prior).to(gradient.dtype)
+        if gradient.is_sparse:  # a hook may not change that
+            own = own.to_sparse(gradient.sparse_dim())
+        return gradient + own
+
+
+def _at_work_on(model: nn.Module) -> list[PriorGradients]:
+    """Those whose hooks a network has."""
+    owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
+    return [one for one in owners if isinstance(one, PriorGradients) and one._model is model]
 
 
 def before_rounding(output: Tensor, hook: Callable[[Tensor], None]) -> None:
