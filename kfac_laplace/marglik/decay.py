@@ -30,7 +30,7 @@ def largest_decay(optimizer: HasParamGroups, model: nn.Module, tracked: Collecti
     """
     own = {id(p) for name, p in model.named_parameters() if name in tracked}
     groups = [group for group in optimizer.param_groups if _any_of(group["params"], own)]
-    return max((float(group.get("weight_decay", 0.0)) for group in groups), default=0.0)
+    return max((_as_number(group.get("weight_decay")) for group in groups), default=0.0)
 
 
 class DecayWatch:
@@ -91,6 +91,14 @@ def _look(
             type(optimizer).__name__,
             decay,
         )
+
+
+def _as_number(decay: Any) -> float:
+    """A weight decay; 0 where an optimiser means something else by the word."""
+    try:
+        return float(decay)
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def _any_of(params: Iterable[Any], own: set[int]) -> bool:

@@ -50,6 +50,19 @@ def test_weight_decay_is_said_once(kind, options, warned, problem, caplog):
     assert all(kind.__name__ in message and "weight_decay=0" in message for message in said)
 
 
+@pytest.mark.parametrize("decay", [None, (0.1, 0.2), "cosine"])
+def test_optimisers_that_mean_something_else_by_the_word_step(decay, problem, caplog):
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return None
+
+    model, x, y = problem
+    optimizer = Own(model.parameters())
+    optimizer.param_groups[0]["weight_decay"] = decay
+    steps(optimizer, MarglikTuner(model, "classification", 8), x, y)
+    assert SAID not in caplog.text
+
+
 def test_parameters_without_a_prior_may_decay(problem, caplog):
     model, x, y = problem
     tuner = MarglikTuner(model, "classification", 8, subset_of_weights=["2.*"])
