@@ -60,8 +60,9 @@ class LaplaceClassifier(ClassifierMixin, LaplaceEstimator):  # type: ignore[misc
     def predict_proba(self, X: Any) -> Table:
         """Class probabilities (n, classes)."""
         x = self.inputs(X)
-        probs: Tensor = self.posterior_(x)
-        return probs.double().cpu().numpy()
+        probs: Tensor = self.posterior_(x).double()
+        # Scikit-learn's metrics want sums of one in the digits of what they are given.
+        return (probs / probs.sum(-1, keepdim=True)).cpu().numpy()
 
     def predict(self, X: Any) -> Any:
         """The likeliest class of each row, (n,)."""

@@ -14,6 +14,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LinearRegression
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -203,6 +204,15 @@ def test_dtypes():
         model = LaplaceClassifier(**{**QUICK, "epochs": 2}, dtype=dtype).fit(given, y)
         assert next(model.posterior_.model.parameters()).dtype is want
         assert model.predict_proba(given).dtype == np.float64
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_probabilities_of_single_precision_sum_to_one_in_double(classes):
+    """Else `log_loss` warns that they are none."""
+    X, y = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32), np.arange(60) % classes
+    probs = LaplaceClassifier(**{**QUICK, "epochs": 2}).fit(X, y).predict_proba(X)
+    np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-15 * classes)
+    assert log_loss(y, probs) > 0
 
 
 def test_pickles_predict_the_same():
