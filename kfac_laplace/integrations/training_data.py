@@ -18,6 +18,8 @@ from kfac_laplace.errors import InvalidValue
 
 #: Samplers that draw each example of a data set once an epoch.
 EACH_ONCE = {SequentialSampler, RandomSampler, DistributedSampler}
+#: Whose loaders and samplers have their own ways through the same examples.
+SAME_EXAMPLES = "accelerate.data_loader"
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ class TrainingData:
 
 
 def in_order(training: Any) -> DataLoader[Any] | None:
-    """A loader of the same data set in its order, None where a sampler draws otherwise."""
+    """A loader of the same data set in its order; None where it is read in another way."""
     if not isinstance(training, DataLoader) or isinstance(training.dataset, IterableDataset):
+        return None
+    if _way_of(training) not in (DataLoader, SAME_EXAMPLES):  # which may change what is loaded
         return None
     if training.batch_sampler is None:  # examples come as batches
         return None
@@ -90,12 +94,20 @@ def _draws_each_once(training: DataLoader[Any]) -> bool:
     if type(batches) is not BatchSampler:
         return False
     sampler: Any = batches.sampler
-    known = {type(sampler), *type(sampler).__mro__} & EACH_ONCE
+    known = {*type(sampler).__mro__} & EACH_ONCE
     if not known or getattr(sampler, "replacement", False):
+        return False
+    if _way_of(sampler) not in (*EACH_ONCE, SAME_EXAMPLES):
         return False
     whole = getattr(sampler, "dataset", getattr(sampler, "data_source", None))
     drawn = getattr(sampler, "num_samples", length)
     return whole is not None and (DistributedSampler in known or drawn == length)
+
+
+def _way_of(iterable: Any) -> type | str:
+    """The class whose `__iter__` it has, `SAME_EXAMPLES` for any from there."""
+    own = next(kind for kind in type(iterable).__mro__ if "__iter__" in vars(kind))
+    return SAME_EXAMPLES if own.__module__ == SAME_EXAMPLES else own
 
 
 def _batch_size(training: DataLoader[Any]) -> int:
