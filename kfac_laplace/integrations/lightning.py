@@ -137,7 +137,9 @@ class MarglikCallback(Callback):
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: Any
     ) -> None:
         """Look at the loss before the first step is made with it."""
-        self._running.prior.check_first()
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(p.grad is not None for p in params):  # there are none where all batches were skipped
+            self._running.prior.check_first()
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Make the epoch's round and log it."""

@@ -211,6 +211,17 @@ def test_hooks_are_gone_after_a_fit_and_after_a_failure():
     assert hooks(broken) == 0
 
 
+def test_batches_may_be_skipped_from_the_first_on():
+    class Skips(Module):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    tunes = callback()
+    with pytest.warns(UserWarning, match="returned `None`"):
+        fitted(Skips(), data(), tunes)
+    assert len(tunes.tuner.history) == 3
+
+
 def hooks(module):
     modules = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
     return modules + sum(len(p._backward_hooks or ()) for p in module.parameters())
