@@ -144,6 +144,9 @@ class MarglikCallback(TrainerCallback):
         ended = round(state.epoch or 0)
         if abs((state.epoch or 0) - ended) < 1e-9:
             self._note(state, self._running.end_epoch(ended))
+        elif not (control.should_training_stop or control.should_epoch_stop):
+            # Data that do not know their number: the trainer takes all steps for one epoch.
+            self._note(state, self._running.end_epoch(self._running.epoch + 1))
 
     def on_save(
         self,

@@ -228,6 +228,18 @@ def test_early_stopping_ends_with_a_posterior(tmp_path):
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
+def test_streams_have_rounds_as_often_as_they_end(tmp_path):
+    """The trainer counts their epochs in parts of the whole training."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(sentences("sequence"))
+
+    model, tunes = model_for("sequence"), MarglikCallback(n_data=len(LENGTHS), **TUNED)
+    trained(model, Stream(), tmp_path, tunes, trainer=transformers.Trainer, max_steps=13)
+    assert [record.epoch for record in tunes.tuner.history] == [1, 2]  # of five steps each
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
