@@ -5,6 +5,7 @@ functions ask for its joint posterior at a few points, with gradients, and given
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.errors import InvalidType, InvalidValue, MissingPackage, UnsupportedUse
 from kfac_laplace.integrations.conditioning import Observations, Values
 from kfac_laplace.laplace import Laplace
+from kfac_laplace.posterior.gaussian import Posterior as WeightPosterior
 from kfac_laplace.posterior.predict.glm import output_features, output_mean
 from kfac_laplace.posterior.predict.in_graph import features_in_graph
 from kfac_laplace.posterior.predict.inputs import inputs_of
@@ -34,12 +36,25 @@ except ImportError as error:
     ) from error
 
 
+@dataclass(frozen=True)
+class Weights:
+    """N(θ*, κ P⁻¹), of which a process is made.
+
+    Args:
+        posterior: at κ = 1.
+        scale: κ, shape ().
+    """
+
+    posterior: WeightPosterior
+    scale: Tensor
+
+
 class LaplaceModel(Model, FantasizeMixin):  # type: ignore[misc]  # botorch's bases are Any
     """A fitted Laplace posterior of a regression, for BoTorch's acquisition functions.
 
-    Predictions are those of `laplace(x, joint=True)` at its hyperparameters of the moment, and the
-    network's parameters are constants: they are no parameters of this module, and `train` and
-    `eval` leave the network's mode alone.
+    Predictions are those of `laplace(x, joint=True)` at its hyperparameters of the moment; once
+    conditioned on observations, of that moment. The network's parameters are constants: they are no
+    parameters of this module, and `train` and `eval` leave the network's mode alone.
 
     Args:
         laplace: fitted, of a regression whose outputs are (n, m).
@@ -78,6 +93,7 @@ class LaplaceModel(Model, FantasizeMixin):  # type: ignore[misc]  # botorch's ba
         self.laplace = laplace
         self._outputs: tuple[int, ...] = tuple(range(laplace.n_outputs))
         self._seen: Observations | None = None
+        self._then: Weights | None = None  # by which the features of what was seen were made
         # As attributes only where there are some: BoTorch asks whether they exist.
         if input_transform is not None:
             self.input_transform = input_transform
@@ -173,12 +189,14 @@ class LaplaceModel(Model, FantasizeMixin):  # type: ignore[misc]  # botorch's ba
                 "no such argument", where="condition_on_observations", got=sorted(kwargs)
             )
         self.eval()
-        if Y.ndim < 2 or Y.shape[-2:] != (X.shape[-2], self.num_outputs):
+        fit = Y.ndim > 1 and Y.shape[-2:] == (X.shape[-2], self.num_outputs)
+        if not fit or not _broadcast(self.batch_shape, X.shape[:-2], Y.shape[:-2]):
             raise InvalidValue(
                 "observations have a row for each point and a column for each output",
                 where="Y",
                 got=f"shape {tuple(Y.shape)} for X {tuple(X.shape)}, {self.num_outputs} outputs",
-                remedy="Pass Y of shape (..., n, m)",
+                remedy="Pass Y of shape (..., n, m), whose batches broadcast with those of X, and "
+                "of earlier observations",
             )
         if hasattr(self, "outcome_transform"):
             Y, _ = self.outcome_transform(Y)
@@ -189,6 +207,7 @@ class LaplaceModel(Model, FantasizeMixin):  # type: ignore[misc]  # botorch's ba
             raise InvalidValue("variances must be positive", where="noise")
         made = self._with_outputs(self._outputs)
         made._seen = more if self._seen is None else self._seen.and_also(more)
+        made._then = self._weights
         return made
 
     def subset_output(self, idcs: list[int]) -> "LaplaceModel":
@@ -208,8 +227,13 @@ class LaplaceModel(Model, FantasizeMixin):  # type: ignore[misc]  # botorch's ba
             input_transform=getattr(self, "input_transform", None),
             outcome_transform=getattr(self, "outcome_transform", None),
         )
-        made._outputs, made._seen = tuple(outputs), self._seen
+        made._outputs, made._seen, made._then = tuple(outputs), self._seen, self._then
         return made
+
+    @property
+    def _weights(self) -> Weights:
+        """Those of the moment, or of the moment of the first observations."""
+        return self._then or Weights(self.laplace.posterior, self.laplace.posterior_scale)
 
     def _values(self, X: Tensor) -> Values:
         """f at the points of each batch, outputs of a point behind one another, in X's dtype."""
@@ -221,48 +245,56 @@ class LaplaceModel(Model, FantasizeMixin):  # type: ignore[misc]  # botorch's ba
                 remedy="Pass (..., q, d)",
             )
         *b, q, _ = X.shape
-        some = next(iter(self.laplace.posterior.mode_for_model.values()))
+        weights = self._weights
+        some = next(iter(weights.posterior.mode_for_model.values()))
         points = X.reshape(-1, X.shape[-1]).to(some)
         if torch.is_grad_enabled() and points.requires_grad:
-            mean, features = self._in_graph(points)
+            mean, features = self._in_graph(weights.posterior, points)
         else:
-            parts = [self._at(batch) for batch in self._pieces(points)]
+            pieces = self._pieces(weights.posterior, points)
+            parts = [self._at(weights.posterior, batch) for batch in pieces]
             mean, features = (torch.cat(each) for each in zip(*parts, strict=True))
-        features = features * self.laplace.posterior_scale.sqrt().to(features)
+        features = features * weights.scale.sqrt().to(features)
         chosen = list(self._outputs)
         mean = mean.unflatten(0, (len(points), -1))[:, chosen]
         features = features.unflatten(0, (len(points), -1))[:, chosen]
         shape = (*b, q * len(chosen))
         return Values(mean.reshape(shape).to(X), features.reshape(*shape, -1).to(X))
 
-    def _in_graph(self, points: Tensor) -> tuple[Tensor, Tensor]:
+    def _in_graph(self, posterior: WeightPosterior, points: Tensor) -> tuple[Tensor, Tensor]:
         """f (n m,) and φ (n m, p) with gradients in the points."""
-        mean, parts = features_in_graph(self.laplace.posterior, self._batch(points))
+        mean, parts = features_in_graph(posterior, self._batch(posterior, points))
         return mean, torch.cat(parts, 1)
 
-    def _at(self, batch: AnyBatch) -> tuple[Tensor, Tensor]:
+    def _at(self, posterior: WeightPosterior, batch: AnyBatch) -> tuple[Tensor, Tensor]:
         """f (n m,) and φ (n m, p)."""
-        posterior = self.laplace.posterior
         mean = output_mean(posterior, batch)[0].flatten()
         return mean, torch.cat(output_features(posterior, batch), 1)
 
-    def _pieces(self, points: Tensor) -> Iterator[AnyBatch]:
+    def _pieces(self, posterior: WeightPosterior, points: Tensor) -> Iterator[AnyBatch]:
         """Points as batches whose gradients stay under the budget."""
-        posterior = self.laplace.posterior
         entries = self.laplace.n_outputs * self.laplace.n_params
         step = at_once(entries, posterior.network.budget.gradients(points))
-        return iter(self._batch(points).split(step))
+        return iter(self._batch(posterior, points).split(step))
 
-    def _batch(self, points: Tensor) -> AnyBatch:
-        return inputs_of(self.laplace.posterior, points, self.laplace.dict_key_y)
+    def _batch(self, posterior: WeightPosterior, points: Tensor) -> AnyBatch:
+        return inputs_of(posterior, points, self.laplace.dict_key_y)
 
     def _noise(self, given: bool | Tensor | None, like: Tensor) -> Tensor:
         """Variances (*b, q m), like a mean: σ², for observations to come; σ²T, for those made."""
         if isinstance(given, Tensor):
             per_output = like.unflatten(-1, (-1, self.num_outputs))
+            if not _broadcast(given.shape, per_output.shape, into=per_output.shape):
+                raise InvalidValue(
+                    "noise has a variance for each observation",
+                    where="noise",
+                    got=f"shape {tuple(given.shape)}",
+                    remedy=f"Pass one that expands to {tuple(per_output.shape)}",
+                )
             return given.to(like).expand_as(per_output).flatten(-2)
-        noise = self.laplace.sigma_noise**2
-        noise = noise * self.laplace.temperature if given is None else noise
+        hyper = self._weights.posterior.hyperparameters
+        noise = hyper.sigma_noise**2
+        noise = noise * hyper.temperature if given is None else noise
         return noise.to(like).expand_as(like)
 
     def _normal(self, mean: Tensor, covariance: Tensor) -> MultivariateNormal:
@@ -274,3 +306,12 @@ class LaplaceModel(Model, FantasizeMixin):  # type: ignore[misc]  # botorch's ba
             return MultivariateNormal(mean, operator)
         table = mean.unflatten(-1, (-1, self.num_outputs))
         return MultitaskMultivariateNormal(table, operator, interleaved=True)
+
+
+def _broadcast(*shapes: torch.Size, into: torch.Size | None = None) -> bool:
+    """Whether shapes broadcast, to a given one if there is one."""
+    try:
+        found = torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return False
+    return into is None or found == into

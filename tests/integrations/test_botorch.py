@@ -124,6 +124,22 @@ def test_conditioning_is_bayes_rule_in_weights(several):
     torch.testing.assert_close(model.posterior(asked).mean.flatten(), g, **TOL)  # as it was
 
 
+@pytest.mark.parametrize("structure", ["kron", "full"])
+def test_what_was_conditioned_stays_at_its_hyperparameters(structure):
+    """Features at others would have no covariance with those that were observed."""
+    la, x, y = single(structure)
+    told = LaplaceModel(la).condition_on_observations(x[:4], y[:4] + 1)
+    before = told.posterior(x, observation_noise=True)
+    mean, variance = before.mean.clone(), before.variance.clone()
+    la.prior_precision, la.sigma_noise, la.posterior_scale = 5.0, 0.9, 2.0
+    la.fit([(x, 2 * y)])
+    after = told.posterior(x, observation_noise=True)
+    torch.testing.assert_close(after.mean, mean, **TOL)
+    torch.testing.assert_close(after.variance, variance, **TOL)
+    anew = LaplaceModel(la).condition_on_observations(x[:4], y[:4] + 1).posterior(x)
+    assert not torch.allclose(anew.mean, mean, rtol=1e-3)
+
+
 def test_fantasies_are_as_many_models(several):
     la, case = several
     model, x, asked = LaplaceModel(la), batches(case, 2, 3), batches(case, 4)
@@ -259,6 +275,10 @@ def test_what_is_no_process_is_refused():
         model.subset_output([1])
     with pytest.raises(InvalidValue, match="a row for each point"):
         model.condition_on_observations(x, y[:2])
+    with pytest.raises(InvalidValue, match="a row for each point"):
+        model.condition_on_observations(x.expand(4, *x.shape), y.expand(5, *y.shape))
+    with pytest.raises(InvalidValue, match="a variance for each observation"):
+        model.condition_on_observations(x, y, noise=torch.ones(7, 1))
     with pytest.raises(InvalidValue, match="must be positive"):
         model.condition_on_observations(x, y, noise=torch.zeros_like(y))
     with pytest.raises(InvalidType, match="no such argument"):
