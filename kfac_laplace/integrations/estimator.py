@@ -181,6 +181,13 @@ class LaplaceEstimator(BaseEstimator):  # type: ignore[misc]  # sklearn has no a
         if isinstance(self.optimizer, str):
             check_choice("optimizer", self.optimizer, OPTIMIZERS, "pass a class of torch.optim")
             return OPTIMIZERS[self.optimizer]
+        if not callable(self.optimizer):
+            raise InvalidType(
+                "neither a name nor a class of torch.optim",
+                where="optimizer",
+                got=repr(self.optimizer),
+                remedy=f"Choose from {[*OPTIMIZERS]}, or pass a class of torch.optim",
+            )
         return self.optimizer
 
     def inputs(self, X: Any) -> Tensor:

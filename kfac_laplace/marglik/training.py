@@ -1,6 +1,7 @@
 """`marglik_training`: the whole training loop in one call, as laplace-torch's users know it."""
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.kept import Kept
 from kfac_laplace.curvature.options import CurvatureKeywords, spelled
-from kfac_laplace.errors import InvalidValue
+from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.marglik.burn_in import BEGINNING
@@ -102,6 +103,7 @@ def marglik_training(
     Raises:
         InvalidValue: an empty loader, weight decay in `optimizer_kwargs`, a negative number of
             epochs, or bad data.
+        UnsupportedUse: an optimiser whose steps evaluate the loss again.
     """
     options = dict(optimizer_kwargs or {})
     if options.get("weight_decay"):
@@ -180,6 +182,14 @@ def _optimiser(of: type[Optimizer], tuner: MarglikTuner, options: Mapping[str, A
         made: Optimizer = of(tuner.model, likelihood, trained, **{**axis, **options})
     else:
         made = of(trained, **options)
+    closure = inspect.signature(type(made).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UnsupportedUse(
+            "steps of this optimiser evaluate the loss again, and this loop makes one pass a step",
+            where="optimizer_cls",
+            got=type(made).__name__,
+            remedy="Choose another, or write the loop with MarglikTuner.loss",
+        )
     for group in made.param_groups:
         if "weight_decay" in group:
             group["weight_decay"] = 0.0

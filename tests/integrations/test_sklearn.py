@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.errors import InvalidType, InvalidValue, UnsupportedUse
 
 pytest.importorskip("sklearn", minversion="1.6")
 from sklearn.base import clone
@@ -248,6 +248,8 @@ REFUSED = [
     ({"lr": -1}, InvalidValue, "positive"),
     ({"tuning": "offline"}, InvalidValue, "'online', 'post-hoc', 'none'"),
     ({"optimizer": "lbfgs"}, InvalidValue, "pass a class of torch.optim"),
+    ({"optimizer": torch.optim.LBFGS}, UnsupportedUse, "evaluate the loss again"),
+    ({"optimizer": None}, InvalidType, "neither a name nor a class"),
     ({"activation": "sin"}, InvalidValue, "'gelu', 'relu', 'silu', 'tanh'"),
     ({"dtype": "float16"}, InvalidValue, "float32 or float64"),
     ({"module": 3}, InvalidType, "neither a network"),
