@@ -29,7 +29,7 @@ class Line:
     Args:
         name: of the group, or of the parameter.
         parameters: number of entries.
-        treatment: "kron", "diag", "dense", "full", "unused" or "frozen".
+        treatment: "kron", "ekfac", "diag", "dense", "unused" or "frozen".
         gradients: where its gradients come from: "layer rule", or without one "copies by example".
         setting: "expand" or "reduce" of Kronecker blocks, one for each part.
         delta: least and largest prior precision; None outside the posterior.
@@ -98,7 +98,7 @@ def _of_group(
     posterior: Posterior, group: Group, coverage: Mapping[str, str], delta: Tensor, gamma: float
 ) -> Line:
     """One group."""
-    layout, ggn = group.layout, posterior.ggn
+    layout, ggn = group.block_layout, posterior.ggn
     setting = ggn.settings.get(group.name, "")
     return Line(
         group.name,
@@ -117,7 +117,7 @@ def _bytes_of_group(posterior: Posterior, group: Group) -> int:
     blocks = posterior.ggn.blocks
     if "full" in blocks:
         matrix = blocks["full"].tensors()["matrix"]
-        return group.layout.size * len(matrix) * matrix.element_size()
+        return group.block_layout.size * len(matrix) * matrix.element_size()
     return sum(one.numel() * one.element_size() for one in blocks[group.name].tensors().values())
 
 

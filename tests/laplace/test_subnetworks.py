@@ -242,9 +242,20 @@ def test_states_and_further_data(structure, tmp_path):
         other.load_state_dict(la.state_dict())
 
 
-def test_the_summary_counts_entries():
-    la, _, indices, *_ = fitted("mlp-tanh", "diag", prior_structure="layerwise")
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_summary_counts_entries(structure):
+    """By group and in all; of a full block each entry holds a row."""
+    la, case, indices, *_ = fitted("mlp-tanh", structure, few=True, prior_structure="layerwise")
     assert f"{len(indices)} parameters" in repr(la)
+    inside = [
+        layer for layer in la.report([(case.x, case.y)]).layers if layer.treatment != "frozen"
+    ]
+    entries = [layout.size for layout in la.posterior.prior.layouts.groups.values()]
+    assert [layer.parameters for layer in inside] == entries and sum(entries) == len(indices)
+    row = 8 * len(indices) if structure == "full" else 8
+    assert [layer.memory for layer in inside] == [row * count for count in entries]
+    total = la.summary().split("in the posterior")[1].split()[0]
+    assert int(total) == len(indices)
 
 
 def model_with_frozen_bias():
