@@ -38,6 +38,7 @@ class Carry:
         ]
         none = torch.zeros(2, 0, dtype=torch.int64, device=after.device)
         found = torch.cat([none, *(pair.to(after.device) for pair in pairs)], 1).unique(dim=1)
+        found = found[:, (found >= 0).all(0)]
         return cls(found[0], found[1], after.length)
 
     @property
@@ -119,9 +120,12 @@ def carried(
 
 
 def _places(prior: Prior) -> dict[str, Tensor]:
-    """For each parameter the places of its precisions: one, or one for each entry."""
+    """For each parameter the places of its precisions: one, or one for each entry.
+
+    Entries outside a subnetwork have none: −1.
+    """
     groups = prior.layouts.groups.items()
     if prior.constant_on_blocks:
         return {param: prior.index[name] for name, la in groups for param in la.params}
     spread = {name: prior.index[name].expand(la.matrix) for name, la in groups}
-    return {p: v for name, la in groups for p, v in la.unpack(spread[name]).items()}
+    return {p: v - 1 for name, la in groups for p, v in la.unpack(spread[name] + 1).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import build
 from pulls import data, network
 
 from kfac_laplace import Laplace
@@ -115,3 +116,30 @@ def test_layers_of_another_width_start_as_given_but_for_parameters_of_one_shape(
     model[0] = torch.nn.Linear(3, 5).double()
     model[2] = torch.nn.Linear(5, 3).double()
     assert_same(la.fit(d), model, d, [1.5, 2.0, 3.0])
+
+
+class Gated(torch.nn.Module):
+    """A layer beside the network, which has no effect until it is switched on."""
+
+    def __init__(self):
+        super().__init__()
+        self.beside, self.network = torch.nn.Linear(4, 3).double(), build("mlp-tanh").model
+        self.on = False
+
+    def forward(self, x):
+        return self.network(x) + self.beside(x) if self.on else self.network(x)
+
+
+def test_entries_of_a_subnetwork_go_on_by_name():
+    """A weight and its bias join: the bias comes first in their block, and none is mixed up."""
+    d, model = build("mlp-tanh").batches, Gated()
+    subset = torch.tensor([9, 10, 12, 20])  # row 2 of a weight (3, 4), the bias of row 0, another
+    la = Laplace(model, hessian_structure="diag", subset_of_weights=subset, prior_structure="unit")
+    la.fit(d)
+    la.prior_precision = torch.tensor([1.0, 2.0, 3.0])
+    before = la.prior_precision_diag
+    assert before.tolist() == [1.0, 1.0, 2.0, 3.0]
+    model.on = True
+    la.fit(d)
+    assert la.curvature.groups[0].layout.params == ("beside.weight", "beside.bias")
+    assert torch.equal(la.prior_precision_diag, before)
