@@ -12,6 +12,7 @@ from kfac_laplace.states.stored import Stored
 
 #: Sums that say nothing of an effect: what layers get, and bases.
 NO_SIGN = ("input_", "output_basis")
+BASES = ("input_basis", "output_basis")
 
 
 def checked_counts(found: Mapping[str, Stored], blocks: Mapping[str, Block]) -> dict[str, float]:
@@ -35,7 +36,8 @@ def checked_counts(found: Mapping[str, Stored], blocks: Mapping[str, Block]) -> 
 
 
 def _is_nonzero(block: Block) -> bool:
-    return any(bool(tensor.any()) for tensor in block.tensors().values())
+    """Whether data are in a block, whose bases stand where there are none as well."""
+    return any(bool(one.any()) for name, one in block.tensors().items() if name not in BASES)
 
 
 def checked_targets(stored: Stored, likelihood: Likelihood, counts: Mapping[str, float]) -> Tensor:
