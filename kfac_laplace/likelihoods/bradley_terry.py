@@ -85,6 +85,10 @@ class RewardPredictive(NormalPredictive):
             remedy="Look at its covariance, or predict pairs",
         )
 
+    def entropy(self) -> Tensor:
+        """Likewise."""
+        return self.information()
+
     def aleatoric(self) -> Tensor:
         """Likewise."""
         return self.information()

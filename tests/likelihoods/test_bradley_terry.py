@@ -140,8 +140,11 @@ def test_what_is_no_pair_is_refused(pairs):
     with pytest.raises(InvalidValue, match=r"outside 0\.\.1"):
         la.fit([(x, y + 1)])
     la.fit([(x, y)])
+    for score in ("entropy", "epistemic", "aleatoric"):
+        with pytest.raises(InvalidValue, match="never observed"):
+            getattr(la.predict(single), score)
     with pytest.raises(InvalidValue, match="never observed"):
-        _ = la.predict(single).epistemic
+        la.report([(x, y)], ood_loader=[single])
     with pytest.raises(InvalidValue, match="2 axes are expected"):
         la(single[0])
     with pytest.raises(InvalidValue, match="no class probabilities"):
