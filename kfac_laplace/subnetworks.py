@@ -17,7 +17,8 @@ from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.model.unchanged import undisturbed
-from kfac_laplace.errors import InvalidValue, NotFitted
+from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted
 from kfac_laplace.likelihoods import resolve
 from kfac_laplace.options import check_whole
 
@@ -39,7 +40,7 @@ class SubnetMask(ABC):
         Args:
             train_loader: training data, for masks that look at them.
         """
-        self._indices = self._mask(train_loader).nonzero()[:, 0]
+        self._indices = (self._mask(train_loader) & _trainable(self.model)).nonzero()[:, 0]
         return self._indices
 
     @property
@@ -134,11 +135,19 @@ class LargestVarianceDiagLaplaceSubnetMask(ScoreBasedSubnetMask):
             fits it where a loader is given.
 
     Raises:
+        InvalidType: no such posterior.
         InvalidValue: another structure, or more entries than its posterior has.
     """
 
     def __init__(self, model: nn.Module, n_params_subnet: int, diag_laplace_model: Any):
         super().__init__(model, n_params_subnet)
+        if not isinstance(getattr(diag_laplace_model, "options", None), CurvatureOptions):
+            raise InvalidType(
+                "not a Laplace of this library",
+                where="diag_laplace_model",
+                got=type(diag_laplace_model).__name__,
+                remedy="Pass Laplace(model, likelihood, hessian_structure='diag')",
+            )
         structure = diag_laplace_model.options.hessian_structure
         if structure != "diag":
             raise InvalidValue(

@@ -29,6 +29,12 @@ def test_frozen_entries_are_left_out():
     assert int(RandomSubnetMask(model, free).select().max()) == free - 1
     with pytest.raises(InvalidValue, match=f"has {free} trainable"):
         RandomSubnetMask(model, free + 1)
+    for mask in (
+        ParamNameSubnetMask(model, ["0.bias", "2.bias"]),
+        ModuleNameSubnetMask(model, [""]),
+        LastLayerSubnetMask(model, "0"),
+    ):
+        assert len(mask.select()) and int(mask.indices.max()) == free - 1
 
 
 def test_random_entries_come_from_their_generator_alone():
@@ -52,6 +58,8 @@ def test_variances_are_those_of_the_diagonal_posterior():
         LargestVarianceDiagLaplaceSubnetMask(case.model, 6, part).select(case.batches)
     with pytest.raises(InvalidValue, match="got hessian_structure='kron'"):
         LargestVarianceDiagLaplaceSubnetMask(case.model, 6, Laplace(case.model))
+    with pytest.raises(InvalidType, match="not a Laplace.*got ReLU"):
+        LargestVarianceDiagLaplaceSubnetMask(case.model, 6, torch.nn.ReLU())
 
 
 def test_parts_of_the_model():
