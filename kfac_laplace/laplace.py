@@ -459,7 +459,7 @@ class Laplace(LaplaceTorchWords):
 
     @property
     def coverage(self) -> dict[str, str]:
-        """How each parameter is treated: "kron", "diag", "dense", "frozen", or that it is "unused".
+        """How each parameter is treated: "kron", "ekfac", "diag", "dense", "frozen" or "unused".
 
         Unused parameters are in the posterior, which is their prior: no output depends on them.
         """
