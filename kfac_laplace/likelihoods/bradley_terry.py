@@ -52,6 +52,11 @@ class BradleyTerry(Categorical):
         """None is looked for: rewards may be in any range."""
         return ""
 
+    def hessian(self, f: Tensor) -> Tensor:
+        """p₀p₁ of the difference, whose small values keep their digits."""
+        both = f.new_tensor([[1.0, -1.0], [-1.0, 1.0]])
+        return f.softmax(-1).prod(-1)[..., None, None] * both
+
     def predict(self, latent: Latent, sigma: Tensor, link: str) -> RowPredictive:
         """Rewards of single inputs; of pairs the probabilities of being preferred."""
         if latent.mean.shape[-1] == 1:

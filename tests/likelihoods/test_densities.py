@@ -1,15 +1,22 @@
-"""Poisson, Student-t and heteroscedastic Gaussian: density, score, curvature and draws."""
+"""Poisson, Student-t, heteroscedastic Gaussian, preferences: density, score, curvature, draws."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import Bernoulli, Normal
 from torch.distributions import Poisson as TorchPoisson
 from torch.distributions import StudentT as TorchStudentT
 
-from kfac_laplace import Heteroscedastic, KfacLaplaceError, Likelihood, Poisson, StudentT
+from kfac_laplace import (
+    BradleyTerry,
+    Heteroscedastic,
+    KfacLaplaceError,
+    Likelihood,
+    Poisson,
+    StudentT,
+)
 from kfac_laplace.errors import InvalidType, InvalidValue
 
 ONE = torch.ones((), dtype=torch.float64)
@@ -18,6 +25,7 @@ LIKELIHOODS = {
     "poisson": Poisson(),
     "studentt": StudentT(df=3.5),
     "heteroscedastic": Heteroscedastic(),
+    "reward_modeling": BradleyTerry(),
 }
 each = pytest.mark.parametrize("likelihood", LIKELIHOODS.values(), ids=LIKELIHOODS.keys())
 
@@ -25,6 +33,13 @@ each = pytest.mark.parametrize("likelihood", LIKELIHOODS.values(), ids=LIKELIHOO
 def outputs(n=5, t=3, c=4, spread=1.5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return spread * torch.randn(n, t, c, dtype=torch.float64, generator=generator)
+
+
+def outputs_of(likelihood, targets=2, **options):
+    """Outputs for so many targets a row; of preferences for the one that a pair has."""
+    if isinstance(likelihood, BradleyTerry):
+        return outputs(c=2, **options)
+    return outputs(c=targets * (2 if isinstance(likelihood, Heteroscedastic) else 1), **options)
 
 
 def targets(likelihood, f, seed=1):
@@ -37,6 +52,8 @@ def torchs_own(likelihood: Likelihood, f: Tensor, sigma: Tensor):
         return TorchPoisson(f.exp())
     if likelihood is LIKELIHOODS["studentt"]:
         return TorchStudentT(3.5, f, sigma)
+    if likelihood is LIKELIHOODS["reward_modeling"]:
+        return Bernoulli(logits=f[..., 1] - f[..., 0])
     half = f.shape[-1] // 2
     first, second = f[..., :half], -0.5 * f[..., half:].exp()  # natural parameters
     return Normal(-first / (2 * second), (-2 * second).rsqrt())
@@ -44,18 +61,18 @@ def torchs_own(likelihood: Likelihood, f: Tensor, sigma: Tensor):
 
 @each
 def test_log_prob_is_the_normalised_sum_over_positions_and_outputs(likelihood):
-    f = outputs()
+    f = outputs_of(likelihood)
     y = targets(likelihood, f)
-    assert y.shape == ((5, 3, 2) if isinstance(likelihood, Heteroscedastic) else (5, 3, 4))
+    assert y.shape == ((5, 3) if isinstance(likelihood, BradleyTerry) else (5, 3, 2))
     sigma = SIGMA if likelihood.has_noise else ONE
-    want = torchs_own(likelihood, f, sigma).log_prob(y).flatten(1).sum(1)
+    want = torchs_own(likelihood, f, sigma).log_prob(y.to(f)).flatten(1).sum(1)
     torch.testing.assert_close(likelihood.log_prob(f, y, sigma), want)
     torch.testing.assert_close(likelihood.rows(f, sigma).log_prob(y).sum(1), want)
 
 
 @each
 def test_summed_statistic_gives_the_log_likelihood_at_any_sigma(likelihood):
-    f = outputs()
+    f = outputs_of(likelihood)
     y = targets(likelihood, f)
     statistic = likelihood.statistic(f[:2], y[:2]) + likelihood.statistic(f[2:], y[2:])
     assert statistic.dtype == torch.float64
@@ -68,10 +85,10 @@ def test_summed_statistic_gives_the_log_likelihood_at_any_sigma(likelihood):
 
 @each
 def test_scores_are_gradients_of_the_log_density(likelihood):
-    f = outputs().requires_grad_()
+    f = outputs_of(likelihood).requires_grad_()
     y = targets(likelihood, f.detach())
     for sigma in (ONE, SIGMA) if likelihood.has_noise else (ONE,):
-        log_prob = torchs_own(likelihood, f, sigma).log_prob(y).sum()
+        log_prob = torchs_own(likelihood, f, sigma).log_prob(y.to(f)).sum()
         (gradient,) = torch.autograd.grad(-log_prob, f)
         torch.testing.assert_close(likelihood.score_with_noise(f, y, sigma), gradient)
     torch.testing.assert_close(
@@ -82,7 +99,7 @@ def test_scores_are_gradients_of_the_log_density(likelihood):
 @each
 @pytest.mark.parametrize("spread", [0.0, 1.5, 10.0])
 def test_roots_rebuild_the_hessian(likelihood, spread):
-    f = outputs(spread=spread)
+    f = outputs_of(likelihood, spread=spread)
     hessian = likelihood.hessian(f)
     for columns in (likelihood.roots(f), Likelihood.roots(likelihood, f)):
         rebuilt = sum(s[..., :, None] * s[..., None, :] for s in columns)
@@ -100,12 +117,14 @@ def quadrature(likelihood: Likelihood, f: Tensor, sigma: Tensor) -> tuple[Tensor
     step = u[1] - u[0]
     if likelihood is LIKELIHOODS["poisson"]:
         y, steps = torch.arange(0.0, 400, dtype=torch.float64), ONE
+    elif likelihood is LIKELIHOODS["reward_modeling"]:
+        y, steps = torch.arange(2), ONE
     elif likelihood is LIKELIHOODS["studentt"]:  # heavy tails: steps that grow
         y, steps = f[0] + u.sinh(), u.cosh() * step
     else:
         spread = (-f[1] / 2).exp()
         y, steps = f[0] * (-f[1]).exp() + spread * u, spread * step
-    weights = torchs_own(likelihood, f, sigma).log_prob(y[:, None])[:, 0].exp() * steps
+    weights = torchs_own(likelihood, f, sigma).log_prob(y[:, None].to(f))[:, 0].exp() * steps
     torch.testing.assert_close(weights.sum(), ONE)
     return y, weights
 
@@ -114,11 +133,12 @@ def quadrature(likelihood: Likelihood, f: Tensor, sigma: Tensor) -> tuple[Tensor
 @pytest.mark.parametrize("seed", range(3))
 def test_the_curvature_is_the_expected_square_of_the_score(likelihood, seed):
     """E score = 0 and E score scoreᵀ = Λ, by sums over counts or quadrature over values."""
-    f = outputs(n=1, t=1, c=2 if isinstance(likelihood, Heteroscedastic) else 1, seed=seed)[0, 0]
+    f = outputs_of(likelihood, 1, n=1, t=1, seed=seed)[0, 0]
     for sigma in (ONE, SIGMA) if likelihood.has_noise else (ONE,):
         y, weights = quadrature(likelihood, f, sigma)
         rows = f.expand(len(y), 1, -1)
-        scores = likelihood.score_with_noise(rows, y[:, None, None], sigma)[:, 0]
+        observed = y[:, None] if isinstance(likelihood, BradleyTerry) else y[:, None, None]
+        scores = likelihood.score_with_noise(rows, observed, sigma)[:, 0]
         torch.testing.assert_close(weights @ scores, torch.zeros_like(f), rtol=0, atol=1e-9)
         got = torch.einsum("k,kc,kd->cd", weights, scores, scores)
         want = likelihood.precision(sigma) * likelihood.hessian(f[None, None])[0, 0]
@@ -129,16 +149,16 @@ def test_the_curvature_is_the_expected_square_of_the_score(likelihood, seed):
 @each
 def test_the_curvature_is_the_expected_hessian_of_the_loss(likelihood):
     """The information equality; for Poisson each y has the same Hessian, so that one will do."""
-    f = outputs(n=1, t=1, c=2 if isinstance(likelihood, Heteroscedastic) else 1)[0, 0]
+    f = outputs_of(likelihood, 1, n=1, t=1)[0, 0]
     y, weights = quadrature(likelihood, f, ONE)
     if likelihood is LIKELIHOODS["poisson"]:
         y, weights = y[3:4], torch.ones(1, dtype=torch.float64)
-    else:
+    elif len(y) > 2:
         y, weights = y[::8], 8 * weights[::8]
     hessians = torch.stack(
         [
             torch.autograd.functional.hessian(
-                lambda row, v=v: -torchs_own(likelihood, row, ONE).log_prob(v).sum(), f
+                lambda row, v=v: -torchs_own(likelihood, row, ONE).log_prob(v.to(row)).sum(), f
             )
             for v in y
         ]
@@ -151,7 +171,7 @@ def test_the_curvature_is_the_expected_hessian_of_the_loss(likelihood):
 def test_draws_have_the_likelihoods_moments(likelihood):
     """E over y of score scoreᵀ is the curvature: the law behind the Monte-Carlo Fisher."""
     n = 40_000
-    f = outputs(n=1, t=1, c=4).expand(n, 1, 4)
+    f = outputs_of(likelihood, n=1, t=1).expand(n, 1, -1)
     scores = likelihood.score(f, targets(likelihood, f))[:, 0]
     products = scores[:, :, None] * scores[:, None, :]
     error = (products.mean(0) - likelihood.hessian(f[:1])[0, 0]).abs()
@@ -161,14 +181,14 @@ def test_draws_have_the_likelihoods_moments(likelihood):
 
 @each
 def test_draws_follow_the_generator_and_leave_the_global_one(likelihood):
-    f, state = outputs(n=50), torch.get_rng_state()
+    f, state = outputs_of(likelihood, n=50), torch.get_rng_state()
     first, again, other = (targets(likelihood, f, seed=s) for s in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_only_student_t_scales_its_curvature_by_a_noise():
-    assert [kind.has_noise for kind in LIKELIHOODS.values()] == [False, True, False]
+    assert [kind.has_noise for kind in LIKELIHOODS.values()] == [False, True, False, False]
     torch.testing.assert_close(StudentT().precision(SIGMA), 1 / SIGMA**2)
     assert Poisson().precision(SIGMA) == 1 and Heteroscedastic().precision(SIGMA) == 1
     assert not any(kind.has_gaussian_noise for kind in LIKELIHOODS.values())
