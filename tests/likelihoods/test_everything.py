@@ -19,16 +19,19 @@ from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points
 NAMES = ("poisson", "studentt", "heteroscedastic")
 SIGMA = 0.6
 each = pytest.mark.parametrize("name", NAMES)
+#: Preferences show rewards, two for each label, and answer some questions in another way.
+every = pytest.mark.parametrize("name", (*NAMES, "reward_modeling"))
 
 
 def width(name: str) -> int:
     """Outputs for each target."""
-    return 2 if name == "heteroscedastic" else 1
+    return 2 if name in ("heteroscedastic", "reward_modeling") else 1
 
 
 def example(name: str, targets: int = 2, tokens: bool = False) -> Case:
-    """A small net whose targets are draws from its own outputs."""
+    """A small net whose targets are draws from its own outputs; of preferences one each."""
     shape = (5, 4) if tokens else (4,)
+    targets = 1 if name == "reward_modeling" else targets
     net = nn.Sequential
     plain = seeded_case(
         lambda: net(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, targets * width(name))), shape
@@ -37,7 +40,7 @@ def example(name: str, targets: int = 2, tokens: bool = False) -> Case:
     output = plain.model(plain.x).detach()
     f = likelihood.align(output, -1)
     y = likelihood.sample(f, torch.Generator().manual_seed(4))
-    y = y.reshape(*output.shape[:-1], targets)
+    y = y.reshape(*output.shape[:-1], *(() if name == "reward_modeling" else (targets,)))
     batches = list(zip(plain.x.split((4, 3)), y.split((4, 3)), strict=True))
     return Case(plain.model, name, batches)
 
@@ -60,8 +63,10 @@ def dense_curvature(case: Case, likelihood: Likelihood):
     return j.reshape(len(output), -1, j.shape[-1]), hessian
 
 
-@each
-@pytest.mark.parametrize("tokens", [False, True], ids=["rows", "tokens"])
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("reward_modeling", False), *((n, tokens) for tokens in (False, True) for n in NAMES)],
+)
 def test_full_curvature_and_evidence_equal_dense_algebra(name, tokens):
     case = example(name, tokens=tokens)
     la = fit(case, hessian_structure="full", prior_precision=0.7, temperature=0.5, **noise(name))
@@ -84,7 +89,7 @@ def test_full_curvature_and_evidence_equal_dense_algebra(name, tokens):
     torch.testing.assert_close(la.log_marginal_likelihood(), evidence)
 
 
-@each
+@every
 def test_leave_one_out_moments_equal_dense_algebra(name):
     """f + S g and S = J (P - Jᵀ H J)^-1 Jᵀ with g at the noise of the fit, by autograd."""
     case = example(name)
@@ -104,7 +109,7 @@ def test_leave_one_out_moments_equal_dense_algebra(name):
         torch.testing.assert_close(points.mean[n].flatten(), want, rtol=1e-8, atol=1e-8)
 
 
-@each
+@every
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("fisher", ["exact", "hybrid", "mc", "empirical"])
 def test_every_estimator_and_structure_predicts(name, structure, fisher):
@@ -112,8 +117,8 @@ def test_every_estimator_and_structure_predicts(name, structure, fisher):
     la = fit(case, hessian_structure=structure, fisher=fisher, **noise(name))
     before = float(la.log_marginal_likelihood())
     assert float(la.optimize_prior().log_marginal_likelihood()) >= before
-    mean = la(case.x)
-    assert mean.shape == case.y.shape and torch.isfinite(mean).all()
+    mean = la.predict(case.x).mean
+    assert mean.shape == (7, 2) and torch.isfinite(mean).all()
 
 
 @each
@@ -141,7 +146,7 @@ def test_every_question_has_an_answer(name, targets):
         la(case.x, joint=True)
 
 
-@each
+@every
 def test_scales_and_priors_by_validation(name):
     case = example(name)
     la = fit(case, **noise(name))
@@ -150,10 +155,10 @@ def test_scales_and_priors_by_validation(name):
         kappa = float(la.calibrate(loader, method).posterior_scale)
         assert 0 <= kappa < 1000 and float(la.log_marginal_likelihood()) == evidence
     la.optimize_prior("gridsearch", val_loader=case.batches)
-    assert torch.isfinite(la(case.x)).all()
+    assert torch.isfinite(la.predict(case.x).mean).all()
 
 
-@each
+@every
 def test_the_scale_of_one_output_is_the_best_by_its_own_distribution(name):
     """Loss by `distribution().log_prob`; no kappa on a grid does better."""
     case = example(name, targets=1)
@@ -168,7 +173,7 @@ def test_the_scale_of_one_output_is_the_best_by_its_own_distribution(name):
         assert best <= loss() + 1e-4  # the search stops within 1e-4 nats
 
 
-@each
+@every
 def test_files_and_states_hold_the_likelihood(name, tmp_path):
     case = example(name)
     la = fit(Case(case.model, case.likelihood, case.batches[:1]), **noise(name))
@@ -185,7 +190,7 @@ def test_files_and_states_hold_the_likelihood(name, tmp_path):
     torch.testing.assert_close(loaded(case.x), whole(case.x))
 
 
-@each
+@every
 def test_curvatures_merge(name):
     case = example(name)
     parts = [Curvature(case.model, name).fit([batch]) for batch in case.batches]
@@ -220,7 +225,7 @@ def test_training_by_the_evidence(name, fisher):
     assert torch.isfinite(la(case.x)).all()
 
 
-@each
+@every
 def test_the_tuners_loss_is_the_negative_log_joint(name):
     case = example(name)
     tuner = MarglikTuner(case.model, name, 7, prior_precision=2.5, temperature=0.5, **noise(name))

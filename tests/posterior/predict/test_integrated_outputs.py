@@ -10,7 +10,15 @@ from torch.distributions import Normal
 from torch.distributions import Poisson as TorchPoisson
 from torch.distributions import StudentT as TorchStudentT
 
-from kfac_laplace import Bernoulli, Gaussian, Heteroscedastic, Likelihood, Poisson, StudentT
+from kfac_laplace import (
+    Bernoulli,
+    BradleyTerry,
+    Gaussian,
+    Heteroscedastic,
+    Likelihood,
+    Poisson,
+    StudentT,
+)
 from kfac_laplace.likelihoods import Latent
 from kfac_laplace.posterior.predict.predictive import Predictive
 
@@ -165,6 +173,24 @@ def test_defaults_agree_with_the_probit_link_where_both_hold():
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     linked = predictive(Bernoulli(), MEAN, VARIANCE).mean
     torch.testing.assert_close(linked, want, rtol=0, atol=0.02)
+
+
+def test_preferences_average_over_the_difference_of_rewards():
+    """r₁ − r₀ alone counts: its Gaussian by quadrature, for draws of both and the link."""
+    mean = torch.tensor([[-1.0, 0.4], [0.3, 0.1]], dtype=torch.float64)
+    covariance = torch.tensor([[[0.5, 0.2], [0.2, 0.4]], [[0.9, -0.3], [-0.3, 0.6]]]).double()
+    along = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    f = (mean @ along)[:, None] + (covariance @ along @ along).sqrt()[:, None] * Z  # (2, 100)
+    want = f.sigmoid() @ W
+    z = torch.randn(40_000, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    draws = mean + (torch.linalg.cholesky(covariance) @ z[..., None])[..., 0]
+    got = predictive(BradleyTerry(), mean, covariance, samples=draws[:, :, None])
+    error = ((f.sigmoid().square() @ W - want**2) / 40_000).sqrt()
+    assert ((got.probs[:, 1] - want).abs() <= 5 * error).all()
+    torch.testing.assert_close(got.distribution().probs, got.probs)
+    linked = predictive(BradleyTerry(), mean, covariance).probs
+    # MacKay's approximation is within 0.02 of it.
+    torch.testing.assert_close(linked[:, 1], want, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("ratio", [1e-2, 1.0, 12.0])
