@@ -828,7 +828,8 @@ class Laplace(LaplaceTorchWords):
     def _take_state(self, state_dict: Mapping[str, Any], remedy: str, weights: Weights) -> None:
         """Take over a state; the remedy is for options other than the stored ones."""
         own = self._plain_options()
-        found = state.restored(state_dict, self.model, self.options, own, remedy, weights)
+        with torch.inference_mode(False):  # as `files.read`
+            found = state.restored(state_dict, self.model, self.options, own, remedy, weights)
         self._adopt(found.curvature, found.mode, found.hyperparameters, found.sharing)
         self._scaling, self._data, self._held_out = found.scaling, TrainingData(), TrainingData()
         delta = self._hyper.prior_precision

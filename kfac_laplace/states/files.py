@@ -187,12 +187,13 @@ def read(file: File) -> Any:
         InvalidValue: what is in it is no such data: cut short, damaged, or of another kind.
         InvalidType: neither a path nor a file.
     """
-    if isinstance(file, str | os.PathLike):
-        with open(file, "rb") as opened:
-            return _loaded(opened, os.fspath(file))
-    if not hasattr(file, "read") or _is_text(file):
-        raise _no_file(file)
-    return _loaded(file, "file")
+    with torch.inference_mode(False):  # what was read there may be differentiated elsewhere
+        if isinstance(file, str | os.PathLike):
+            with open(file, "rb") as opened:
+                return _loaded(opened, os.fspath(file))
+        if not hasattr(file, "read") or _is_text(file):
+            raise _no_file(file)
+        return _loaded(file, "file")
 
 
 def _loaded(file: Any, where: str) -> Any:

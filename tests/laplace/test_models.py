@@ -210,3 +210,20 @@ def test_unused_parameters_have_zero_curvature(structure):
     torch.testing.assert_close(la.log_det_ratio, alone.log_det_ratio)
     torch.testing.assert_close(la.scatter, alone.scatter + 5)
     torch.testing.assert_close(la(case.x), alone(case.x))
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full"])
+def test_what_was_loaded_in_inference_mode_predicts_outside(structure, suffix, tmp_path):
+    if suffix == "safetensors":
+        pytest.importorskip("safetensors")
+    case = build("mlp-tanh")
+    la = Laplace(case.model, hessian_structure=structure).fit(case.batches)
+    la.save(tmp_path / f"la.{suffix}")
+    with torch.inference_mode():
+        loaded = Laplace.load(tmp_path / f"la.{suffix}", case.model)
+    assert torch.equal(loaded(case.x), la(case.x))
+    x = case.x.clone().requires_grad_()
+    loaded(x, link_approx="probit", enable_backprop=True)[:, 0].sum().backward()
+    assert bool(x.grad.any())
+    loaded.optimize_prior().fit(case.batches, override=False)
