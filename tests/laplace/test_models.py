@@ -43,6 +43,16 @@ def test_fitting_and_tuning_under_no_grad_and_inference_mode(structure, context)
 
 
 @everywhere
+def test_what_was_fitted_in_inference_mode_has_gradients_outside(structure):
+    case = build("mlp-tanh")
+    with torch.inference_mode():
+        la = Laplace(case.model, hessian_structure=structure).fit(case.batches)
+    x = case.x.clone().requires_grad_()
+    la(x, link_approx="probit", enable_backprop=True)[:, 0].sum().backward()
+    assert bool(x.grad.any())
+
+
+@everywhere
 def test_predictions_are_at_the_weights_of_the_fit(structure):
     """Training on after `fit` does not move a posterior in use."""
     la, case = dense.fit("mlp-tanh", hessian_structure=structure)

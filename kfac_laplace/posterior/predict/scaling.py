@@ -127,12 +127,12 @@ class Scaling:
 
     def moments(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """f/τ and κΣ/τ²."""
-        tau = self.temperature
-        return mean / tau.to(mean), covariance * (self.scale / tau.square()).to(mean)
+        scale, tau = self.scale.clone(), self.temperature.clone()  # may be of inference mode
+        return mean / tau.to(mean), covariance * (scale / tau.square()).to(mean)
 
     def samples(self, f: Tensor) -> Tensor:
         """Outputs of functions drawn with covariances times κ, divided by τ."""
-        return f if float(self.temperature) == 1 else f / self.temperature.to(f)
+        return f if float(self.temperature) == 1 else f / self.temperature.clone().to(f)
 
     def link(self, link: str, likelihood: Likelihood, said: MutableSet[str]) -> str:
         """What "auto" is; other links are themselves.
