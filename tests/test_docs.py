@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from kfac_laplace.curvature.layers import registry
 
@@ -93,6 +94,14 @@ def test_examples_run(page, tmp_path, monkeypatch):
 def prompts(path):
     """Number of statements of the examples in a file's docstrings."""
     return sum(text.count(">>> ") for text in docstrings(path))
+
+
+@pytest.fixture(autouse=True)
+def default_dtype():
+    """Puts torch's default precision back, which an example may set for its process."""
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture(autouse=True)
