@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,11 +98,13 @@ def prompts(path):
 
 
 @pytest.fixture(autouse=True)
-def default_dtype():
-    """Puts torch's default precision back, which an example may set for its process."""
+def process():
+    """Leaves the process as it was: an example may set torch's default precision and show figures."""
     before = torch.get_default_dtype()
     yield
     torch.set_default_dtype(before)
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(autouse=True)
