@@ -99,7 +99,7 @@ def prompts(path):
 
 @pytest.fixture(autouse=True)
 def process():
-    """Leaves the process as it was: an example may set torch's default precision and show figures."""
+    """Leaves the process as it was: an example may set the default precision and show figures."""
     before = torch.get_default_dtype()
     yield
     torch.set_default_dtype(before)
