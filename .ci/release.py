@@ -35,6 +35,12 @@ def absolute(readme, url, revision):
     return LINK.sub(turned, readme)
 
 
+def version():
+    """The package's, without importing it."""
+    text = (ROOT / "kfac_laplace" / "version.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
+
+
 def build(url, into):
     """The wheel and the source distribution of what git tracks."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
@@ -43,14 +49,12 @@ def build(url, into):
         for name in listed.stdout.decode().split("\0")[:-1]:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
-        text = (ROOT / "kfac_laplace" / "__init__.py").read_text(encoding="utf-8")
-        version = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
         readme = (tree / "README.md").read_text(encoding="utf-8")
-        readme = absolute(readme, url, f"v{version}")
+        readme = absolute(readme, url, f"v{version()}")
         (tree / "README.md").write_text(readme, encoding="utf-8")
         command = [sys.executable, "-m", "build", "--outdir", str(into), str(tree)]
         subprocess.run(command, check=True)
-    return sorted(into.glob(f"kfac_laplace-{version}*"))
+    return sorted(into.glob(f"kfac_laplace-{version()}*"))
 
 
 def installs(file, constraints):

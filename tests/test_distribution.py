@@ -97,10 +97,10 @@ def test_the_readme_of_a_release_has_absolute_links(release):
     assert links and all(re.match(r"https?:|#", link) for link in links)
 
 
-def test_citation_and_package_have_one_version():
+def test_citation_release_and_package_have_one_version(release):
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
-    assert citation["version"] == kfac_laplace.__version__
+    assert citation["version"] == release.version() == kfac_laplace.__version__
 
 
 def test_an_import_loads_nothing_that_is_rarely_used():
