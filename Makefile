@@ -32,7 +32,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt .ci/torchvision_operators.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is not Python 3.10 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.11"; \
 		exit 1; }
-	@echo "Installing into $(VENV): a minute or two where there is no cache."
+	@echo "Installing into $(VENV): a few minutes where there is no cache."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		--editable '.[$(EXTRAS)]'
