@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from dataclasses import replace as dataclass_replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, overload
 
 import torch
 from torch import Generator, Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.estimate.blocks import Structure
-from kfac_laplace.curvature.estimate.fisher import Fisher
+from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
@@ -23,14 +23,24 @@ from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.fingerprint import Weights, fingerprint
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.options import CurvatureOptions, suggesting
+from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
-from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.keywords import (
+    Answer,
+    LaplaceKeywords,
+    MeanAndCovariance,
+    ShowsMean,
+    ShowsOutputs,
+)
+from kfac_laplace.likelihoods import Likelihood, LikelihoodName
+from kfac_laplace.likelihoods.links import Link
 from kfac_laplace.migration.arguments import chosen_subset, ordered
+from kfac_laplace.migration.prior_search import Method
 from kfac_laplace.migration.words import LaplaceTorchWords
 from kfac_laplace.options import check_iterable, check_positive, check_text, check_whole
 from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate.choice import Choice
+from kfac_laplace.posterior.calibrate.choice import Method as CalibrationMethod
 from kfac_laplace.posterior.calibrate.prior_grid import grid_search
 from kfac_laplace.posterior.calibrate.training_data import TrainingData
 from kfac_laplace.posterior.carry import carried
@@ -53,7 +63,7 @@ from kfac_laplace.posterior.objectives import (
 from kfac_laplace.posterior.optimum import Search
 from kfac_laplace.posterior.predict.loader import predict_loader
 from kfac_laplace.posterior.predict.predictive import Predictive
-from kfac_laplace.posterior.predict.predictor import Predictor
+from kfac_laplace.posterior.predict.predictor import Predictor, PredType
 from kfac_laplace.posterior.predict.scaling import Scaling
 from kfac_laplace.posterior.prior import (
     Given,
@@ -82,7 +92,7 @@ log = logging.getLogger("kfac_laplace")
 _NO_OPTION = {"self", "model", "subnetwork_indices", "subnetwork_mask"}
 
 
-class Laplace(LaplaceTorchWords):
+class Laplace(LaplaceTorchWords, Generic[Answer]):
     """Laplace approximation N(θ*, P⁻¹), P = H/(σ²T) + diag δ, of a trained network [REDUX21].
 
     Args:
@@ -121,23 +131,47 @@ class Laplace(LaplaceTorchWords):
         UnsupportedUse: a model that cannot be recorded.
     """
 
+    @overload
+    def __init__(
+        self: "Laplace[MeanAndCovariance]",
+        model: nn.Module,
+        likelihood: ShowsOutputs,
+        **options: Unpack[LaplaceKeywords],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Laplace[Tensor]",
+        model: nn.Module,
+        likelihood: ShowsMean = "classification",
+        **options: Unpack[LaplaceKeywords],
+    ) -> None: ...
+
+    @overload  # one of the two is not known beforehand
+    def __init__(
+        self: "Laplace[Any]",
+        model: nn.Module,
+        likelihood: LikelihoodName | Likelihood = "classification",
+        **options: Unpack[LaplaceKeywords],
+    ) -> None: ...
+
     @suggesting
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood = "classification",
+        likelihood: LikelihoodName | Likelihood = "classification",
         *,
         hessian_structure: Structure = "kron",
         subset_of_weights: Subset | GivenSubnetwork = "all",
         kfac_approx: KfacApprox = "auto",
-        fisher: str | Fisher = "exact",
+        fisher: FisherName | Fisher = "exact",
         prior_precision: Given = 1.0,
         prior_structure: PriorStructure = "layerwise",
         prior_mean: Given = 0.0,
         sigma_noise: float | Tensor = 1.0,
         temperature: float = 1.0,
         joint_bias: bool = True,
-        uncovered: str = "diag",
+        uncovered: Uncovered = "diag",
         seed: int = 0,
         factor_dtype: FactorDtype = "auto",
         dict_key_y: str = "labels",
@@ -532,7 +566,7 @@ class Laplace(LaplaceTorchWords):
 
     def optimize_prior(
         self,
-        method: str = "marglik",
+        method: Method = "marglik",
         *,
         objective: str | AnyObjective = "auto",
         val_loader: Iterable[Any] | None = None,
@@ -601,7 +635,9 @@ class Laplace(LaplaceTorchWords):
         loaders = self._data.loaders if loader is None else (loader,)
         return Data(loaders, self.dict_key_y, self.options.seed)
 
-    def calibrate(self, loader: Iterable[Any] | None = None, method: str = "auto") -> Self:
+    def calibrate(
+        self, loader: Iterable[Any] | None = None, method: CalibrationMethod = "auto"
+    ) -> Self:
         """Choose `posterior_scale` κ, and with held-out data `predictive_temperature` τ as well.
 
         Held-out data choose both by the predictive NLL, with log τ ~ N(0, ½²) so that few of them
@@ -632,12 +668,51 @@ class Laplace(LaplaceTorchWords):
     def _predictor(self) -> Predictor:
         return Predictor(self.posterior, self._scaling, self.seed, self.dict_key_y, self._said)
 
+    @overload
     def __call__(
         self,
         x: Any,
-        pred_type: str = "glm",
-        link_approx: str = "auto",
-        joint: bool = False,
+        pred_type: PredType = "glm",
+        link_approx: Link = "auto",
+        joint: Literal[False] = False,
+        n_samples: int = 100,
+        generator: Generator | None = None,
+        *,
+        enable_backprop: bool = False,
+    ) -> Answer: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Any,
+        pred_type: PredType = "glm",
+        link_approx: Link = "auto",
+        *,
+        joint: Literal[True],
+        n_samples: int = 100,
+        generator: Generator | None = None,
+        enable_backprop: bool = False,
+    ) -> MeanAndCovariance: ...
+
+    @overload  # by position, in either order
+    def __call__(
+        self,
+        x: Any,
+        pred_type: PredType,
+        link_approx: Link | bool,
+        joint: Link | bool = False,
+        n_samples: int = 100,
+        generator: Generator | None = None,
+        *,
+        enable_backprop: bool = False,
+    ) -> Any: ...
+
+    def __call__(
+        self,
+        x: Any,
+        pred_type: PredType = "glm",
+        link_approx: Link | bool = "auto",
+        joint: Link | bool = False,
         n_samples: int = 100,
         generator: Generator | None = None,
         *,
@@ -674,8 +749,8 @@ class Laplace(LaplaceTorchWords):
     def predict(
         self,
         x: Any,
-        pred_type: str = "glm",
-        link_approx: str = "auto",
+        pred_type: PredType = "glm",
+        link_approx: Link = "auto",
         n_samples: int = 100,
         generator: Generator | None = None,
         *,
@@ -692,8 +767,8 @@ class Laplace(LaplaceTorchWords):
     def predict_loader(
         self,
         loader: Iterable[Any],
-        pred_type: str = "glm",
-        link_approx: str = "auto",
+        pred_type: PredType = "glm",
+        link_approx: Link = "auto",
         n_samples: int = 100,
         generator: Generator | None = None,
         *,

@@ -64,6 +64,7 @@ pretrained
 report
 migration
 subnetworks
+keywords
 laplace
 optim
 marglik

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from kfac_laplace.curvature.accumulate import with_batch
 from kfac_laplace.curvature.estimate.blocks import Block, Structure
-from kfac_laplace.curvature.estimate.fisher import Fisher
+from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox, Setting
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.effect import check_effect, tell_unused
@@ -22,10 +22,10 @@ from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.options import CurvatureOptions, suggesting
+from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
 from kfac_laplace.curvature.state import ggn_from_state, ggn_to_state
 from kfac_laplace.errors import InvalidValue, NotFitted
-from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.likelihoods import Likelihood, LikelihoodName
 from kfac_laplace.options import check_iterable, check_text
 from kfac_laplace.states.plain import check_seal, sealed
 from kfac_laplace.states.stored import FORMAT, opened, refusing_damage
@@ -66,14 +66,14 @@ class Curvature:
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood,
+        likelihood: LikelihoodName | Likelihood,
         *,
         kfac_approx: KfacApprox = "auto",
-        fisher: str | Fisher = "exact",
+        fisher: FisherName | Fisher = "exact",
         hessian_structure: Structure = "kron",
         subset_of_weights: Subset | GivenSubnetwork = "all",
         joint_bias: bool = True,
-        uncovered: str = "diag",
+        uncovered: Uncovered = "diag",
         seed: int = 0,
         factor_dtype: FactorDtype = "auto",
         class_axis: int | None = None,

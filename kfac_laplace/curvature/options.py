@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import numpy
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kfac_laplace import likelihoods
 from kfac_laplace.curvature.estimate import fisher as fishers
 from kfac_laplace.curvature.estimate.blocks import FACTORED, STRUCTURES, Structure
-from kfac_laplace.curvature.estimate.fisher import Fisher
+from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox, check_kfac_approx
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.gradients.subnetwork import Subnetwork
@@ -26,7 +26,8 @@ from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_choice, check_seed, check_whole, unknown
 
-UNCOVERED = ("diag", "error", "freeze")
+Uncovered = Literal["diag", "error", "freeze"]
+UNCOVERED: tuple[Uncovered, ...] = get_args(Uncovered)
 #: What stands in plain data for a function, which they cannot hold.
 GIVEN = "given"
 
@@ -38,10 +39,10 @@ class CurvatureKeywords(TypedDict, total=False):
     """
 
     kfac_approx: KfacApprox
-    fisher: str | Fisher
+    fisher: FisherName | Fisher
     subset_of_weights: Subset
     joint_bias: bool
-    uncovered: str
+    uncovered: Uncovered
     seed: int
     factor_dtype: FactorDtype
     class_axis: int | None
@@ -92,7 +93,7 @@ class CurvatureOptions:
     hessian_structure: Structure = "kron"
     subset_of_weights: Subset = "all"
     joint_bias: bool = True
-    uncovered: str = "diag"
+    uncovered: Uncovered = "diag"
     seed: int = 0
     factor_dtype: FactorDtype = "auto"
     class_axis: int | None = None

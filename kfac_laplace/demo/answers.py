@@ -13,6 +13,7 @@ from kfac_laplace.demo.data import loader
 from kfac_laplace.demo.problem import Problem, in_order
 from kfac_laplace.demo.timing import Stopwatch
 from kfac_laplace.demo.training import Fit
+from kfac_laplace.likelihoods.links import Link
 
 
 class Prediction(NamedTuple):
@@ -132,7 +133,7 @@ def around(fit: Fit, problem: Problem) -> tuple[Laplace, float, float]:
     return la, clock(), curvature_seconds
 
 
-def posterior(la: Laplace, seconds: float, curvature_seconds: float, link: str = "auto") -> Answer:
+def posterior(la: Laplace, seconds: float, curvature_seconds: float, link: Link = "auto") -> Answer:
     """The predictive by a link, and the posterior's score of strange inputs."""
 
     def predict(x: Tensor) -> Prediction:

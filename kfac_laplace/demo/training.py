@@ -13,6 +13,7 @@ from kfac_laplace.curvature.estimate.settings import KfacApprox
 from kfac_laplace.demo.data import Split, loader
 from kfac_laplace.demo.settings import Recipe
 from kfac_laplace.demo.timing import Stopwatch
+from kfac_laplace.likelihoods import LikelihoodName
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,7 +63,7 @@ def train_plain(
 def train_online(
     model: nn.Module,
     data: Split,
-    likelihood: str,
+    likelihood: LikelihoodName,
     recipe: Recipe,
     *,
     seed: int,

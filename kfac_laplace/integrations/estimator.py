@@ -23,6 +23,7 @@ from kfac_laplace.integrations.tabular import (
     resolved_dtype,
 )
 from kfac_laplace.laplace import Laplace
+from kfac_laplace.likelihoods import LikelihoodName
 from kfac_laplace.marglik.burn_in import BEGINNING
 from kfac_laplace.marglik.training import marglik_training
 from kfac_laplace.optim import KFAC
@@ -108,7 +109,7 @@ class LaplaceEstimator(BaseEstimator):  # type: ignore[misc]  # sklearn has no a
         self.dtype = dtype
 
     def train(
-        self, X: Table, y: NDArray[Any], likelihood: str, n_outputs: int, **noise: float
+        self, X: Table, y: NDArray[Any], likelihood: LikelihoodName, n_outputs: int, **noise: float
     ) -> None:
         """Train on a checked table and targets that the likelihood takes; set what is fitted."""
         check_whole("batch_size", self.batch_size, 1)

@@ -10,7 +10,7 @@ from kfac_laplace.errors import InvalidValue, MissingPackage, UnsupportedUse
 from kfac_laplace.integrations.training_data import TrainingData
 from kfac_laplace.integrations.tuned_training import TunedTraining, Watch, check_options
 from kfac_laplace.laplace import Laplace
-from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.likelihoods import Likelihood, LikelihoodName
 from kfac_laplace.marglik.record import Record
 from kfac_laplace.marglik.tuner import MarglikTuner
 from kfac_laplace.optim import KFAC
@@ -65,7 +65,7 @@ class MarglikCallback(Callback):
 
     def __init__(
         self,
-        likelihood: str | Likelihood = "classification",
+        likelihood: LikelihoodName | Likelihood = "classification",
         *,
         model: str | None = None,
         loader: Iterable[Any] | None = None,

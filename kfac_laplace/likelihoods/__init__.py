@@ -5,6 +5,8 @@ Everything works on *aligned* outputs f (n, t, c): n examples, t positions that 
 through `precision` and `log_likelihood`.
 """
 
+from typing import Literal
+
 from kfac_laplace.errors import InvalidType
 from kfac_laplace.likelihoods.alignment import aligned_target as aligned_target
 from kfac_laplace.likelihoods.alignment import settled_axis as settled_axis
@@ -20,6 +22,15 @@ from kfac_laplace.likelihoods.poisson import Poisson as Poisson
 from kfac_laplace.likelihoods.studentt import StudentT as StudentT
 from kfac_laplace.options import check_choice
 
+LikelihoodName = Literal[
+    "classification",
+    "regression",
+    "binary",
+    "poisson",
+    "studentt",
+    "heteroscedastic",
+    "reward_modeling",
+]
 NAMED: dict[str, type[Likelihood]] = {
     "classification": Categorical,
     "regression": Gaussian,

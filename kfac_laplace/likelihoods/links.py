@@ -4,6 +4,7 @@ All take means (..., c) and covariances (..., c, c).
 """
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -12,7 +13,8 @@ from torch.quasirandom import SobolEngine
 from kfac_laplace.likelihoods.symmetric_root import symmetric_root
 
 #: "auto" is resolved by the posterior: which of the others, or `averaged`, depends on its scale.
-LINKS = ("auto", "mode", "probit", "centred", "bridge", "mc")
+Link = Literal["auto", "mode", "probit", "centred", "bridge", "mc"]
+LINKS: tuple[Link, ...] = get_args(Link)
 
 #: Variance of a centred logit up to which `averaged` takes the closed form. On Gaussians of 2, 3
 #: and 10 logits with random means and covariances the centred probit is off the integral by 0.006

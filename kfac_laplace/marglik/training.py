@@ -18,10 +18,10 @@ from kfac_laplace.curvature.model.kept import Kept
 from kfac_laplace.curvature.options import CurvatureKeywords, spelled
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.laplace import Laplace
-from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.likelihoods import Likelihood, LikelihoodName
 from kfac_laplace.marglik.burn_in import BEGINNING
 from kfac_laplace.marglik.roles import Tune
-from kfac_laplace.marglik.tuner import MarglikTuner
+from kfac_laplace.marglik.tuner import MarglikTuner, Method
 from kfac_laplace.optim import KFAC
 from kfac_laplace.options import check_choice, check_iterable, check_text, check_whole
 from kfac_laplace.posterior.objectives import AnyObjective
@@ -33,7 +33,7 @@ from kfac_laplace.posterior.sharing import PriorStructure
 def marglik_training(
     model: nn.Module,
     train_loader: Iterable[Any],
-    likelihood: str | Likelihood = "classification",
+    likelihood: LikelihoodName | Likelihood = "classification",
     hessian_structure: Structure = "kron",
     *,
     optimizer_cls: type[Optimizer] = Adam,
@@ -51,7 +51,7 @@ def marglik_training(
     sigma_noise_init: float = 1.0,
     temperature: float = 1.0,
     fix_sigma_noise: bool = False,
-    method: str = "marglik",
+    method: Method = "marglik",
     objective: str | AnyObjective = "auto",
     tune: Tune = "auto",
     loss_units: str = "nats",

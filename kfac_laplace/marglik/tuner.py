@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords, spelled
 from kfac_laplace.errors import NotFitted
 from kfac_laplace.laplace import Laplace
-from kfac_laplace.likelihoods import Likelihood, settled_axis
+from kfac_laplace.likelihoods import Likelihood, LikelihoodName, settled_axis
 from kfac_laplace.marglik.burn_in import BEGINNING, AtMost, BurnIn
 from kfac_laplace.marglik.decay import DecayWatch
 from kfac_laplace.marglik.found import Found, by_a_pass, by_averages, fitted
@@ -62,7 +62,8 @@ from kfac_laplace.states.files import write_text
 
 log = logging.getLogger("kfac_laplace")
 
-METHODS = ("marglik", "mackay")
+Method = Literal["marglik", "mackay"]
+METHODS: tuple[Method, ...] = get_args(Method)
 UNITS = ("nats", "residuals")
 #: How many rounds' steps the round takes in which hyperparameters leave their start.
 AWAY = 5
@@ -123,7 +124,7 @@ class MarglikTuner:
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood,
+        likelihood: LikelihoodName | Likelihood,
         n_data: int,
         *,
         prior_structure: PriorStructure = "layerwise",
@@ -138,7 +139,7 @@ class MarglikTuner:
         marglik_frequency: int = 1,
         n_hypersteps: int = 10,
         lr_hyp: float = 0.1,
-        method: str = "marglik",
+        method: Method = "marglik",
         objective: str | AnyObjective = "auto",
         tune: Tune = "auto",
         loss_units: str = "nats",

@@ -7,6 +7,7 @@ from torch import Tensor
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.errors import InvalidType
+from kfac_laplace.likelihoods.links import Link
 
 
 def number(n: int, n_samples: int | None) -> int:
@@ -33,7 +34,7 @@ def counted(n: int | str, n_samples: int | None, pred_type: str) -> tuple[int, s
     return number(100, n_samples), n
 
 
-def ordered(link_approx: str | bool, joint: bool | str) -> tuple[str, bool]:
+def ordered(link_approx: Link | bool, joint: bool | Link) -> tuple[Link, bool]:
     """`link_approx` and `joint`, which laplace-torch has the other way round by position."""
     if isinstance(link_approx, bool):
         link_approx, joint = joint if isinstance(joint, str) else "auto", link_approx

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -11,7 +11,8 @@ from kfac_laplace.errors import InvalidType
 from kfac_laplace.likelihoods.links import LINKS
 from kfac_laplace.options import check_choice, check_positive, check_whole
 
-METHODS = ("marglik", "mackay", "gridsearch")
+Method = Literal["marglik", "mackay", "gridsearch"]
+METHODS: tuple[Method, ...] = get_args(Method)
 #: Where laplace-torch's grid lies, and how fine it is.
 GRID = {
     "log_prior_prec_min": -4.0,

@@ -13,12 +13,13 @@ from typing_extensions import Self
 from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue
+from kfac_laplace.likelihoods.links import Link
 from kfac_laplace.migration import moments
 from kfac_laplace.migration.arguments import counted, number
-from kfac_laplace.migration.prior_search import PriorSearch, plain, refuse
+from kfac_laplace.migration.prior_search import Method, PriorSearch, plain, refuse
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
-from kfac_laplace.posterior.predict.predictor import Predictor
+from kfac_laplace.posterior.predict.predictor import Predictor, PredType
 from kfac_laplace.posterior.prior import Given
 from kfac_laplace.posterior.sharing import (
     PriorStructure,
@@ -61,8 +62,8 @@ class LaplaceTorchWords(ABC):
 
     def optimize_prior_precision(
         self,
-        pred_type: str = "glm",
-        method: str = "marglik",
+        pred_type: PredType | Method = "glm",
+        method: Method = "marglik",
         n_steps: int | None = None,
         lr: float | None = None,
         init_prior_prec: Given | None = None,
@@ -72,7 +73,7 @@ class LaplaceTorchWords(ABC):
         log_prior_prec_min: float | None = None,
         log_prior_prec_max: float | None = None,
         grid_size: int | None = None,
-        link_approx: str | None = None,
+        link_approx: Link | None = None,
         verbose: bool = False,
         progress_bar: bool = False,
         log_prior_prec_base: float | None = None,
@@ -175,10 +176,10 @@ class LaplaceTorchWords(ABC):
     def functional_samples(
         self,
         x: Any,
-        n: int | str = 100,
+        n: int | PredType = 100,
         n_samples: int | None = None,
         *,
-        pred_type: str = "glm",
+        pred_type: PredType = "glm",
         generator: Generator | None = None,
     ) -> Tensor:
         """Draw functions and evaluate each at all inputs, shape (n, *output shape).
@@ -197,10 +198,10 @@ class LaplaceTorchWords(ABC):
     def predictive_samples(
         self,
         x: Any,
-        n: int | str = 100,
+        n: int | PredType = 100,
         n_samples: int | None = None,
         *,
-        pred_type: str = "glm",
+        pred_type: PredType = "glm",
         generator: Generator | None = None,
     ) -> Tensor:
         """Draws of class probabilities, or of y with its noise for other likelihoods.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import numpy
 
 from kfac_laplace.curvature.estimate import fisher as fishers
-from kfac_laplace.curvature.estimate.fisher import Fisher
+from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.options import check_whole
 
@@ -35,7 +35,7 @@ class Estimate:
         InvalidType: an option of a wrong kind.
     """
 
-    fisher: str | Fisher = "mc"
+    fisher: FisherName | Fisher = "mc"
     every: int = 5
     bases_every: int = 10
     ema: float = 0.95

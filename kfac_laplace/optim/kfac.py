@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -17,7 +17,7 @@ from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
-from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.likelihoods import Likelihood, LikelihoodName
 from kfac_laplace.optim.averages import Sums
 from kfac_laplace.optim.calls import OutputFn, called_module, calling
 from kfac_laplace.optim.capture import Capture
@@ -38,7 +38,8 @@ from kfac_laplace.options import check_choice
 
 log = logging.getLogger("kfac_laplace")
 
-UNCOVERED = ("adamw", "error")
+Uncovered = Literal["adamw", "error"]
+UNCOVERED: tuple[Uncovered, ...] = get_args(Uncovered)
 RULE, ESTIMATE = EigenAdam(), Estimate()
 #: After so many steps without a training pass of the model a log record says so.
 UNSEEN = 3
@@ -98,7 +99,7 @@ class KFAC(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood = "classification",
+        likelihood: LikelihoodName | Likelihood = "classification",
         params: Iterable[Any] | None = None,
         *,
         lr: float | Tensor = 1e-2,
@@ -106,7 +107,7 @@ class KFAC(Optimizer):
         rule: Rule = RULE,
         curvature: Estimate = ESTIMATE,
         kfac_approx: KfacApprox = "auto",
-        uncovered: str = "adamw",
+        uncovered: Uncovered = "adamw",
         class_axis: int | None = None,
         output_fn: OutputFn | None = None,
         seed: int = 0,

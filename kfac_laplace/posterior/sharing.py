@@ -7,7 +7,7 @@ of them. Numbers, log-determinants, sums and gradients follow from it in `Prior`
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -171,6 +171,7 @@ class ByPattern(Sharing):
         return {name: found[name] for name in layouts.groups}
 
 
+SharingName = Literal["layerwise", "scalar", "unit", "input", "diag"]
 NAMED: dict[str, Sharing] = {
     "layerwise": Layerwise(),
     "scalar": Scalar(),
@@ -179,7 +180,7 @@ NAMED: dict[str, Sharing] = {
     "diag": Diagonal(),
 }
 #: What `prior_structure` may be.
-PriorStructure = str | Sharing | Mapping[str, str | Sharing]
+PriorStructure = SharingName | Sharing | Mapping[str, SharingName | Sharing]
 
 
 def resolve_sharing(structure: PriorStructure) -> Sharing:

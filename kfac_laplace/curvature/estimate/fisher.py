@@ -8,7 +8,7 @@ likelihood's `importance` of each target: class weights, ignored labels.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Real
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -232,6 +232,7 @@ def _turns(f: Tensor, importance: Tensor | None) -> tuple[Tensor, int]:
     return turn[..., None], int(turn.max())
 
 
+FisherName = Literal["exact", "hybrid", "mc", "empirical"]
 NAMED: dict[str, type[Fisher]] = {
     "exact": Exact,
     "hybrid": Hybrid,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, get_args
 
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.options import check_choice
@@ -10,8 +10,9 @@ from kfac_laplace.options import check_choice
 PartSetting = Literal["expand", "reduce"]
 #: of a group, or of each of its parts where they differ, as those of a packed projection do
 Setting = PartSetting | tuple[PartSetting, ...]
-SETTINGS = ("auto", "expand", "reduce")
-KfacApprox = str | Mapping[str, str]
+SettingName = Literal["auto", "expand", "reduce"]
+SETTINGS: tuple[SettingName, ...] = get_args(SettingName)
+KfacApprox = SettingName | Mapping[str, SettingName]
 
 
 def check_kfac_approx(kfac_approx: KfacApprox) -> None:

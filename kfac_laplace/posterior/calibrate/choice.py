@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from kfac_laplace.options import check_choice, check_iterable
 from kfac_laplace.posterior.calibrate.held_out import HeldOut, validation_points
@@ -16,7 +16,8 @@ from kfac_laplace.posterior.predict.scaling import Scaling
 
 log = logging.getLogger("kfac_laplace")
 
-METHODS = ("auto", "loo", "validation")
+Method = Literal["auto", "loo", "validation"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)

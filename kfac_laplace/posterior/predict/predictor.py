@@ -2,7 +2,7 @@
 
 from collections.abc import MutableSet
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -32,6 +32,7 @@ from kfac_laplace.posterior.predict.predictive import Predictive, from_samples, 
 from kfac_laplace.posterior.predict.sampling import linearised_samples, network_samples
 from kfac_laplace.posterior.predict.scaling import Scaling
 
+PredType = Literal["glm", "linear", "nn"]
 SAMPLERS = {"glm": linearised_samples, "linear": linearised_samples, "nn": network_samples}
 
 
