@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.distributions import Distribution
 
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods.categorical import Categorical, SoftmaxPredictive
 from kfac_laplace.likelihoods.latent import Latent
-from kfac_laplace.likelihoods.predictive import NormalPredictive, RowPredictive
+from kfac_laplace.likelihoods.predictive import NormalPredictive, Restore, RowPredictive
 
 
 class BradleyTerry(Categorical):
@@ -81,6 +82,17 @@ class RewardPredictive(NormalPredictive):
 
     def __init__(self, latent: Latent):
         super().__init__(latent, torch.zeros((), dtype=latent.mean.dtype))
+
+    def distribution(self, restore: Restore) -> Distribution:
+        """N(mean, Σ), where there is a variance: no noise gives a certain reward a density."""
+        if not bool((self._latent.covariance > 0).all()):
+            raise InvalidValue(
+                "a reward without variance has no density",
+                where="predictive",
+                got="a variance of 0, as posterior_scale = 0 gives it",
+                remedy="Take the mean, or another posterior_scale",
+            )
+        return super().distribution(restore)
 
     def information(self) -> Tensor:
         """There is no observation to be informed by."""

@@ -149,3 +149,16 @@ def test_what_is_no_pair_is_refused(pairs):
         la(single[0])
     with pytest.raises(InvalidValue, match="no class probabilities"):
         _ = la.predict(single).probs
+
+
+def test_certain_rewards_have_no_density(pairs):
+    """At κ = 0 nothing is left that a distribution could be of; of pairs there is."""
+    model, x, y, single = pairs
+    la = Laplace(model, "reward_modeling").fit(batches(x, y))
+    wide = la.predict(single).distribution()
+    torch.testing.assert_close(wide.covariance_matrix, la(single)[1])
+    la.posterior_scale = 0.0
+    torch.testing.assert_close(la(single)[0], model(single))
+    with pytest.raises(InvalidValue, match="without variance"):
+        la.predict(single).distribution()
+    assert la.predict(x).distribution().logits.shape == (12, 2)
