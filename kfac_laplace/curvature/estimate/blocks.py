@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from kfac_laplace.curvature.linalg.gram import Gram
+from kfac_laplace.curvature.linalg.packed import pack, unpack
 from kfac_laplace.curvature.linalg.spectrum import (
     Spectrum,
     eigenbasis,
@@ -96,6 +97,21 @@ class Block(ABC):
         for name, tensor in self.tensors().items():
             tensor.add_(theirs[name])
         return self
+
+    def sums(self) -> dict[str, Tensor]:
+        """What adds entry by entry over data sets, in tensors of their own, as few as there are."""
+        return {name: tensor.clone() for name, tensor in self.tensors().items()}
+
+    @classmethod
+    def from_sums(cls, layout: Layout, sums: Mapping[str, Tensor], bases: Bases | None) -> Self:
+        """Rebuild a block from `sums()`, which it takes over.
+
+        Args:
+            layout: how the parameters lie in it.
+            sums: by name.
+            bases: eigenvectors of the factors, of blocks that are in their basis.
+        """
+        return cls.from_tensors(layout, sums)
 
     @classmethod
     def from_tensors(cls, layout: Layout, tensors: Mapping[str, Tensor]) -> Self:
@@ -208,6 +224,24 @@ class KroneckerBlock(Block):
         outputs = self.outputs.compact()
         return type(self).of(self.layout, inputs, self.input_count, outputs)
 
+    def sums(self) -> dict[str, Tensor]:
+        """Σ a aᵀ and B, packed, or the diagonal of the first; and the count."""
+        diagonal = self.has_diagonal_input
+        return {
+            "input": self.input_sum.clone() if diagonal else self.inputs.summed(),
+            "count": self.input_count.clone(),
+            "output": self.outputs.summed(),
+        }
+
+    @classmethod
+    def from_sums(cls, layout: Layout, sums: Mapping[str, Tensor], bases: Bases | None) -> Self:
+        """Rebuild a block from `sums()`."""
+        b, o, i = layout.matrix
+        inputs, outputs = sums["input"], sums["output"]
+        if inputs.ndim == 3:
+            inputs = Gram(inputs, inputs.new_empty(b, 0, i))
+        return cls.of(layout, inputs, sums["count"], Gram(outputs, outputs.new_empty(b, 0, o)))
+
     @property
     def factors(self) -> KroneckerFactors:
         """A = Σ a aᵀ / count and B."""
@@ -296,6 +330,15 @@ class DenseBlock(Block):
     def factors(self) -> Tensor:
         """The matrix."""
         return self.matrix
+
+    def sums(self) -> dict[str, Tensor]:
+        """The matrix, packed."""
+        return {"matrix": pack(self.matrix[None])}
+
+    @classmethod
+    def from_sums(cls, layout: Layout, sums: Mapping[str, Tensor], bases: Bases | None) -> Self:
+        """Rebuild a block from `sums()`."""
+        return cls(layout, unpack(sums["matrix"])[0])
 
     def dense(self) -> Tensor:
         """The matrix."""
