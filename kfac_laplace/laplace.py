@@ -26,6 +26,7 @@ from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
+from kfac_laplace.migration import refused
 from kfac_laplace.migration.arguments import chosen_subset, ordered
 from kfac_laplace.migration.words import LaplaceTorchWords
 from kfac_laplace.options import check_iterable, check_positive, check_text, check_whole
@@ -121,6 +122,7 @@ class Laplace(LaplaceTorchWords):
         UnsupportedUse: a model that cannot be recorded.
     """
 
+    @refused.answering(refused.CONSTRUCTOR)
     @suggesting
     def __init__(
         self,
@@ -274,6 +276,7 @@ class Laplace(LaplaceTorchWords):
 
     # --- fitting ---------------------------------------------------------------------------
 
+    @refused.answering(refused.FIT)
     def fit(
         self,
         train_loader: Iterable[Any],
@@ -632,6 +635,7 @@ class Laplace(LaplaceTorchWords):
     def _predictor(self) -> Predictor:
         return Predictor(self.posterior, self._scaling, self.seed, self.dict_key_y, self._said)
 
+    @refused.answering(refused.CALL)
     def __call__(
         self,
         x: Any,
