@@ -10,8 +10,8 @@ import torch
 from laplace.curvature import AsdlGGN
 from peers import peer
 from peers.lines.table import (
-    Adapted,
     Texts,
+    adapted,
     classes,
     curve,
     line,
@@ -146,7 +146,7 @@ def prediction_of_a_mapping(lib: Any) -> Any:
 )
 def adapters_by_a_backend(lib: Any) -> Any:
     return lib.Laplace(
-        peer.seeded(Adapted).eval(),
+        adapted(),
         likelihood="classification",
         subset_of_weights="all",
         hessian_structure="diag",

@@ -10,8 +10,8 @@ from peers import peer
 from peers.lines.front import fitted_heads
 from peers.lines.table import (
     SINGLE,
-    Adapted,
     Texts,
+    adapted,
     classes,
     curve,
     line,
@@ -202,7 +202,7 @@ def shape_of_a_prediction(lib: Any) -> Any:
 )
 def adapters(lib: Any) -> Any:
     la = lib.Laplace(
-        peer.seeded(Adapted).eval(),
+        adapted(),
         likelihood="classification",
         subset_of_weights="all",
         hessian_structure="kron",

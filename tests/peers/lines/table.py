@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from laplace import marglik_training as their_training
 from laplace.utils import subnetmask
@@ -134,17 +135,11 @@ class Texts(nn.Module):
         return scores[torch.arange(len(ids)), mask.sum(1) - 1]
 
 
-class Adapted(Texts):
-    """The same with a frozen body, and two thin matrices beside one of its layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for parameter in self.parameters():
-            parameter.requires_grad = False
-        frozen, self.down, self.up = self.mix, nn.Linear(6, 2), nn.Linear(2, 6)
-        self.mix = nn.Module()
-        self.mix.frozen, self.mix.down, self.mix.up = frozen, self.down, self.up
-        self.mix.forward = lambda h: frozen(h) + self.up(self.down(h))
+def adapted() -> nn.Module:
+    """The same with an adapter of peft beside one of its layers; the rest is frozen."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["mix"], bias="none")
+    return peer.seeded(lambda: peft.get_peft_model(Texts(), config)).eval()
 
 
 def texts() -> DataLoader:
