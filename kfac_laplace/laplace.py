@@ -34,6 +34,7 @@ from kfac_laplace.keywords import (
 )
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
 from kfac_laplace.likelihoods.links import Link
+from kfac_laplace.migration import refused
 from kfac_laplace.migration.arguments import chosen_subset, ordered
 from kfac_laplace.migration.prior_search import Method
 from kfac_laplace.migration.words import LaplaceTorchWords
@@ -155,6 +156,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         **options: Unpack[LaplaceKeywords],
     ) -> None: ...
 
+    @refused.answering(refused.CONSTRUCTOR)
     @suggesting
     def __init__(
         self,
@@ -308,6 +310,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
 
     # --- fitting ---------------------------------------------------------------------------
 
+    @refused.answering(refused.FIT)
     def fit(
         self,
         train_loader: Iterable[Any],
@@ -707,6 +710,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         enable_backprop: bool = False,
     ) -> Any: ...
 
+    @refused.answering(refused.CALL)
     def __call__(
         self,
         x: Any,

@@ -22,6 +22,7 @@ from kfac_laplace.likelihoods import Likelihood, LikelihoodName
 from kfac_laplace.marglik.burn_in import BEGINNING
 from kfac_laplace.marglik.roles import Tune
 from kfac_laplace.marglik.tuner import MarglikTuner, Method
+from kfac_laplace.migration import refused
 from kfac_laplace.optim import KFAC
 from kfac_laplace.options import check_choice, check_iterable, check_text, check_whole
 from kfac_laplace.posterior.objectives import AnyObjective
@@ -29,6 +30,7 @@ from kfac_laplace.posterior.prior import Given
 from kfac_laplace.posterior.sharing import PriorStructure
 
 
+@refused.answering(refused.TRAINING)
 @spelled
 def marglik_training(
     model: nn.Module,

@@ -36,15 +36,29 @@ def precision(posterior: Posterior) -> Tensor:
     Raises:
         UnsupportedUse: Kronecker factors, of which no matrix is made.
     """
-    structure, prior = posterior.ggn.options.hessian_structure, prior_diagonal(posterior)
+    found, prior = curvature(posterior, "posterior_precision"), prior_diagonal(posterior)
+    return posterior.scale * found + (prior if found.ndim == 1 else prior.diag())
+
+
+def curvature(posterior: Posterior, where: str) -> Tensor:
+    """H at σ = T = 1: a vector (P,) for "diag", a matrix (P, P) for "full", float64.
+
+    Args:
+        posterior: the posterior.
+        where: what was asked for, for the error.
+
+    Raises:
+        UnsupportedUse: Kronecker factors, of which no matrix is made.
+    """
+    structure = posterior.ggn.options.hessian_structure
     if structure == "full":
-        return posterior.scale * posterior.expansion.dense + prior.diag()
+        return posterior.expansion.dense
     if structure == "diag":
         values = {name: block.factors for name, block in posterior.ggn.blocks.items()}
-        return posterior.scale * posterior.prior.layouts.flatten(values).double() + prior
+        return posterior.prior.layouts.flatten(values).double()
     raise UnsupportedUse(
         "a posterior in Kronecker factors makes no matrix of its precision",
-        where="posterior_precision",
+        where=where,
         got=f"hessian_structure='{structure}'",
         remedy="Take curvature.blocks[name].factors or .dense(), which are H at σ = T = 1, "
         "prior_precision_diag, log_det_posterior_precision, square_norm or functional_covariance",
