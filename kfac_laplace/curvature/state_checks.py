@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.estimate.blocks import Block
+from kfac_laplace.curvature.estimate.structures import TOGETHER
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.states.stored import Stored
@@ -73,7 +74,7 @@ def check_unused(stored: Stored, known: Knowledge, blocks: Mapping[str, Block]) 
     Args:
         stored: their names.
         known: the groups.
-        blocks: of the groups, or one "full".
+        blocks: of the groups, or one of all.
     """
     unused = {*known.unused}
     for group in known.groups:
@@ -84,9 +85,11 @@ def check_unused(stored: Stored, known: Knowledge, blocks: Mapping[str, Block]) 
             told = {k: v for k, v in sums.items() if not k.startswith(NO_SIGN)}
             if any(bool(tensor.any()) for tensor in told.values()):
                 raise stored.fault("parameters without effect have curvature", ", ".join(params))
-    if "full" in blocks and unused:
+    whole = next((blocks[name] for name in TOGETHER if name in blocks), None)
+    if whole is not None and unused:
         sizes = {name: each.count for name, each in known.entries.items()}
         flags = torch.cat([torch.full((n,), name in unused) for name, n in sizes.items()])
-        diagonal = blocks["full"].tensors()["matrix"].diagonal()
-        if bool(diagonal[flags.to(diagonal.device)].any()):
+        sums = whole.tensors()
+        columns = sums["matrix"] if "matrix" in sums else sums["rows"]
+        if bool(columns[:, flags.to(columns.device)].any()):
             raise stored.fault("parameters without effect have curvature")
