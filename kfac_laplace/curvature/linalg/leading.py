@@ -38,7 +38,7 @@ def leading(parts: Sequence[Tensor], count: int, dtype: torch.dtype) -> tuple[Te
         return (parts[0] if len(parts) == 1 else torch.cat(list(parts))), none
     gram = parts[0].new_zeros(m, m, dtype=dtype)
     for columns in _columns(m, p):
-        rows = torch.cat([part[:, columns].to(dtype) for part in parts])
+        rows = _converted(parts, columns, dtype)
         gram.addmm_(rows, rows.mT)
     if not bool(torch.isfinite(gram.sum())):
         raise InvalidValue(
@@ -49,7 +49,7 @@ def leading(parts: Sequence[Tensor], count: int, dtype: torch.dtype) -> tuple[Te
     values, vectors = torch.linalg.eigh(gram)  # ascending
     turned, found = vectors[:, m - count :].mT, parts[0].new_empty(count, p, dtype=kept)
     for columns in _columns(m, p):
-        rows = torch.cat([part[:, columns].to(dtype) for part in parts])
+        rows = _converted(parts, columns, dtype)
         found[:, columns] = (turned @ rows).to(kept)
     # A sum of what is zero but for rounding may come out below it.
     return found, values[: m - count].sum().clamp_min(0)
@@ -73,7 +73,18 @@ def combined(weights: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([weights @ rows[:, columns].to(weights.dtype) for columns in pieces], 1)
 
 
+def _converted(parts: Sequence[Tensor], columns: slice, dtype: torch.dtype) -> Tensor:
+    """Some columns of rows in pieces, together and in another precision, without a copy between."""
+    width = len(range(*columns.indices(parts[0].shape[1])))
+    rows = parts[0].new_empty(sum(map(len, parts)), width, dtype=dtype)
+    start = 0
+    for part in parts:
+        rows[start : start + len(part)] = part[:, columns]
+        start += len(part)
+    return rows
+
+
 def _columns(m: int, p: int) -> Iterator[slice]:
-    """Columns of m rows, few enough at a time."""
+    """Columns of m rows of p, few enough at a time."""
     step = max(1, CONVERTED // max(1, m))
     return (slice(start, start + step) for start in range(0, p, step))
