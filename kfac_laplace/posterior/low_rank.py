@@ -1,4 +1,4 @@
-"""The posterior of all parameters under a low-rank GGN, by inner products of its rows [WOODBURY].
+"""The posterior of all parameters under a low-rank GGN, by inner products of its rows.
 
 With W = √scale R D^{-½} (k, p) and I + W Wᵀ = L Lᵀ it is (D^{½} (I + WᵀW) D^{½})⁻¹. The matrix
 C = I − Wᵀ L⁻ᵀ (L + I)⁻¹ W has C Cᵀ = (I + WᵀW)⁻¹: nothing is made of size (p, p).
@@ -45,7 +45,7 @@ class LowRankNormal:
         met = inner(flat * self._root, self.rows).mT  # (k, s)
         first = solve_triangular(self._raised, met, upper=False)
         last = solve_triangular(self.factor.mT, first, upper=True)
-        return ((flat - self._taken(last)) * self.delta.rsqrt())[:, None, None]
+        return (self._without(flat, last) * self.delta.rsqrt())[:, None, None]
 
     def features(self, gradients: Tensor) -> Tensor:
         """g D^{-½} C."""
@@ -53,7 +53,7 @@ class LowRankNormal:
         met = inner(flat * self._root, self.rows).mT  # (k, m)
         first = solve_triangular(self.factor, met, upper=False)
         last = solve_triangular(self._raised.mT, first, upper=True)
-        return (flat - self._taken(last)).reshape(*gradients.shape[:-3], -1)
+        return self._without(flat, last).reshape(*gradients.shape[:-3], -1)
 
     @property
     def _root(self) -> Tensor:
@@ -67,9 +67,9 @@ class LowRankNormal:
             len(self.factor), dtype=self.factor.dtype, device=self.factor.device
         )
 
-    def _taken(self, weights: Tensor) -> Tensor:
-        """Wᵀ weights of weights (k, m), shape (m, p)."""
-        return combined(weights.mT, self.rows) * self._root
+    def _without(self, flat: Tensor, weights: Tensor) -> Tensor:
+        """Vectors (m, p) without Wᵀ weights, of weights (k, m)."""
+        return torch.addcmul(flat, combined(weights.mT, self.rows), self._root, value=-1)
 
     def squared_norm(self, deviation: Tensor) -> Tensor:
         """Σ δ d² + scale |R d|²."""

@@ -139,6 +139,8 @@ def _inputs_at_once(posterior: Posterior, batch: AnyBatch) -> int:
 
 def _entries(ggn: GGN) -> int:
     """Entries that an example and a backward vector hold, over all uses of parameters."""
+    if ggn.options.one_block is not None:  # whole gradients
+        return max(1, sum(each.count for each in ggn.knowledge.entries.values()))
     generic = sum(g.layout.size for g in ggn.groups if g.role == "generic")
     return ggn.knowledge.row_entries + generic
 
