@@ -32,7 +32,12 @@ from kfac_laplace.curvature.plain_groups import (
     with_rows,
 )
 from kfac_laplace.curvature.rows.layout import Layout
-from kfac_laplace.curvature.state_checks import check_unused, checked_counts, checked_targets
+from kfac_laplace.curvature.state_checks import (
+    check_unused,
+    checked_counts,
+    checked_targets,
+    low_rank_block,
+)
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.states.plain import same
 from kfac_laplace.states.stored import Stored, shown
@@ -275,7 +280,7 @@ def _blocks(
     diagonal = {group.name for group in known.groups if group.diagonal}
     if isinstance(options.hessian_structure, LowRank):
         rank = options.hessian_structure.rank
-        return {n: _low_rank(stored[n], layouts[n], rank, device) for n in kinds if stored}
+        return {n: low_rank_block(stored[n], layouts[n], rank, device) for n in kinds if stored}
     return {
         name: block_from_state(stored[name], kinds[name], layouts[name], name in diagonal, device)
         for name in kinds
@@ -318,20 +323,6 @@ def block_from_state(
     if kind == "kron" and bool((sums["input_count"] < 0).any()):
         raise Stored(sums["input_count"], f"{stored.where}.input_count").fault("negative counts")
     return KINDS[kind].from_tensors(layout, {name: one.to(device) for name, one in sums.items()})
-
-
-def _low_rank(stored: Stored, layout: Layout, rank: int, device: torch.device) -> LowRankBlock:
-    """A block of some leading directions, no more than its rank."""
-    found = stored.fields(("rows", "dropped"))
-    shape = _shape_of(found["rows"])
-    if len(shape) == 2 and shape[0] > min(rank, layout.size):
-        raise found["rows"].fault(f"more directions than rank {rank} has", shape[0])
-    rows = found["rows"].tensor((shape[0] if len(shape) == 2 else 0, layout.size))
-    dropped = found["dropped"].tensor(())
-    if float(dropped) < 0:
-        raise found["dropped"].fault("a trace is not negative", float(dropped))
-    sums = {"rows": rows.to(device), "dropped": dropped.to(device)}
-    return LowRankBlock.from_tensors(layout, sums, rank)
 
 
 def _gram_shapes(
