@@ -5,9 +5,9 @@ from typing import Any, Literal, TypedDict
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox
+from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype

@@ -14,9 +14,9 @@ from torch import Generator, Tensor, nn
 from typing_extensions import Self, Unpack
 
 from kfac_laplace.curvature.backend import Curvature
-from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox
+from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
@@ -99,7 +99,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
     Args:
         model: the network at its mode θ*; it is never changed.
         likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
-        hessian_structure: "kron", "ekfac", "diag" or "full".
+        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank" or `LowRank(rank)`.
         subset_of_weights: "all", "last_layer", parameter-name patterns, or a subnetwork: a boolean
             mask or int64 indices of `parameters_to_vector(model.parameters())`, or boolean masks by
             parameter name (under "diag" or "full"). Other parameters and entries stay as they are.
@@ -496,9 +496,10 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
 
     @property
     def coverage(self) -> dict[str, str]:
-        """How each parameter is treated: "kron", "ekfac", "diag", "dense", "frozen" or "unused".
+        """How each parameter is treated.
 
-        Unused parameters are in the posterior, which is their prior: no output depends on them.
+        "kron", "ekfac", "diag", "dense", "lowrank", "frozen" or "unused". Unused parameters are in
+        the posterior, which is their prior: no output depends on them.
         """
         return self.curvature.coverage
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_laplace.curvature.backend import Curvature
-from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher, MonteCarlo
+from kfac_laplace.curvature.estimate.structures import Word
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidType, MissingPackage, UnsupportedUse
 from kfac_laplace.integrations.kron_entries import ELSEWHERE, Batch, entry, positions
@@ -157,7 +157,7 @@ class KfacInterface(CurvatureInterface):
         names = {id(p): name for name, p in self.model.named_parameters()}
         return [names[id(p)] for p in self._model.parameters()]
 
-    def _of_batch(self, structure: Structure, x: Any, y: Tensor) -> tuple[Tensor, Curvature]:
+    def _of_batch(self, structure: Word, x: Any, y: Tensor) -> tuple[Tensor, Curvature]:
         """The curvature of one batch, and its loss."""
         curvature = self._curvatures.get(structure) or self._start(structure)
         curvature.accumulate(x, y)
@@ -169,7 +169,7 @@ class KfacInterface(CurvatureInterface):
         loss = -curvature.likelihood.log_likelihood(curvature.statistic, 0, one)
         return self._as_theirs(loss), curvature
 
-    def _start(self, structure: Structure) -> Curvature:
+    def _start(self, structure: Word) -> Curvature:
         patterns = [glob.escape(name) for name in self._names]
         options = CurvatureOptions.of(
             str(getattr(self.likelihood, "value", self.likelihood)),

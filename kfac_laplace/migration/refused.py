@@ -115,5 +115,6 @@ def _no_process(structure: Any) -> None:
             "the posterior is over weights: linearised predictions are its Gaussian process",
             where="hessian_structure",
             got="'gp'",
-            remedy="Fit hessian_structure='lowrank' on a subset of the data, or 'kron' on all",
+            remedy="Fit hessian_structure=LowRank(rank=points · outputs) on a subset of the data, "
+            "or 'kron' on all",
         )

@@ -257,7 +257,7 @@ class LaplaceTorchWords(ABC):
         """P: a vector (P,) under "diag", a matrix (P, P) under "full"; the samples' is P/κ.
 
         Raises:
-            UnsupportedUse: under "kron" and "ekfac", with the words that take its place.
+            UnsupportedUse: under "kron", "ekfac" and "lowrank", with the words that take its place.
         """
         return moments.precision(self.posterior)
 

@@ -98,7 +98,7 @@ def test_a_posterior_over_functions(structure, more):
         lambda **o: Laplace(case.model, "regression", **o),
         lambda **o: marglik_training(case.model, case.batches, "regression", **o),
     ):
-        with pytest.raises(InvalidValue, match=r"^hessian_structure: .*got 'gp'.*'lowrank'"):
+        with pytest.raises(InvalidValue, match=r"^hessian_structure: .*got 'gp'.*LowRank"):
             make(hessian_structure=structure, **more)
 
 

@@ -94,7 +94,7 @@ def thompson(lib: Any) -> Any:
 @line(
     DRAWS,
     "Laplace(…, hessian_structure=HessianStructure.GP)",
-    says=r"hessian_structure: .*'gp'.*hessian_structure='lowrank'",
+    says=r"hessian_structure: .*'gp'.*hessian_structure=LowRank",
 )
 def process_by_a_member(lib: Any) -> Any:
     model, _, _ = curve()

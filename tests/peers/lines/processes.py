@@ -21,7 +21,7 @@ def functional(lib: Any, likelihood: str = "classification", **options: Any) -> 
     )
 
 
-FUNCTIONAL = r"hessian_structure: .*'gp'.*hessian_structure='lowrank'"
+FUNCTIONAL = r"hessian_structure: .*'gp'.*hessian_structure=LowRank"
 
 
 @line(
