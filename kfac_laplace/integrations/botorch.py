@@ -32,7 +32,7 @@ except ImportError as error:
         "this model is one of BoTorch's, which is not installed",
         where=__name__,
         got=error,
-        remedy="Install it: pip install botorch",
+        remedy='Install it: pip install "kfac-laplace[botorch]"',
     ) from error
 
 

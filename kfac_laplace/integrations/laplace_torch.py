@@ -19,7 +19,7 @@ from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidType, MissingPackage, UnsupportedUse
 from kfac_laplace.integrations.kron_entries import ELSEWHERE, Batch, entry, positions
 
-REMEDY = 'Install it: pip install "laplace-torch>=0.3,<0.4"'
+REMEDY = 'Install it: pip install "kfac-laplace[laplace]"'
 
 
 def check_version() -> None:

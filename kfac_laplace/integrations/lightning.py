@@ -29,7 +29,7 @@ else:
                 "this callback is for Lightning, which cannot be imported",
                 where=__name__,
                 got=error,
-                remedy="Install it: pip install lightning",
+                remedy='Install it: pip install "kfac-laplace[lightning]"',
             ) from error
 
 #: Strategies that divide a network or its gradients among ranks.

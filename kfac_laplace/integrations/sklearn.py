@@ -18,7 +18,7 @@ except ImportError as error:
         "these estimators are scikit-learn's, which is not installed in a version that they know",
         where=__name__,
         got=error,
-        remedy='Install it: pip install "scikit-learn>=1.6"',
+        remedy='Install it: pip install "kfac-laplace[sklearn]"',
     ) from error
 
 from kfac_laplace.integrations.estimator import LaplaceEstimator, Module

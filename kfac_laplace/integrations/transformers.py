@@ -31,7 +31,7 @@ else:
             "this callback is for transformers, which cannot be imported",
             where=__name__,
             got=error,
-            remedy="Install it: pip install transformers accelerate",
+            remedy='Install it: pip install "kfac-laplace[transformers]"',
         ) from error
 
 #: Of a checkpoint's folder.
