@@ -42,9 +42,12 @@ check_version()
 try:
     from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
     from laplace.utils import Kron
-except ImportError as error:
+except Exception as error:  # builds that do not match raise other errors
     raise MissingPackage(
-        "laplace-torch cannot be imported", where=__name__, got=error, remedy=REMEDY
+        "laplace-torch cannot be imported",
+        where=__name__,
+        got=error,
+        remedy=f"{REMEDY}; it imports torchvision, which has to fit the torch that is here",
     ) from error
 
 

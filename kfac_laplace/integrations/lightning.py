@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 else:
     try:
         from lightning.pytorch import Callback
-    except ImportError:
+    except Exception:  # builds that do not match raise other errors
         try:
             from pytorch_lightning import Callback
-        except ImportError as error:
+        except Exception as error:
             raise MissingPackage(
                 "this callback is for Lightning, which cannot be imported",
                 where=__name__,

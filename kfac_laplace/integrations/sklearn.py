@@ -13,7 +13,7 @@ try:
     from sklearn.base import ClassifierMixin, RegressorMixin
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import validate_data
-except ImportError as error:
+except Exception as error:  # builds that do not match raise other errors
     raise MissingPackage(
         "these estimators are scikit-learn's, which is not installed in a version that they know",
         where=__name__,
