@@ -25,14 +25,9 @@ from kfac_laplace.curvature.model.fingerprint import Weights, fingerprint
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
-from kfac_laplace.keywords import (
-    Answer,
-    LaplaceKeywords,
-    MeanAndCovariance,
-    ShowsMean,
-    ShowsOutputs,
-)
+from kfac_laplace.keywords import Answer, LaplaceKeywords, MeanAndCovariance
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
+from kfac_laplace.likelihoods.answers import ShowsMean, ShowsOutputs
 from kfac_laplace.likelihoods.links import Link
 from kfac_laplace.migration import refused
 from kfac_laplace.migration.arguments import chosen_subset, ordered
