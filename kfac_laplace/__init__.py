@@ -24,6 +24,7 @@ from kfac_laplace.curvature.estimate.fisher import Empirical as Empirical
 from kfac_laplace.curvature.estimate.fisher import Exact as Exact
 from kfac_laplace.curvature.estimate.fisher import Hybrid as Hybrid
 from kfac_laplace.curvature.estimate.fisher import MonteCarlo as MonteCarlo
+from kfac_laplace.curvature.estimate.structures import LowRank as LowRank
 from kfac_laplace.curvature.layers import layer_rule as layer_rule
 from kfac_laplace.errors import KfacLaplaceError as KfacLaplaceError
 from kfac_laplace.laplace import Laplace as Laplace

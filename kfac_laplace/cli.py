@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "diabetes data, with and without tuning by the marginal likelihood. Prints tables and "
         "writes pictures and results.json.",
     ).add_argument
-    add("--quick", action="store_true", help="less of everything, in about a minute")
+    add("--quick", action="store_true", help="less of everything, in a few minutes")
     add("--seeds", type=positive, default=1, metavar="N", help="number of seeds (default: 1)")
     add("--seed", type=seed, default=0, help="the first seed (default: 0)")
     add("--models", type=models, metavar="NAMES", help="networks, of: cnn,vit (default: both)")

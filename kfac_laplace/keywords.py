@@ -1,28 +1,19 @@
 """The keywords of `Laplace` and what a call of it gives, for type checkers."""
 
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox
+from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import Uncovered
-from kfac_laplace.likelihoods import (
-    Bernoulli,
-    BradleyTerry,
-    Categorical,
-    Gaussian,
-    Heteroscedastic,
-    Poisson,
-    StudentT,
-)
 from kfac_laplace.posterior.prior import Given
 from kfac_laplace.posterior.sharing import PriorStructure
 
@@ -30,17 +21,6 @@ from kfac_laplace.posterior.sharing import PriorStructure
 MeanAndCovariance = tuple[Tensor, Tensor]
 #: What `la(x)` gives: a tensor, or `MeanAndCovariance`.
 Answer = TypeVar("Answer", default=Any)
-#: Likelihoods of which a call gives E[y], class probabilities among them.
-ShowsMean = (
-    Literal["classification", "binary", "poisson", "studentt", "heteroscedastic"]
-    | Categorical
-    | Bernoulli
-    | Poisson
-    | StudentT
-    | Heteroscedastic
-)
-#: Likelihoods of which it gives the Gaussian over outputs.
-ShowsOutputs = Literal["regression", "reward_modeling"] | Gaussian | BradleyTerry
 
 
 class LaplaceKeywords(TypedDict, total=False):

@@ -14,9 +14,9 @@ from torch import Generator, Tensor, nn
 from typing_extensions import Self, Unpack
 
 from kfac_laplace.curvature.backend import Curvature
-from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox
+from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
@@ -25,15 +25,11 @@ from kfac_laplace.curvature.model.fingerprint import Weights, fingerprint
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
-from kfac_laplace.keywords import (
-    Answer,
-    LaplaceKeywords,
-    MeanAndCovariance,
-    ShowsMean,
-    ShowsOutputs,
-)
+from kfac_laplace.keywords import Answer, LaplaceKeywords, MeanAndCovariance
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
+from kfac_laplace.likelihoods.answers import ShowsMean, ShowsOutputs
 from kfac_laplace.likelihoods.links import Link
+from kfac_laplace.migration import refused
 from kfac_laplace.migration.arguments import chosen_subset, ordered
 from kfac_laplace.migration.prior_search import Method
 from kfac_laplace.migration.words import LaplaceTorchWords
@@ -98,7 +94,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
     Args:
         model: the network at its mode θ*; it is never changed.
         likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
-        hessian_structure: "kron", "ekfac", "diag" or "full".
+        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank" or `LowRank(rank)`.
         subset_of_weights: "all", "last_layer", parameter-name patterns, or a subnetwork: a boolean
             mask or int64 indices of `parameters_to_vector(model.parameters())`, or boolean masks by
             parameter name (under "diag" or "full"). Other parameters and entries stay as they are.
@@ -155,6 +151,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         **options: Unpack[LaplaceKeywords],
     ) -> None: ...
 
+    @refused.answering(refused.CONSTRUCTOR)
     @suggesting
     def __init__(
         self,
@@ -308,6 +305,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
 
     # --- fitting ---------------------------------------------------------------------------
 
+    @refused.answering(refused.FIT)
     def fit(
         self,
         train_loader: Iterable[Any],
@@ -493,9 +491,10 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
 
     @property
     def coverage(self) -> dict[str, str]:
-        """How each parameter is treated: "kron", "ekfac", "diag", "dense", "frozen" or "unused".
+        """How each parameter is treated.
 
-        Unused parameters are in the posterior, which is their prior: no output depends on them.
+        "kron", "ekfac", "diag", "dense", "lowrank", "frozen" or "unused". Unused parameters are in
+        the posterior, which is their prior: no output depends on them.
         """
         return self.curvature.coverage
 
@@ -707,6 +706,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         enable_backprop: bool = False,
     ) -> Any: ...
 
+    @refused.answering(refused.CALL)
     def __call__(
         self,
         x: Any,

@@ -37,7 +37,7 @@ def about(curvature: Curvature, posterior: Posterior, scaling: Scaling) -> dict[
         "version": __version__,
         "architecture": type(curvature.network.model).__name__,
         "likelihood": type(curvature.likelihood).__name__,
-        "hessian_structure": options.hessian_structure,
+        "hessian_structure": options.structure,
         "n_data": curvature.n_data,
         "n_parameters": posterior.prior.layouts.size,
         "prior_precision": {name: _span(delta) for name, delta in deltas.items()},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.backend import Curvature
+from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.scaling import Scaling
@@ -29,12 +30,12 @@ class Line:
     Args:
         name: of the group, or of the parameter.
         parameters: number of entries.
-        treatment: "kron", "ekfac", "diag", "dense", "unused" or "frozen".
+        treatment: "kron", "ekfac", "diag", "dense", "lowrank", "unused" or "frozen".
         gradients: where its gradients come from: "layer rule", or without one "copies by example".
         setting: "expand" or "reduce" of Kronecker blocks, one for each part.
         delta: least and largest prior precision; None outside the posterior.
         gamma: number of directions that the data determine.
-        memory: bytes of its factors; those of a full block are shared by parameters.
+        memory: bytes of its factors; those of one block of all are shared by parameters.
     """
 
     name: str
@@ -65,7 +66,7 @@ def line(curvature: Curvature, scaling: Scaling, *, fitted: bool) -> str:
         fitted: whether `fit` has run.
     """
     options = curvature.options
-    parts = [type(curvature.likelihood).__name__, f"{options.hessian_structure}"]
+    parts = [type(curvature.likelihood).__name__, options.structure]
     if not fitted:
         return f"Laplace({', '.join([*parts, 'not fitted'])})"
     parameters = sum(each.count for each in curvature.ggn.knowledge.entries.values())
@@ -113,11 +114,11 @@ def _of_group(
 
 
 def _bytes_of_group(posterior: Posterior, group: Group) -> int:
-    """Of its block; of a full one its rows, all columns."""
-    blocks = posterior.ggn.blocks
-    if "full" in blocks:
-        matrix = blocks["full"].tensors()["matrix"]
-        return group.block_layout.size * len(matrix) * matrix.element_size()
+    """Of its block; of one of all parameters its own columns, all rows."""
+    blocks, whole = posterior.ggn.blocks, posterior.ggn.options.one_block
+    if whole is not None:
+        rows = blocks[whole].factors
+        return group.block_layout.size * len(rows) * rows.element_size()
     return sum(one.numel() * one.element_size() for one in blocks[group.name].tensors().values())
 
 
@@ -211,6 +212,9 @@ def _evidence(posterior: Posterior) -> list[list[str]]:
     rows = [[name, f"{float(value):.6g}"] for name, value in terms.items()]
     if not math.isnan(posterior.constant_evidence):
         rows.append(["constant predictor's", f"{posterior.constant_evidence:.6g}"])
+    block = posterior.ggn.blocks.get("lowrank")
+    if isinstance(block, LowRankBlock):
+        rows.append(["share of the trace held", f"{block.share:.4g}"])
     if posterior.ggn.likelihood.has_noise:
         rows.append(["σ", f"{float(hyper.sigma_noise):.4g}"])
     if float(hyper.temperature) != 1:

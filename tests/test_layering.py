@@ -45,7 +45,9 @@ posterior/squares
 posterior/prior
 posterior/carry
 posterior/block
+posterior/low_rank
 posterior/log_table
+posterior/log_dets
 posterior/expansion
 posterior/gaussian
 posterior/passes

@@ -8,7 +8,8 @@ import pytest
 from kfac_laplace import Laplace, likelihoods
 from kfac_laplace.curvature.estimate import fisher
 from kfac_laplace.curvature.options import CurvatureKeywords
-from kfac_laplace.keywords import LaplaceKeywords, ShowsMean, ShowsOutputs
+from kfac_laplace.keywords import LaplaceKeywords
+from kfac_laplace.likelihoods.answers import ShowsMean, ShowsOutputs
 from kfac_laplace.marglik.tuner import METHODS as TUNED
 from kfac_laplace.migration.prior_search import METHODS as SEARCHED
 from kfac_laplace.posterior import sharing

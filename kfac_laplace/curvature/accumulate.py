@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from kfac_laplace.curvature.estimate.blocks import FACTORED
 from kfac_laplace.curvature.estimate.choice import choose_settings, first_examples, idle_examples
 from kfac_laplace.curvature.estimate.estimator import Plan, estimate
+from kfac_laplace.curvature.estimate.structures import FACTORED
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.effect import effective
 from kfac_laplace.curvature.gradients.first_pass import examined

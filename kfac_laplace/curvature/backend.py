@@ -10,9 +10,10 @@ from tqdm import tqdm
 from typing_extensions import Self
 
 from kfac_laplace.curvature.accumulate import with_batch
-from kfac_laplace.curvature.estimate.blocks import Block, Structure
+from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox, Setting
+from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.effect import check_effect, tell_unused
 from kfac_laplace.curvature.gradients.groups import Group, Subset
@@ -42,7 +43,7 @@ class Curvature:
         kfac_approx: "auto", "expand", "reduce", or patterns of layer names to these (the first
             match counts).
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
-        hessian_structure: "kron", "ekfac", "diag" or "full".
+        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank" or `LowRank(rank)`.
         subset_of_weights: "all", "last_layer", patterns of names, or a subnetwork; see `Laplace`.
         joint_bias: whether a weight and its bias share a block.
         uncovered: "diag", "error" or "freeze", for parameters without a layer rule under "kron".
@@ -147,7 +148,7 @@ class Curvature:
 
     @property
     def blocks(self) -> Mapping[str, Block]:
-        """Blocks by name of their group, or one block "full"."""
+        """Blocks by name of their group, or one block "full" or "lowrank"."""
         return self.ggn.blocks
 
     @property
@@ -187,9 +188,10 @@ class Curvature:
 
     @property
     def coverage(self) -> dict[str, str]:
-        """How each parameter of the model is treated: "kron", "ekfac", "diag", "dense", "frozen".
+        """How each parameter of the model is treated.
 
-        "unused" are those of the posterior that no output depends on: their curvature is zero.
+        "kron", "ekfac", "diag", "dense", "lowrank" or "frozen"; "unused" are those of the
+        posterior that no output depends on: their curvature is zero.
         """
         unused = self.ggn.knowledge.unused
         kinds = {

@@ -37,7 +37,8 @@ class GGN:
         options: what was asked for.
         knowledge: groups of parameters, and how their rows lie in batches.
         settings: expand or reduce, by name of the groups with Kronecker factors.
-        blocks: raw sums at σ = 1 and T = 1, by group, or one block "full"; empty without data.
+        blocks: raw sums at σ = 1 and T = 1, by group, or one "full" or "lowrank"; empty without
+            data.
         statistic: the likelihood's sum over the data.
         n_data: number of examples.
         n_rows: number of output rows, nodes where these have outputs of their own.

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from kfac_laplace import likelihoods
 from kfac_laplace.curvature.estimate import fisher as fishers
-from kfac_laplace.curvature.estimate.blocks import FACTORED, STRUCTURES, Structure
+from kfac_laplace.curvature.estimate import structures
 from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox, check_kfac_approx
+from kfac_laplace.curvature.estimate.structures import FACTORED, TOGETHER, LowRank, Structure
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.gradients.subnetwork import Subnetwork
 from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype
@@ -62,7 +63,8 @@ class CurvatureOptions:
             match counts).
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
         hessian_structure: "kron", "ekfac" (K-FAC's eigenbasis with the exact diagonal in it, by a
-            second pass), "diag" or "full".
+            second pass), "diag", "full", "lowrank" (the leading directions of "full"), or
+            `LowRank(rank)`.
         subset_of_weights: "all", "last_layer", parameter-name patterns, or a subnetwork: a mask
             or indices of all parameters behind one another, or masks by name.
         joint_bias: whether a weight and its bias share a block.
@@ -112,7 +114,7 @@ class CurvatureOptions:
             object.__setattr__(self, option.name, _own(getattr(self, option.name)))
         object.__setattr__(self, "likelihood", likelihoods.resolve(self.likelihood))
         object.__setattr__(self, "fisher", fishers.resolve(self.fisher))
-        check_choice("hessian_structure", self.hessian_structure, STRUCTURES)
+        object.__setattr__(self, "hessian_structure", structures.resolve(self.hessian_structure))
         if isinstance(self.subset_of_weights, Tensor):
             object.__setattr__(self, "subset_of_weights", Subnetwork.of(self.subset_of_weights))
         self._check_subnetwork()
@@ -139,7 +141,7 @@ class CurvatureOptions:
             raise InvalidValue(
                 "a part of a matrix has no Kronecker factors: B ⊗ A is of all its rows and columns",
                 where="subset_of_weights",
-                got=f"a subnetwork with hessian_structure='{self.hessian_structure}'",
+                got=f"a subnetwork with hessian_structure='{self.structure}'",
                 remedy="Choose hessian_structure='full' or 'diag', or whole parameters by patterns "
                 "of their names",
             )
@@ -160,6 +162,16 @@ class CurvatureOptions:
     def keywords(self) -> dict[str, Any]:
         """All but the likelihood, as keywords of `Curvature` and whatever hands them on."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "likelihood"}
+
+    @property
+    def structure(self) -> str:
+        """The name of the structure, whatever the rank."""
+        return structures.name_of(self.hessian_structure)
+
+    @property
+    def one_block(self) -> str | None:
+        """Name of the one block of all parameters; None where each group has its own."""
+        return self.structure if self.structure in TOGETHER else None
 
     @property
     def uncovered_stay_out(self) -> bool:
@@ -207,6 +219,7 @@ class CurvatureOptions:
         named: dict[str, Mapping[str, type]] = {
             "likelihood": likelihoods.NAMED,
             "fisher": fishers.NAMED,
+            "hessian_structure": structures.NAMED,
         }
         for name, value in found.items():
             if name not in overrides and (value == GIVEN or (value is None and name in named)):
@@ -239,6 +252,8 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "vectors"):
         name = _name_of(value, fishers.NAMED)
         return None if name is None else [name, asdict(value)]  # all with a name are dataclasses
+    if isinstance(value, LowRank):
+        return [structures.name_of(value), asdict(value)]
     if isinstance(value, Subnetwork):
         return value.indices
     if isinstance(value, Mapping):

@@ -14,7 +14,9 @@ from kfac_laplace.curvature.estimate.blocks import (
     KroneckerBlock,
 )
 from kfac_laplace.curvature.estimate.eigen_block import EigenBlock
+from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
 from kfac_laplace.curvature.estimate.settings import PartSetting, Setting
+from kfac_laplace.curvature.estimate.structures import LowRank
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
@@ -30,13 +32,19 @@ from kfac_laplace.curvature.plain_groups import (
     with_rows,
 )
 from kfac_laplace.curvature.rows.layout import Layout
-from kfac_laplace.curvature.state_checks import check_unused, checked_counts, checked_targets
+from kfac_laplace.curvature.state_checks import (
+    check_unused,
+    checked_counts,
+    checked_targets,
+    low_rank_block,
+)
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.states.plain import same
 from kfac_laplace.states.stored import Stored, shown
 
 KINDS: dict[str, type[Block]] = {
-    block.kind: block for block in (KroneckerBlock, EigenBlock, DiagonalBlock, DenseBlock)
+    block.kind: block
+    for block in (KroneckerBlock, EigenBlock, DiagonalBlock, DenseBlock, LowRankBlock)
 }
 #: Gradient rows of one example hold no more: they would fill a memory of terabytes.
 MOST_ENTRIES = 2**40
@@ -55,7 +63,7 @@ def ggn_to_state(ggn: GGN, dtype: torch.dtype | None = None) -> dict[str, Any]:
     check_rounding(dtype)
     known = ggn.knowledge
     return {
-        "structure": ggn.options.hessian_structure,
+        "structure": _structure(ggn.options),
         "likelihood": _likelihood(ggn.options),
         "estimator": _estimator(ggn.options),
         "tracked": list(known.tracked),
@@ -191,7 +199,7 @@ def axis_of(stored: Stored) -> int | None:
 def _check_options(found: Mapping[str, Stored], options: CurvatureOptions) -> None:
     """Raise `InvalidValue` unless the sums were made with these options."""
     own = {
-        "structure": options.hessian_structure,
+        "structure": _structure(options),
         "likelihood": _likelihood(options),
         "estimator": _estimator(options),
     }
@@ -203,6 +211,11 @@ def _check_options(found: Mapping[str, Stored], options: CurvatureOptions) -> No
                 got=f"{shown(found[name].value)} stored, {shown(mine)} here",
                 remedy="Use the options that the state was made with",
             )
+
+
+def _structure(options: CurvatureOptions) -> Any:
+    """The structure, with its rank, as plain data."""
+    return options.to_plain()["hessian_structure"]
 
 
 def _likelihood(options: CurvatureOptions) -> list[Any]:
@@ -249,21 +262,25 @@ def _setting(stored: Stored, parts: int) -> Setting:
 def _blocks(
     found: Mapping[str, Stored], known: Knowledge, options: CurvatureOptions, device: torch.device
 ) -> dict[str, Block]:
-    """One block for each group, or "full", each of the kind that the options ask for; or none."""
+    """One block for each group, or one of all, each of the kind that is asked for; or none."""
     layouts = {group.name: group.block_layout for group in known.groups}
     kinds: dict[str, str] = {group.name: group.treatment for group in known.groups}
     if options.hessian_structure == "ekfac":
         kinds = {name: "ekfac" if kind == "kron" else kind for name, kind in kinds.items()}
     if options.hessian_structure == "diag":
         kinds = dict.fromkeys(kinds, "diag")
-    if options.hessian_structure == "full":
-        layouts, kinds = ({"full": known.full_layout}, {"full": "dense"}) if layouts else ({}, {})
+    if (whole := options.one_block) is not None:
+        treated = "dense" if whole == "full" else whole
+        layouts, kinds = ({whole: known.full_layout}, {whole: treated}) if layouts else ({}, {})
     stored = found["blocks"].items()
     if stored or found["kinds"].items():
         stored = found["blocks"].fields(kinds)
         for name, kind in found["kinds"].fields(kinds).items():
             kind.text((kinds[name],))
     diagonal = {group.name for group in known.groups if group.diagonal}
+    if isinstance(options.hessian_structure, LowRank):
+        rank = options.hessian_structure.rank
+        return {n: low_rank_block(stored[n], layouts[n], rank, device) for n in kinds if stored}
     return {
         name: block_from_state(stored[name], kinds[name], layouts[name], name in diagonal, device)
         for name in kinds

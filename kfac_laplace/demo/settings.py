@@ -69,7 +69,7 @@ class Settings:
 
 
 def quick() -> Settings:
-    """Less of everything, to see the whole in about a minute; its numbers prove little."""
+    """Less of everything, to see the whole in a few minutes; its numbers prove little."""
     full = Settings()
     return replace(
         full,

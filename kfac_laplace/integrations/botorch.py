@@ -27,12 +27,12 @@ try:
     from botorch.posteriors.gpytorch import GPyTorchPosterior
     from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
     from linear_operator import to_linear_operator
-except ImportError as error:
+except Exception as error:  # builds that do not match raise other errors
     raise MissingPackage(
-        "this model is one of BoTorch's, which is not installed",
+        "this model is one of BoTorch's, which cannot be imported",
         where=__name__,
         got=error,
-        remedy="Install it: pip install botorch",
+        remedy='Install it: pip install "kfac-laplace[botorch]"',
     ) from error
 
 

@@ -57,7 +57,7 @@ class LaplaceEstimator(BaseEstimator):  # type: ignore[misc]  # sklearn has no a
             trains, "post-hoc" after it, or "none".
         prior_precision: δ at the start, of standardised data. None: 10⁻⁴ n, at most 1.
         prior_structure: how δ is shared; as for `Laplace`.
-        hessian_structure: "kron", "diag" or "full".
+        hessian_structure: "kron", "ekfac", "diag", "full" or "lowrank"; see `Laplace`.
         objective: what tuning maximises; as for `MarglikTuner`.
         calibrate: whether the scale of the posterior is chosen at the end, by leaving out training
             points in turn.

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from kfac_laplace.curvature.backend import Curvature
-from kfac_laplace.curvature.estimate.blocks import Structure
 from kfac_laplace.curvature.estimate.fisher import Fisher, MonteCarlo
+from kfac_laplace.curvature.estimate.structures import Word
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidType, MissingPackage, UnsupportedUse
 from kfac_laplace.integrations.kron_entries import ELSEWHERE, Batch, entry, positions
 
-REMEDY = 'Install it: pip install "laplace-torch>=0.3,<0.4"'
+REMEDY = 'Install it: pip install "kfac-laplace[laplace]"'
 
 
 def check_version() -> None:
@@ -42,9 +42,12 @@ check_version()
 try:
     from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
     from laplace.utils import Kron
-except ImportError as error:
+except Exception as error:  # builds that do not match raise other errors
     raise MissingPackage(
-        "laplace-torch cannot be imported", where=__name__, got=error, remedy=REMEDY
+        "laplace-torch cannot be imported",
+        where=__name__,
+        got=error,
+        remedy=f"{REMEDY}; it imports torchvision, which has to fit the torch that is here",
     ) from error
 
 
@@ -157,7 +160,7 @@ class KfacInterface(CurvatureInterface):
         names = {id(p): name for name, p in self.model.named_parameters()}
         return [names[id(p)] for p in self._model.parameters()]
 
-    def _of_batch(self, structure: Structure, x: Any, y: Tensor) -> tuple[Tensor, Curvature]:
+    def _of_batch(self, structure: Word, x: Any, y: Tensor) -> tuple[Tensor, Curvature]:
         """The curvature of one batch, and its loss."""
         curvature = self._curvatures.get(structure) or self._start(structure)
         curvature.accumulate(x, y)
@@ -169,7 +172,7 @@ class KfacInterface(CurvatureInterface):
         loss = -curvature.likelihood.log_likelihood(curvature.statistic, 0, one)
         return self._as_theirs(loss), curvature
 
-    def _start(self, structure: Structure) -> Curvature:
+    def _start(self, structure: Word) -> Curvature:
         patterns = [glob.escape(name) for name in self._names]
         options = CurvatureOptions.of(
             str(getattr(self.likelihood, "value", self.likelihood)),

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 else:
     try:
         from lightning.pytorch import Callback
-    except ImportError:
+    except Exception:  # builds that do not match raise other errors
         try:
             from pytorch_lightning import Callback
-        except ImportError as error:
+        except Exception as error:
             raise MissingPackage(
                 "this callback is for Lightning, which cannot be imported",
                 where=__name__,
                 got=error,
-                remedy="Install it: pip install lightning",
+                remedy='Install it: pip install "kfac-laplace[lightning]"',
             ) from error
 
 #: Strategies that divide a network or its gradients among ranks.

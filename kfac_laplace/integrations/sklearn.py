@@ -13,12 +13,12 @@ try:
     from sklearn.base import ClassifierMixin, RegressorMixin
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import validate_data
-except ImportError as error:
+except Exception as error:  # builds that do not match raise other errors
     raise MissingPackage(
         "these estimators are scikit-learn's, which is not installed in a version that they know",
         where=__name__,
         got=error,
-        remedy='Install it: pip install "scikit-learn>=1.6"',
+        remedy='Install it: pip install "kfac-laplace[sklearn]"',
     ) from error
 
 from kfac_laplace.integrations.estimator import LaplaceEstimator, Module

@@ -26,12 +26,12 @@ else:
     try:
         from transformers import TrainerCallback
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    except ImportError as error:
+    except Exception as error:  # builds that do not match raise other errors
         raise MissingPackage(
             "this callback is for transformers, which cannot be imported",
             where=__name__,
             got=error,
-            remedy="Install it: pip install transformers accelerate",
+            remedy='Install it: pip install "kfac-laplace[transformers]"',
         ) from error
 
 #: Of a checkpoint's folder.

@@ -96,10 +96,10 @@ class Grouping:
             return {}
         held, effective = self.roles.held, self.known.effective
         unused = self.known.unused if effective else ()  # a state does not tell
-        kinds = {"diag": "diag", "full": "dense"}
+        kinds = {"diag": "diag", "full": "dense", "lowrank": "lowrank"}
         said: dict[str, str] = {}
         for group in self.known.groups:
-            kind = kinds.get(self.options.hessian_structure, group.treatment)
+            kind = kinds.get(self.options.structure, group.treatment)
             tuned = f"held: {held[group.name]}" if group.name in held else "tuned"
             said |= dict.fromkeys(group.layout.params, f"{kind}, {tuned}")
         said |= dict.fromkeys(unused, "unused")

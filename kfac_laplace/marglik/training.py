@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import trange
 from typing_extensions import Unpack
 
-from kfac_laplace.curvature.estimate.blocks import Structure
+from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.kept import Kept
 from kfac_laplace.curvature.options import CurvatureKeywords, spelled
@@ -22,6 +22,7 @@ from kfac_laplace.likelihoods import Likelihood, LikelihoodName
 from kfac_laplace.marglik.burn_in import BEGINNING
 from kfac_laplace.marglik.roles import Tune
 from kfac_laplace.marglik.tuner import MarglikTuner, Method
+from kfac_laplace.migration import refused
 from kfac_laplace.optim import KFAC
 from kfac_laplace.options import check_choice, check_iterable, check_text, check_whole
 from kfac_laplace.posterior.objectives import AnyObjective
@@ -29,6 +30,7 @@ from kfac_laplace.posterior.prior import Given
 from kfac_laplace.posterior.sharing import PriorStructure
 
 
+@refused.answering(refused.TRAINING)
 @spelled
 def marglik_training(
     model: nn.Module,
@@ -66,7 +68,7 @@ def marglik_training(
         model: the network; trained in place, its mode is put back at the end.
         train_loader: a loader that can be read every epoch.
         likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
-        hessian_structure: "kron", "ekfac", "diag" or "full".
+        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank" or `LowRank(rank)`.
         optimizer_cls: optimiser of the weights; `kfac_laplace.optim.KFAC` is given the model and
             the likelihood as well. Its own weight decay is 0, whatever its default: the prior is.
         optimizer_kwargs: its options.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from kfac_laplace.curvature.estimate.blocks import Structure
+from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward

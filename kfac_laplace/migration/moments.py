@@ -34,17 +34,40 @@ def precision(posterior: Posterior) -> Tensor:
     """P = H/(σ²T) + P₀: a vector (P,) for "diag", a matrix (P, P) for "full".
 
     Raises:
-        UnsupportedUse: Kronecker factors, of which no matrix is made.
+        UnsupportedUse: Kronecker factors, or few directions, of which no matrix is made.
     """
-    structure, prior = posterior.ggn.options.hessian_structure, prior_diagonal(posterior)
+    found, prior = curvature(posterior, "posterior_precision"), prior_diagonal(posterior)
+    return posterior.scale * found + (prior if found.ndim == 1 else prior.diag())
+
+
+def curvature(posterior: Posterior, where: str) -> Tensor:
+    """H at σ = T = 1: a vector (P,) for "diag", a matrix (P, P) for "full", float64.
+
+    Args:
+        posterior: the posterior.
+        where: what was asked for, for the error.
+
+    Raises:
+        UnsupportedUse: Kronecker factors, or few directions, of which no matrix is made.
+    """
+    structure = posterior.ggn.options.structure
     if structure == "full":
-        return posterior.scale * posterior.expansion.dense + prior.diag()
+        return posterior.expansion.dense
     if structure == "diag":
         values = {name: block.factors for name, block in posterior.ggn.blocks.items()}
-        return posterior.scale * posterior.prior.layouts.flatten(values).double() + prior
+        return posterior.prior.layouts.flatten(values).double()
+    if structure == "lowrank":
+        raise UnsupportedUse(
+            "a posterior in few directions makes no matrix of its precision",
+            where=where,
+            got="hessian_structure='lowrank'",
+            remedy="Take curvature.blocks['lowrank'].rows, R with H = RᵀR at σ = T = 1, "
+            "prior_precision_diag, log_det_posterior_precision, square_norm or "
+            "functional_covariance",
+        )
     raise UnsupportedUse(
         "a posterior in Kronecker factors makes no matrix of its precision",
-        where="posterior_precision",
+        where=where,
         got=f"hessian_structure='{structure}'",
         remedy="Take curvature.blocks[name].factors or .dense(), which are H at σ = T = 1, "
         "prior_precision_diag, log_det_posterior_precision, square_norm or functional_covariance",
@@ -91,8 +114,8 @@ def features(posterior: Posterior, jacobians: Tensor) -> Tensor:
 
 def _by_block(posterior: Posterior, vectors: Tensor) -> Mapping[str, Tensor]:
     """Vectors (..., P) as matrices (..., b, o, i) by block."""
-    if "full" in posterior.blocks:
-        return {"full": vectors[..., None, None, :]}
+    if (whole := posterior.ggn.options.one_block) is not None:
+        return {whole: vectors[..., None, None, :]}
     return posterior.prior.layouts.pack_vector(vectors)
 
 

@@ -14,7 +14,7 @@ from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods.links import Link
-from kfac_laplace.migration import moments
+from kfac_laplace.migration import moments, refused
 from kfac_laplace.migration.arguments import counted, number
 from kfac_laplace.migration.prior_search import Method, PriorSearch, plain, refuse
 from kfac_laplace.posterior.gaussian import Posterior
@@ -60,6 +60,7 @@ class LaplaceTorchWords(ABC):
 
     # --- the prior ---------------------------------------------------------------------------
 
+    @refused.answering(refused.SEARCH)
     def optimize_prior_precision(
         self,
         pred_type: PredType | Method = "glm",
@@ -173,6 +174,7 @@ class LaplaceTorchWords(ABC):
         """
         return self._predictor.parameters(number(n, n_samples), self._source(generator))
 
+    @refused.answering(refused.DRAWS)
     def functional_samples(
         self,
         x: Any,
@@ -181,6 +183,7 @@ class LaplaceTorchWords(ABC):
         *,
         pred_type: PredType = "glm",
         generator: Generator | None = None,
+        enable_backprop: bool = False,
     ) -> Tensor:
         """Draw functions and evaluate each at all inputs, shape (n, *output shape).
 
@@ -191,10 +194,13 @@ class LaplaceTorchWords(ABC):
             pred_type: "glm" or "linear" for f + J(θ_s − θ*), "nn" for the network at θ_s.
             generator: source of the randomness; by default one that `fit` seeds with `seed`, so
                 that each call draws anew.
+            enable_backprop: stay in the graph of x; the draws of weights are constants.
         """
         source = self._source(generator)
-        return self._predictor.functions(x, *counted(n, n_samples, pred_type), source)
+        wanted = counted(n, n_samples, pred_type)
+        return self._predictor.functions(x, *wanted, source, enable_backprop)
 
+    @refused.answering(refused.DRAWS)
     def predictive_samples(
         self,
         x: Any,
@@ -251,9 +257,18 @@ class LaplaceTorchWords(ABC):
         """P: a vector (P,) under "diag", a matrix (P, P) under "full"; the samples' is P/κ.
 
         Raises:
-            UnsupportedUse: under "kron" and "ekfac", with the words that take its place.
+            UnsupportedUse: under "kron", "ekfac" and "lowrank", with the words that take its place.
         """
         return moments.precision(self.posterior)
+
+    @property
+    def H(self) -> Tensor:
+        """The curvature at σ = T = 1: a vector (P,) under "diag", a matrix (P, P) under "full".
+
+        Raises:
+            UnsupportedUse: as for `posterior_precision`.
+        """
+        return moments.curvature(self.posterior, "H")
 
     def square_norm(self, value: Tensor) -> Tensor:
         """(value − θ*)ᵀ P (value − θ*) of a vector (P,)."""
@@ -267,6 +282,21 @@ class LaplaceTorchWords(ABC):
             normalized: with the terms that do not depend on the value.
         """
         return moments.log_prob(self.posterior, value, normalized)
+
+    def predictive_moments(self, x: Any, *, joint: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the outputs at x without noise, as predictions are made of them.
+
+        Args:
+            x: inputs as `fit` takes them.
+            joint: regression: one mean (N·C,) and covariance (N·C, N·C) over all inputs.
+
+        Returns:
+            f/τ, shaped like the output, and κΣ/τ² of each row, (N, C, C), for any likelihood.
+        """
+        if joint:
+            return self._predictor.joint(x, "glm")
+        found = self._predictor.predict(x, "glm", "auto", 100, None)
+        return found.output_mean, found.covariance
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         """κ J P⁻¹ Jᵀ for each example, (n, c, c), of Jacobians (n, c, P); before τ."""

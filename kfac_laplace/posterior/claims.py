@@ -186,10 +186,10 @@ def _beyond_the_data(posterior: Posterior, bounds: Bounds) -> Iterator[Claim]:
     """γ near the number of directions that the data can determine, where it is no exact count."""
     if isinstance(bounds.dimensions, DualEvidence):  # whose γ is one, and chose all that moved
         return
-    ggn, structure = posterior.ggn, posterior.ggn.options.hessian_structure
+    ggn, structure = posterior.ggn, posterior.ggn.options.structure
     noise = "sigma_noise" in bounds.high
     gamma, possible = _gamma(posterior), ggn.likelihood.determined(ggn.targets, ggn.n_outputs)
-    if structure == "full" or not gamma > NEARLY_ALL * possible:
+    if posterior.ggn.options.one_block or not gamma > NEARLY_ALL * possible:
         return
     fix = "fix_sigma_noise=True, " if noise else ""
     yield Claim(
@@ -222,7 +222,7 @@ def _beyond_the_spread(posterior: Posterior) -> Iterator[Claim]:
     if not spread > 0 or sigma**2 <= spread**2 * (1 + LEEWAY / ggn.n_outputs):
         return
     left = math.sqrt(float(ggn.statistic) / ggn.n_outputs)
-    full = "" if ggn.options.hessian_structure == "full" else " or hessian_structure='full'"
+    full = "" if ggn.options.one_block else " or hessian_structure='full'"
     yield Claim(
         "noise",
         (),

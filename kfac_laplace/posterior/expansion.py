@@ -10,7 +10,9 @@ from torch import Tensor
 from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.linalg.dtypes import in_double
 from kfac_laplace.likelihoods import check_finite
+from kfac_laplace.posterior.log_dets import Grams, Wide
 from kfac_laplace.posterior.log_table import LogTable
 from kfac_laplace.posterior.prior import Prior
 
@@ -37,7 +39,7 @@ class Expansion:
     @cached_property
     def log_table(self) -> LogTable | None:
         """The eigenvalues of all blocks together, where each block has one prior precision."""
-        if self.ggn.options.hessian_structure == "full" or not self.prior.constant_on_blocks:
+        if self.ggn.options.one_block or not self.prior.constant_on_blocks:
             return None
         blocks = self.ggn.blocks
         return LogTable.of([blocks[name].spectrum for name in self.prior.layouts.groups])
@@ -54,6 +56,30 @@ class Expansion:
             return self.ggn.blocks["full"].dense().double()
 
     @cached_property
+    def of_rows(self) -> Grams | Wide | None:
+        """The log-determinant of the rows of a low-rank structure, by few numbers where it can be.
+
+        Gram matrices of as many precisions as there are, unless they are larger than the rows.
+        """
+        if self.ggn.options.structure != "lowrank":
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            block, prior = self.ggn.blocks["lowrank"], self.prior
+            rows, index = block.factors, self._precision_of_entries
+            if not prior.constant_on_blocks or prior.length * len(rows) > prior.size:
+                return Wide(in_double(rows), index, prior.length)
+            parts = (in_double(rows[:, index == place]) for place in range(prior.length))
+            grams = torch.stack([part @ part.mT for part in parts])
+            return Grams(grams, torch.arange(prior.length, device=rows.device), prior.length)
+
+    @property
+    def _precision_of_entries(self) -> Tensor:
+        """The place of the precision of each entry, in parameter order, (p,)."""
+        layouts, index = self.prior.layouts, self.prior.index
+        spread = {name: index[name].expand(la.matrix) for name, la in layouts.groups.items()}
+        return layouts.flatten(spread)
+
+    @cached_property
     def squares(self) -> Tensor:
         """Σ (θ* − μ)² over the entries that share a precision, shape (length of the prior,)."""
         with torch.inference_mode(False):
@@ -63,6 +89,8 @@ class Expansion:
     def curvature(self) -> Tensor:
         """Σ H_kk over the entries that share a precision, at σ = T = 1, (length of the prior,)."""
         with torch.inference_mode(False), torch.no_grad():
+            if self.of_rows is not None:
+                return self.of_rows.traces
             if self.ggn.options.hessian_structure == "full":
                 return self.prior.shared_sums(self.prior.layouts.pack_vector(self.dense.diagonal()))
             spectra = {name: block.spectrum for name, block in self.ggn.blocks.items()}

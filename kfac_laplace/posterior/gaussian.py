@@ -19,7 +19,9 @@ from kfac_laplace.errors import NotFitted
 from kfac_laplace.posterior.block import BlockNormal, DenseNormal, SpectralNormal
 from kfac_laplace.posterior.expansion import Expansion
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
+from kfac_laplace.posterior.log_dets import log_det
 from kfac_laplace.posterior.log_table import EXACT, LogTable
+from kfac_laplace.posterior.low_rank import LowRankNormal
 from kfac_laplace.posterior.prior import Prior
 
 
@@ -106,11 +108,15 @@ class Posterior:
     def blocks(self) -> dict[str, BlockNormal]:
         """Posterior of each block of the curvature."""
         deltas = self.prior.by_group(self.hyperparameters.prior_precision)
-        if self.ggn.options.hessian_structure == "full":
+        if self.ggn.options.one_block is not None:
             layouts = self.prior.layouts
             spread = {name: deltas[name].expand(la.matrix) for name, la in layouts.groups.items()}
             delta = layouts.flatten(spread)
-            return {"full": DenseNormal.of(self.expansion.dense, self.scale, delta)}
+            part = self.expansion.of_rows
+            if part is None:
+                return {"full": DenseNormal.of(self.expansion.dense, self.scale, delta)}
+            rows, factor = self.ggn.blocks["lowrank"].factors, part.factor(self._weights)
+            return {"lowrank": LowRankNormal(rows, factor, self.scale, delta)}
         return {
             name: SpectralNormal(block.spectrum, self.scale, deltas[name])
             for name, block in self.ggn.blocks.items()
@@ -151,7 +157,9 @@ class Posterior:
     @property
     def log_det_ratio(self) -> Tensor:
         """log det P − log det P₀."""
-        table = self.expansion.log_table
+        table, part = self.expansion.log_table, self.expansion.of_rows
+        if part is not None:
+            return log_det(part, self._weights)
         if table is None:
             return torch.stack([normal.log_det_ratio() for normal in self.blocks.values()]).sum()
         return (table.weights * softplus(self._log_signals(table), threshold=EXACT)).sum()
@@ -161,6 +169,11 @@ class Posterior:
         deltas = self.prior.by_block(self.hyperparameters.prior_precision)
         shift = self.scale.log() - deltas.log()  # (groups,)
         return table.logs + shift[table.group]
+
+    @property
+    def _weights(self) -> Tensor:
+        """scale/δ of each precision, (length of the prior,)."""
+        return self.scale / self.prior.full(self.hyperparameters.prior_precision)
 
     @property
     def log_det_posterior_precision(self) -> Tensor:
@@ -193,6 +206,9 @@ class Posterior:
         """γ: directions that the data determine, by shared precision, (length of the prior,)."""
         if self.expansion.log_table is not None:
             return self.prior.shared_by_block(self.effective_dimensions_by_group())
+        if (part := self.expansion.of_rows) is not None:
+            weights = self._weights.detach()
+            return weights * part.slopes(weights)[1]
         return self.prior.shared_sums(self._directions())
 
     def effective_dimensions_by_group(self) -> Tensor:
@@ -208,7 +224,8 @@ class Posterior:
     def _directions(self) -> dict[str, Tensor]:
         """Share of each direction that the data determine, (b, o, i) by group."""
         found = {name: normal.effective_dimensions() for name, normal in self.blocks.items()}
-        return self.prior.layouts.pack_vector(found["full"][0, 0]) if "full" in found else found
+        whole = self.ggn.options.one_block
+        return found if whole is None else self.prior.layouts.pack_vector(found[whole][0, 0])
 
     @property
     def constant_evidence(self) -> float:
@@ -254,8 +271,8 @@ class Posterior:
                 n, *shape, dtype=torch.float64, generator=generator, device=generator.device
             )
             colours[name] = normal.colour(noise[kept].to(self.device))
-        layouts = self.prior.layouts
-        flat = colours["full"][:, 0, 0] if "full" in colours else layouts.flatten(colours)
+        layouts, whole = self.prior.layouts, self.ggn.options.one_block
+        flat = layouts.flatten(colours) if whole is None else colours[whole][:, 0, 0]
         return layouts.by_parameter(flat)
 
     @property

@@ -94,11 +94,13 @@ class Prior:
         if precision.numel() == 1:
             return precision.reshape(1).expand(self.length)
         if precision.shape != (self.length,):
+            each = precision.shape == (self.size,)
             raise InvalidValue(
                 f"a '{self.sharing.title}' prior has {self.length} precisions",
                 where="prior_precision",
                 got=f"shape {tuple(precision.shape)}",
-                remedy="Pass one value, or one for each entry of that structure",
+                remedy="Pass one value, or one for each entry of that structure"
+                + ("; prior_structure='diag' has one for each parameter" if each else ""),
             )
         return precision
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.blocks import FACTORED
+from kfac_laplace.curvature.estimate.structures import FACTORED, Structure
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.options import unknown
 from kfac_laplace.posterior.layouts import Layouts
@@ -208,7 +208,7 @@ def resolve_sharing(structure: PriorStructure) -> Sharing:
     )
 
 
-def check_sharing(sharing: Sharing, hessian_structure: str) -> None:
+def check_sharing(sharing: Sharing, hessian_structure: Structure) -> None:
     """Raise `InvalidValue` for a prior under "kron" or "ekfac" that is not constant on each block.
 
     P = τ B⊗A + P₀ keeps the eigenvectors of B⊗A only where P₀ is a multiple of the identity.

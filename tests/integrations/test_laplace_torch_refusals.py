@@ -195,7 +195,7 @@ def test_without_laplace_torch(anew, monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(
-        MissingPackage, match='not installed. Install it: pip install "laplace-torc'
+        MissingPackage, match=r'not installed. Install it: pip install "kfac-laplace\[laplace\]"'
     ):
         anew()
 

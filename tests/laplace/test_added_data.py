@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from kfac_laplace import Laplace
 from kfac_laplace.errors import InvalidValue
 
-structures = pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+structures = pytest.mark.parametrize("structure", ["kron", "diag", "full", "lowrank"])
 
 
 @structures

@@ -34,7 +34,7 @@ copies = pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
 
 
 @copies
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "full", "lowrank"])
 @pytest.mark.parametrize("kind", LOADERS)
 def test_copies_say_the_same(kind, structure, copied):
     case = build("mlp-tanh")

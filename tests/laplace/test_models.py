@@ -9,7 +9,7 @@ from torch import nn
 
 from kfac_laplace import Laplace, MarglikTuner
 
-STRUCTURES = ("kron", "diag", "full")
+STRUCTURES = ("kron", "diag", "full", "lowrank")
 everywhere = pytest.mark.parametrize("structure", STRUCTURES)
 PREDICTIONS = ({}, {"pred_type": "linear", "n_samples": 3}, {"pred_type": "nn", "n_samples": 3})
 
@@ -223,7 +223,7 @@ def test_unused_parameters_have_zero_curvature(structure):
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full", "lowrank"])
 def test_what_was_loaded_in_inference_mode_predicts_outside(structure, suffix, tmp_path):
     if suffix == "safetensors":
         pytest.importorskip("safetensors")

@@ -10,7 +10,7 @@ from pulls import data, network
 from kfac_laplace import Laplace
 from kfac_laplace.errors import InvalidValue
 
-structures = pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+structures = pytest.mark.parametrize("structure", ["kron", "diag", "full", "lowrank"])
 START = 2.5
 
 

@@ -65,15 +65,15 @@ def test_the_gaussian_in_their_words(structure, name):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_the_posterior_precision(structure):
-    la, _, precision, _ = fit(structure)
+    la, _, precision, delta = fit(structure)
     if structure == "kron":
-        with pytest.raises(
-            UnsupportedUse, match=r"posterior_precision: .*curvature.blocks\[name\]"
-        ):
-            _ = la.posterior_precision
+        for name in ("posterior_precision", "H"):
+            with pytest.raises(UnsupportedUse, match=rf"^{name}: .*curvature.blocks\[name\]"):
+                getattr(la, name)
         return
-    found = la.posterior_precision
+    found, curvature = la.posterior_precision, 0.7 * (precision - delta.diag())  # T = 0.7
     torch.testing.assert_close(found.diag() if structure == "diag" else found, precision)
+    torch.testing.assert_close(la.H.diag() if structure == "diag" else la.H, curvature)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

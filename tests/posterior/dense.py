@@ -42,8 +42,8 @@ def block_positions(la: Laplace, model: nn.Module) -> list[Tensor]:
 
 
 def group_positions(la: Laplace, model: nn.Module) -> list[Tensor]:
-    """The same for each group that shares a layerwise precision; "full" has many in one block."""
-    if "full" not in la.curvature.blocks:
+    """The same for each group that shares a layerwise precision; one block may have many."""
+    if la.curvature.options.one_block is None:
         return block_positions(la, model)
     where = positions(la, model)
     return [torch.cat([where[n] for n in g.layout.params]) for g in la.curvature.groups]

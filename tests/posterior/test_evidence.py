@@ -9,7 +9,7 @@ from torch import nn
 
 from kfac_laplace import Laplace
 
-STRUCTURES = ("kron", "diag", "full")
+STRUCTURES = ("kron", "diag", "full", "lowrank")
 CASES = ("mlp-tanh", "mlp-binary", "cnn", "tokens", "vit", "twice", "frozen-bias", "frozen-weight")
 REGRESSION = ("mlp-regression", "deep-linear-reduce", "tokens-regression")
 TOL = {"rtol": 1e-10, "atol": 1e-9}  # float64 log-determinants of at most 150 dimensions

@@ -46,7 +46,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "full", "lowrank"])
 @pytest.mark.parametrize("name", ["mlp-tanh", "mlp-regression", "mlp-binary"])
 @pytest.mark.parametrize("kind", WRONG)
 def test_parts_of_a_curvature_that_contradict_one_another(kind, name, structure):
@@ -60,7 +60,7 @@ def test_parts_of_a_curvature_that_contradict_one_another(kind, name, structure)
     assert torch.equal(la.log_marginal_likelihood(), evidence)
 
 
-@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full", "lowrank"])
 def test_no_data_at_all_leave_no_curvature(structure):
     case = build("mlp-tanh")
     curvature = Curvature(case.model, case.likelihood, hessian_structure=structure)
@@ -84,7 +84,7 @@ class WithSpare(torch.nn.Module):
         return self.used(x)
 
 
-@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full", "lowrank"])
 def test_parameters_that_are_unused_load(structure):
     torch.manual_seed(0)
     case, model = build("mlp-tanh"), WithSpare()

@@ -11,7 +11,7 @@ from posterior import dense
 
 from kfac_laplace import KfacLaplaceError, Laplace
 
-STRUCTURES = ("kron", "diag", "full")
+STRUCTURES = ("kron", "diag", "full", "lowrank")
 METHODS = ("marglik", "mackay")
 
 
@@ -147,7 +147,7 @@ def test_laplace_torchs_name_is_the_same_method():
     assert torch.equal(one.prior_precision, two.prior_precision)
 
 
-@pytest.mark.parametrize("structure", ["diag", "full"])
+@pytest.mark.parametrize("structure", ["diag", "full", "lowrank"])
 def test_one_precision_for_each_parameter(structure):
     """A diagonal prior can only do better than a layerwise one at its own optimum."""
     layerwise, _ = fit("mlp-tanh", hessian_structure=structure)

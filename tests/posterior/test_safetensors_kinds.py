@@ -44,7 +44,7 @@ def frozen():
 
 
 def structures(name, structure):
-    shared = {"kron": "layerwise", "diag": "diag", "full": "unit"}[structure]
+    shared = {"kron": "layerwise", "diag": "diag", "full": "unit", "lowrank": "unit"}[structure]
     la, case = dense.fit(name, hessian_structure=structure, prior_structure=shared, prior_mean=0.1)
     la.prior_precision = torch.linspace(0.5, 3, la.prior_precision.numel(), dtype=torch.float64)
     return la
@@ -54,7 +54,7 @@ KINDS = {
     **{
         f"{name} {structure}": lambda name=name, structure=structure: structures(name, structure)
         for name in ("mlp-tanh", "mlp-regression", "mlp-binary", "cnn", "vit", "tokens", "twice")
-        for structure in ("kron", "diag", "full")
+        for structure in ("kron", "diag", "full", "lowrank")
     },
     **{name: lambda name=name: likelihoods(name) for name in NAMED if name != "reward_modeling"},
     "reward_modeling": rewards,  # of pairs
@@ -103,7 +103,7 @@ def test_every_kind_comes_back(kind, tmp_path):
     torch.testing.assert_close(*draws, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "full", "lowrank"])
 @pytest.mark.parametrize("name", ["mlp-tanh", "cnn", "tokens-regression"])
 def test_predictions_come_back(name, structure, tmp_path):
     la, case = dense.fit(name, hessian_structure=structure)

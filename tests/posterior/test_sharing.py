@@ -84,7 +84,7 @@ def test_patterns_that_divide_a_block_name_the_remedy():
         entries({"*.bias": "scalar", "*": "layerwise"})
 
 
-@pytest.mark.parametrize("hessian", ["kron", "diag", "full"])
+@pytest.mark.parametrize("hessian", ["kron", "diag", "full", "lowrank"])
 def test_which_structures_go_together(hessian):
     """A prior that varies within a block does not commute with Kronecker factors."""
     for structure in ("layerwise", "scalar", PATTERNS):
@@ -105,7 +105,7 @@ def test_plain_data_and_back():
     assert sharing_to_plain(Layerwise()) == "layerwise"
 
 
-@pytest.mark.parametrize("structure", ["diag", "full"])
+@pytest.mark.parametrize("structure", ["diag", "full", "lowrank"])
 def test_one_precision_for_each_output_unit(structure):
     """A row of the weight with its bias; between one for each layer and one for each entry."""
     found = {}
@@ -118,7 +118,7 @@ def test_one_precision_for_each_output_unit(structure):
     assert found["layerwise"] < found["unit"] < found["diag"]
 
 
-@pytest.mark.parametrize("structure", ["diag", "full"])
+@pytest.mark.parametrize("structure", ["diag", "full", "lowrank"])
 def test_the_terms_of_a_unit_prior_equal_dense_algebra(structure):
     la, case = dense.fit("mlp-tanh", hessian_structure=structure, prior_structure="unit")
     values = torch.linspace(0.5, 3.0, la.prior_precision.numel(), dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_the_terms_of_a_unit_prior_equal_dense_algebra(structure):
     torch.testing.assert_close(la.scatter, (delta * theta**2).sum(), rtol=1e-10, atol=1e-9)
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "full", "lowrank"])
 @pytest.mark.parametrize("method", ["marglik", "mackay"])
 def test_groups_that_share_by_pattern_are_tuned_together(structure, method):
     """Three layers of which two share: the optimum lies between one for all and one for each."""
@@ -169,7 +169,7 @@ def test_biases_that_share_need_blocks_of_their_own():
     torch.testing.assert_close(la.posterior.squares[0], sum(biases))
 
 
-@pytest.mark.parametrize("structure", ["diag", "full"])
+@pytest.mark.parametrize("structure", ["diag", "full", "lowrank"])
 def test_inputs_that_do_not_matter_get_large_precisions(structure):
     """Relevance of inputs: y depends on the first alone, by the evidence of a linear model."""
     torch.manual_seed(0)

@@ -7,11 +7,12 @@ from posterior import dense
 
 from kfac_laplace import KfacLaplaceError, Laplace
 
-STRUCTURES = ("kron", "diag", "full")
+STRUCTURES = ("kron", "diag", "full", "lowrank")
 OPTIONS = {
     "kron": {"prior_structure": "layerwise"},
     "diag": {"prior_structure": "diag"},
     "full": {"prior_structure": "scalar"},
+    "lowrank": {"prior_structure": "unit"},
 }
 everywhere = pytest.mark.parametrize("structure", STRUCTURES)
 NAMES = ("mlp-tanh", "mlp-regression", "mlp-binary", "vit", "tokens")

@@ -10,7 +10,7 @@ from kfac_laplace import KfacLaplaceError, Laplace, MarglikTuner
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.posterior.sharing import Sharing
 
-STRUCTURES = ("kron", "diag", "full")
+STRUCTURES = ("kron", "diag", "full", "lowrank")
 OPTIONS = {"prior_structure": ByKind(), "joint_bias": False}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import isfinite
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,6 @@ from kfac_laplace.curvature.linalg.spectrum import (
 )
 from kfac_laplace.curvature.rows.layout import Layout
 
-#: Kronecker factors where rules give them, their eigenbasis, the diagonal, or the whole matrix
-Structure = Literal["kron", "ekfac", "diag", "full"]
-STRUCTURES: tuple[Structure, ...] = get_args(Structure)
-#: Structures that take Kronecker factors where there are rules.
-FACTORED = ("kron", "ekfac")
 #: Eigenvectors of B (b, o, o) and of A (b, i, i), as columns; None for a diagonal A.
 Bases = tuple[Tensor, Tensor | None]
 

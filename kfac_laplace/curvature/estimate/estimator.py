@@ -13,11 +13,13 @@ from kfac_laplace.curvature.estimate.accumulators import (
     EigenAccumulator,
     KroneckerAccumulator,
 )
-from kfac_laplace.curvature.estimate.blocks import FACTORED, Bases, Block, Structure
+from kfac_laplace.curvature.estimate.blocks import Bases, Block
 from kfac_laplace.curvature.estimate.fisher import Exact, Fisher
 from kfac_laplace.curvature.estimate.head import Cut, find_cut
+from kfac_laplace.curvature.estimate.low_rank import LowRankAccumulator
 from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.estimate.shared_grams import SharedGrams
+from kfac_laplace.curvature.estimate.structures import FACTORED, LowRank, Structure
 from kfac_laplace.curvature.gradients.by_group import copied_gradients
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
@@ -31,7 +33,7 @@ class Plan:
     """What is estimated, and how.
 
     Args:
-        structure: "kron", "ekfac", "diag" or "full".
+        structure: "kron", "ekfac", "diag", "full" or a `LowRank`.
         settings: expand or reduce, by name of the groups with Kronecker factors.
         fisher: which backward vectors.
         dtype: the precision of products and sums.
@@ -48,7 +50,7 @@ class Plan:
 
 
 def estimate(passed: ForwardPass, plan: Plan, y: Tensor, generator: Generator) -> dict[str, Block]:
-    """The blocks of a recorded pass, by name of their groups, or one block "full".
+    """The blocks of a recorded pass, by name of their groups, or one block "full" or "lowrank".
 
     Args:
         passed: the forward pass, with the groups of its parameters known.
@@ -73,6 +75,9 @@ def accumulators(passed: ForwardPass, plan: Plan) -> dict[str, Accumulator]:
         if plan.structure == "full":
             layout = passed.knowledge.full_layout
             return {"full": DenseAccumulator(groups, layout, passed, plan.dtype)}
+        if isinstance(plan.structure, LowRank):
+            layout, rank = passed.knowledge.full_layout, plan.structure.rank
+            return {"lowrank": LowRankAccumulator(groups, layout, passed, plan.dtype, rank)}
         shared = SharedGrams()
         return {group.name: _accumulator(passed, plan, group, shared) for group in groups}
 

@@ -34,7 +34,7 @@ def of_mapping(model: nn.Module, x: Mapping[str, Any]) -> Any:
     Raises:
         InvalidType: neither form fits.
     """
-    forward = unwrapped(model).forward
+    forward = _asked(model)
     if not _takes_whole(forward, x):
         return _by_entries(model, forward, x)
     try:
@@ -48,6 +48,19 @@ def of_mapping(model: nn.Module, x: Mapping[str, Any]) -> Any:
             got=f"{list(x)}, and of the model {error}",
             remedy=REMEDY,
         ) from error
+
+
+def _asked(model: nn.Module) -> Callable[..., Any]:
+    """The forward whose names count: that of the model itself inside wrappers that hand all on.
+
+    Models of peft without a task are such: `forward(*args, **kwargs)` calls `get_base_model()`.
+    """
+    inside: Any = unwrapped(model)
+    if not hasattr(inside, "get_base_model"):
+        return inside.forward
+    kinds = {p.kind for p in inspect.signature(inside.forward).parameters.values()}
+    passes_on = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return _asked(inside.get_base_model()) if passes_on else inside.forward
 
 
 def _by_entries(model: nn.Module, forward: Callable[..., Any], x: Mapping[str, Any]) -> Any:

@@ -13,10 +13,10 @@ from torch import Tensor
 from kfac_laplace.curvature.estimate.fisher import Exact
 from kfac_laplace.options import check_whole
 from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.log_dets import Sum
 from kfac_laplace.posterior.objectives.columns import Columns
 from kfac_laplace.posterior.objectives.dual import DualEvidence
 from kfac_laplace.posterior.objectives.forms import MAX_GRAMS, log_det_of
-from kfac_laplace.posterior.objectives.log_dets import Sum
 from kfac_laplace.posterior.objectives.points import Looked, Points, chosen_points, count_of
 from kfac_laplace.posterior.objectives.registry import NAMED, Data
 

@@ -13,9 +13,9 @@ from kfac_laplace.curvature.estimate.fisher import Hybrid
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_whole
 from kfac_laplace.posterior.gaussian import Posterior
+from kfac_laplace.posterior.log_dets import Sum
 from kfac_laplace.posterior.objectives.dual import DualEvidence
 from kfac_laplace.posterior.objectives.forms import log_det_of
-from kfac_laplace.posterior.objectives.log_dets import Sum
 from kfac_laplace.posterior.objectives.points import Looked, chosen_points, count_of
 from kfac_laplace.posterior.objectives.registry import NAMED, Data
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.objectives.log_dets import LogDet, log_det
+from kfac_laplace.posterior.log_dets import LogDet, log_det
 
 
 @dataclass(frozen=True, eq=False)

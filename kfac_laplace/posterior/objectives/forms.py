@@ -9,7 +9,7 @@ from kfac_laplace.curvature.linalg.dtypes import in_double
 from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.posterior.gaussian import Posterior
-from kfac_laplace.posterior.objectives.log_dets import Grams, LogDet, Primal, Wide
+from kfac_laplace.posterior.log_dets import Grams, LogDet, Primal, Wide
 from kfac_laplace.posterior.objectives.points import Looked, Points, count_of
 from kfac_laplace.posterior.objectives.rows import Part, Rows, inner_products, stacked
 from kfac_laplace.posterior.tiles import pairs_of_tiles

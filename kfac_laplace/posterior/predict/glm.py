@@ -139,6 +139,8 @@ def _inputs_at_once(posterior: Posterior, batch: AnyBatch) -> int:
 
 def _entries(ggn: GGN) -> int:
     """Entries that an example and a backward vector hold, over all uses of parameters."""
+    if ggn.options.one_block is not None:  # whole gradients
+        return max(1, sum(each.count for each in ggn.knowledge.entries.values()))
     generic = sum(g.layout.size for g in ggn.groups if g.role == "generic")
     return ggn.knowledge.row_entries + generic
 
@@ -171,7 +173,7 @@ def _covariances(
     total = passed.outputs.new_zeros(passed.n, len(vectors) // width, width, width).detach()
     last = used_last(passed, posterior.ggn.groups)
     with without_autocast(total.device):
-        if posterior.ggn.options.hessian_structure == "full":
+        if posterior.ggn.options.one_block is not None:
             own = entries_inside(posterior.ggn, last).to(total)
             for normal, found in _matrices(posterior, passed, vectors):
                 total += covariance(normal, found, width)
@@ -236,12 +238,12 @@ def _matrices(
     f, groups = passed.outputs, posterior.ggn.groups
     rows = passed.rows(vectors, groups)
     copied = copied_gradients(passed, vectors)
-    if posterior.ggn.options.hessian_structure == "full":
+    if (whole := posterior.ggn.options.one_block) is not None:
         layout = posterior.ggn.knowledge.full_layout
         flat = flat_gradients(passed, layout, (rows, copied))
         if flat is None:  # the outputs depend on no parameter
             flat = f.new_zeros(len(vectors), passed.n, layout.size)
-        yield block_normal(posterior, "full", flat), flat[:, :, None, None]
+        yield block_normal(posterior, whole, flat), flat[:, :, None, None]
         return
     for group in groups:
         found = block_gradients(passed, group, rows, copied)

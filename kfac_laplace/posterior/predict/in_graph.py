@@ -326,10 +326,10 @@ def _matrices(
 ) -> Iterator[tuple[str | None, BlockNormal, Tensor]]:
     """Each group's name and posterior with gradients (v, n, b, o, i); no name for all in one."""
     ggn = posterior.ggn
-    if ggn.options.hessian_structure == "full":
+    if (whole := ggn.options.one_block) is not None:
         entries = ggn.knowledge.entries.items()
         flat = torch.cat([each.take(found[name]) for name, each in entries], -1)
-        yield None, block_normal(posterior, "full", flat), flat[:, :, None, None]
+        yield None, block_normal(posterior, whole, flat), flat[:, :, None, None]
         return
     for group in ggn.groups:
         packed = group.block_layout.pack(found)

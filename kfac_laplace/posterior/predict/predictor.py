@@ -1,5 +1,6 @@
 """Everything that a posterior with its scale κ can say about new inputs."""
 
+import logging
 from collections.abc import MutableSet
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,6 +33,12 @@ from kfac_laplace.posterior.predict.predictive import Predictive, from_samples, 
 from kfac_laplace.posterior.predict.sampling import linearised_samples, network_samples
 from kfac_laplace.posterior.predict.scaling import Scaling
 
+log = logging.getLogger("kfac_laplace")
+
+SAYS_NO_GRAPH = (
+    "x asks for gradients, which predictions carry with enable_backprop=True alone: pass it to the "
+    "call, or x.detach()"
+)
 PredType = Literal["glm", "linear", "nn"]
 SAMPLERS = {"glm": linearised_samples, "linear": linearised_samples, "nn": network_samples}
 
@@ -85,7 +92,7 @@ class Predictor:
         check_whole("n_samples", n_samples, 1)
         self.source(generator)
         found = mean_in_graph if in_graph else output_mean
-        f, shape = found(self.posterior, self._batch(x))
+        f, shape = found(self.posterior, self._batch(x, in_graph))
         mean, none = self.scaling.moments(f, f.new_zeros(()).expand(*f.shape, f.shape[-1]))
         axis = ggn.knowledge.class_axis
         return Predictive(ggn.likelihood, mean, none, shape, axis, self._sigma, link).mean
@@ -124,7 +131,7 @@ class Predictor:
     def outputs(self, x: Any, in_graph: bool = False) -> OutputGaussian:
         """The Gaussian over outputs at x, at κ = τ = 1."""
         found = gaussian_in_graph if in_graph else output_gaussian
-        return found(self.posterior, self._batch(x))
+        return found(self.posterior, self._batch(x, in_graph))
 
     def by_samples(self, samples: Tensor) -> Predictive:
         """The predictive of output samples (s, *output shape)."""
@@ -160,7 +167,7 @@ class Predictor:
                 got=True,
                 remedy="Use functional_samples for joint draws of any likelihood",
             )
-        batch = self._batch(x)
+        batch = self._batch(x, in_graph)
         if in_graph:
             mean, parts = features_in_graph(self.posterior, batch)
         else:
@@ -170,8 +177,13 @@ class Predictor:
         joint = features @ features.mT * self.scaling.scale.to(features)
         return mean, finite(joint, "covariance of the outputs", COVARIANCE)
 
-    def _batch(self, x: Any) -> AnyBatch:
-        return inputs_of(self.posterior, x, self.key_y)
+    def _batch(self, x: Any, in_graph: bool) -> AnyBatch:
+        batch = inputs_of(self.posterior, x, self.key_y)
+        asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in batch.data)
+        if asked and not in_graph and SAYS_NO_GRAPH not in self.said:
+            self.said.add(SAYS_NO_GRAPH)
+            log.warning(SAYS_NO_GRAPH)
+        return batch
 
     def parameters(self, n: int, generator: Generator | None) -> Tensor:
         """Draws (n, P) in the order of the parameters."""
@@ -198,7 +210,7 @@ class Predictor:
         check_choice("pred_type", pred_type, SAMPLERS)
         draw = SAMPLERS[pred_type]
         width = float(self.scaling.scale) ** 0.5
-        batch, source = self._batch(x), self.source(generator)
+        batch, source = self._batch(x, in_graph), self.source(generator)
         if in_graph:
             check_differentiable(batch)
             f = draw(self.posterior, batch, n, width, source, True)

@@ -120,7 +120,7 @@ def test_a_glob_that_matches_nothing_is_an_error():
         {"kfac_approx": "Reduce"},
         {"kfac_approx": {"conv*": "sum"}},
         {"fisher": "monte-carlo"},
-        {"hessian_structure": "lowrank"},
+        {"hessian_structure": "low-rank"},
         {"uncovered": "drop"},
         {"subset_of_weights": "first_layer"},
         {"subset_of_weights": []},

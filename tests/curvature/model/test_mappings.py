@@ -191,6 +191,42 @@ def test_wrapped_models_are_asked_inside(kind):
     assert_same_blocks(dense_blocks(Curvature(model, "classification").fit(loader)), reference(), 0)
 
 
+class HandsOn(nn.Module):
+    """As peft wraps a model whose task it is not told."""
+
+    def __init__(self, inside: nn.Module):
+        super().__init__()
+        self.inside = inside
+
+    def get_base_model(self) -> nn.Module:
+        return self.inside
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inside(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [*WHOLE, *BY_NAME])
+def test_wrappers_that_hand_all_on_are_asked_inside(kind):
+    for model in (HandsOn(made(kind)), nn.DataParallel(HandsOn(HandsOn(made(kind))))):
+        found = dense_blocks(Curvature(model, "classification").fit(entries()))
+        assert_same_blocks(
+            {name.removeprefix("inside.").removeprefix("inside."): b for name, b in found.items()},
+            reference(),
+            0,
+        )
+
+
+class KnowsItsTask(HandsOn):
+    """A wrapper with names of its own, whatever its inside takes."""
+
+    def forward(self, p: Tensor, q: Tensor) -> Any:
+        return self.inside({"p": p, "q": q})
+
+
+def test_wrappers_with_names_of_their_own_are_asked_themselves():
+    Laplace(KnowsItsTask(made(Whole))).fit(entries())
+
+
 class Needs(Two):
     def forward(self, p, q, mask):
         return self.both(p, q)

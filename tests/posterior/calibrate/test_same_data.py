@@ -35,7 +35,7 @@ def fitted(likelihood: str, dtype: torch.dtype = torch.float64, **options):
 LIKELIHOODS = ["regression", "classification", "binary"]
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "full", "lowrank"])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_other_targets_are_refused(likelihood, structure):
     la, _, y = fitted(likelihood, hessian_structure=structure)

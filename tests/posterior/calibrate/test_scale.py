@@ -11,7 +11,7 @@ from torch import nn
 from kfac_laplace import KfacLaplaceError, Laplace
 from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points
 
-STRUCTURES = ("kron", "diag", "full")
+STRUCTURES = ("kron", "diag", "full", "lowrank")
 
 
 def nll(la, batches):

@@ -11,7 +11,7 @@ from kfac_laplace.errors import InvalidType, InvalidValue, UnsupportedUse
 from kfac_laplace.posterior.objectives import resolve_objective
 from kfac_laplace.posterior.objectives.evidence import log_marginal_likelihood
 
-STRUCTURES = ("kron", "diag", "full")
+STRUCTURES = ("kron", "diag", "full", "lowrank")
 
 
 @pytest.mark.parametrize("name", ["auto", "kron"])

@@ -43,7 +43,7 @@ def inputs(case, n=3):
     return case.x[:n].clone().requires_grad_()
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "full", "lowrank"])
 @pytest.mark.parametrize("name", CASES)
 def test_moments(name, structure):
     la, case = dense.fit(name, hessian_structure=structure)

@@ -72,7 +72,7 @@ def seeded():
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "full", "lowrank"])
 @pytest.mark.parametrize("pred_type", ["glm", "linear", "nn"])
 def test_samples_come_in_more_than_half_precision(pred_type, structure, dtype):
     la, exact, x = pair("regression", dtype, structure)

@@ -10,7 +10,7 @@ from posterior import dense
 
 from kfac_laplace import Laplace
 
-STRUCTURES = ("kron", "diag", "full")
+STRUCTURES = ("kron", "diag", "full", "lowrank")
 
 
 def generator(seed=0):

@@ -121,7 +121,7 @@ def pixels():
         return case(net, (1, 3, 4), "classification")
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "full", "lowrank"])
 @pytest.mark.parametrize("budget", [None, 1])
 def test_pixels_have_the_covariance_of_each_row(structure, budget):
     """Also where the budget admits one input and one output row at a time."""

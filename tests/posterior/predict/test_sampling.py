@@ -6,7 +6,7 @@ import pytest
 import torch
 from posterior import dense
 
-STRUCTURES = ("kron", "diag", "full")
+STRUCTURES = ("kron", "diag", "full", "lowrank")
 N_SAMPLES = 20_000
 N_FUNCTIONS = 2_000  # each a pass through the network
 

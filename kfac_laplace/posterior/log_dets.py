@@ -49,15 +49,16 @@ class Grams:
 
     def value(self, weights: Tensor) -> Tensor:
         """By a Cholesky factor."""
-        return _log_det(self._factor(weights))
+        return _log_det(self.factor(weights))
 
     def slopes(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """∂/∂w_l = tr[(I + Σ w K)⁻¹ K_l]."""
-        factor = self._factor(weights)
+        factor = self.factor(weights)
         inverse = torch.cholesky_inverse(factor)
         return _log_det(factor), self._spread(self.matrices.flatten(1) @ inverse.flatten())
 
-    def _factor(self, weights: Tensor) -> Tensor:
+    def factor(self, weights: Tensor) -> Tensor:
+        """Lower Cholesky factor (m, m) of I + Σ w K, differentiable in the weights."""
         k, m, _ = self.matrices.shape
         total = (weights[self.places] @ self.matrices.reshape(k, m * m)).reshape(m, m)
         return _cholesky(total)
@@ -124,15 +125,16 @@ class Wide:
 
     def value(self, weights: Tensor) -> Tensor:
         """By a Cholesky factor."""
-        return _log_det(self._factor(weights))
+        return _log_det(self.factor(weights))
 
     def slopes(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """∂/∂w_l = Σ_k ‖L⁻¹ J_k‖² over the columns k of precision l."""
-        factor = self._factor(weights)
+        factor = self.factor(weights)
         solved = torch.linalg.solve_triangular(factor, self.rows, upper=False)
         return _log_det(factor), self._sums(solved.square().sum(0))
 
-    def _factor(self, weights: Tensor) -> Tensor:
+    def factor(self, weights: Tensor) -> Tensor:
+        """Lower Cholesky factor (m, m) of I + Σ w K, differentiable in the weights."""
         scaled = self.rows * weights.sqrt()[self.index]
         return _cholesky(scaled @ scaled.mT)
 
