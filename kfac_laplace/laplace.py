@@ -693,12 +693,12 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         enable_backprop: bool = False,
     ) -> MeanAndCovariance: ...
 
-    @overload  # by position, in either order
+    @overload  # by position, in either order; or a joint that is not known beforehand
     def __call__(
         self,
         x: Any,
-        pred_type: PredType,
-        link_approx: Link | bool,
+        pred_type: PredType = "glm",
+        link_approx: Link | bool = "auto",
         joint: Link | bool = False,
         n_samples: int = 100,
         generator: Generator | None = None,
