@@ -1,7 +1,6 @@
 """`Laplace`: the facade that users call. Each verb is a few lines over the modules beside it."""
 
 import copy
-import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -997,8 +996,8 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
             InvalidType: an override that is no option of `Laplace`.
             MissingPackage: a .safetensors file, and that package is not installed.
         """
-        options = inspect.signature(cls.__init__).parameters.keys() - _NO_OPTION
-        state.check_names(overrides, options | {"weights"})
+        names = state.keywords_of(cls.__mro__[: cls.__mro__.index(Laplace) + 1])
+        state.check_names(overrides, names - _NO_OPTION | {"weights"})
         stored = read(path)
         found = opened(stored, state.KEYS, "a Laplace posterior", *state.LATER)
         keywords = state.options_from_state(found["options"], overrides)

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -192,6 +193,14 @@ def _check_alone(where: str, plain: Mapping[str, Any]) -> None:
             else shown(error),
             remedy=REMEDY,
         ) from error
+
+
+def keywords_of(classes: Iterable[type]) -> set[str]:
+    """Names of the arguments of constructors, of which each hands its `**keywords` to the next."""
+    named = {Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY}
+    makers = [vars(kind)["__init__"] for kind in classes if "__init__" in vars(kind)]
+    given = [p for make in makers for p in signature(make).parameters.values()]
+    return {p.name for p in given if p.kind in named}
 
 
 def check_names(overrides: Iterable[str], known: Collection[str]) -> None:
