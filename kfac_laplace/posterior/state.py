@@ -205,8 +205,10 @@ def keywords_of(classes: Iterable[type]) -> set[str]:
 
 def check_names(overrides: Iterable[str], known: Collection[str]) -> None:
     """Raise `InvalidType` for what is no option, `InvalidValue` for the file's hyperparameters."""
+    held = {*Hyperparameters.rows(), "posterior_scale", "predictive_temperature"}
+    choice = sorted({*known} - held)
     for name in overrides:
-        if name in {*Hyperparameters.rows(), "posterior_scale", "predictive_temperature"}:
+        if name in held:
             raise InvalidValue(
                 "the file holds this already",
                 where=name,
@@ -219,7 +221,7 @@ def check_names(overrides: Iterable[str], known: Collection[str]) -> None:
                 "no such keyword",
                 where="Laplace.load",
                 got=repr(name),
-                remedy=f"Perhaps {alike[0]} was meant" if alike else f"Choose from {sorted(known)}",
+                remedy=f"Perhaps {alike[0]} was meant" if alike else f"Choose from {choice}",
             )
 
 
