@@ -4,8 +4,9 @@
 
 Test NLL in nats and accuracy or R² of each method on a quarter of the data, means over splits with
 standard errors. Seeds of the splits are 0, 1, … The others have their defaults behind a
-`StandardScaler` (forests without one), with enough iterations to converge; Gaussian processes have
-an RBF kernel, for regression with a length for each feature and a noise. Needs the extra [sklearn].
+`StandardScaler` (forests without one), with iterations to converge in, 5,000 at most; Gaussian
+processes have an RBF kernel, for regression with a length for each feature and a noise. Needs the
+extra [sklearn].
 """
 
 import argparse

@@ -19,8 +19,9 @@ from kfac_laplace.posterior.sharing import PriorStructure
 
 #: The mean (N, C) of outputs and their covariance (N, C, C).
 MeanAndCovariance = tuple[Tensor, Tensor]
-#: What `la(x)` gives: a tensor, or `MeanAndCovariance`.
-Answer = TypeVar("Answer", default=Any)
+#: What `la(x)` gives: a tensor, or `MeanAndCovariance`. Posteriors only give it, so that one of
+#: tensors passes for one of tensors or pairs.
+Answer = TypeVar("Answer", default=Any, covariant=True)
 
 
 class LaplaceKeywords(TypedDict, total=False):

@@ -1,7 +1,6 @@
 """`Laplace`: the facade that users call. Each verb is a few lines over the modules beside it."""
 
 import copy
-import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -693,12 +692,12 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         enable_backprop: bool = False,
     ) -> MeanAndCovariance: ...
 
-    @overload  # by position, in either order
+    @overload  # by position, in either order; or a joint that is not known beforehand
     def __call__(
         self,
         x: Any,
-        pred_type: PredType,
-        link_approx: Link | bool,
+        pred_type: PredType = "glm",
+        link_approx: Link | bool = "auto",
         joint: Link | bool = False,
         n_samples: int = 100,
         generator: Generator | None = None,
@@ -997,8 +996,8 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
             InvalidType: an override that is no option of `Laplace`.
             MissingPackage: a .safetensors file, and that package is not installed.
         """
-        options = inspect.signature(cls.__init__).parameters.keys() - _NO_OPTION
-        state.check_names(overrides, options | {"weights"})
+        names = state.keywords_of(cls.__mro__[: cls.__mro__.index(Laplace) + 1])
+        state.check_names(overrides, names - _NO_OPTION | {"weights"})
         stored = read(path)
         found = opened(stored, state.KEYS, "a Laplace posterior", *state.LATER)
         keywords = state.options_from_state(found["options"], overrides)

@@ -31,6 +31,24 @@ def answers(model: nn.Module, x: Tensor, some: Likelihood, laplace: Laplace) -> 
     assert_type(Laplace.load("posterior.pt", model)(x), Any)
 
 
+def hands_on(la: Laplace[Tensor], x: Tensor, joint: bool) -> None:
+    """A joint that is not known beforehand, wherever it stands."""
+    assert_type(la(x, joint=joint), Any)
+    assert_type(la(x, "glm", joint=joint), Any)
+    assert_type(la(x, "glm", "auto", joint), Any)
+
+
+def together(model: nn.Module, x: Tensor) -> None:
+    """Posteriors of several likelihoods share a type; one of tensors is one of either."""
+    classes, outputs = Laplace(model), Laplace(model, "regression")
+    for la in [classes, outputs]:
+        la.fit([])
+    either: list[Laplace[Tensor | tuple[Tensor, Tensor]]] = [classes, outputs]
+    assert_type(either[0](x), Tensor | tuple[Tensor, Tensor])
+    wrong: Laplace[Tensor] = outputs  # type: ignore[assignment]
+    hands_on(wrong, x, False)
+
+
 def options(model: nn.Module, x: Tensor, la: Laplace) -> None:
     """Options of some names take these alone."""
     Laplace(model, "clasification")  # type: ignore[call-overload]

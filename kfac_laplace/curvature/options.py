@@ -293,6 +293,7 @@ def suggesting(function: Callee) -> Callee:
 
 def _checking(function: Callee, names: list[str]) -> Callee:
     """The function with an error of ours for keywords that are none of some names."""
+    names = [name for name in names if name != "self"]
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:

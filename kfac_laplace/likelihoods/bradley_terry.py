@@ -85,12 +85,14 @@ class RewardPredictive(NormalPredictive):
 
     def distribution(self, restore: Restore) -> Distribution:
         """N(mean, Σ), where there is a variance: no noise gives a certain reward a density."""
-        if not bool((self._latent.covariance > 0).all()):
+        certain = (self._latent.covariance <= 0).flatten(1).any(1)
+        if bool(certain.any()):
             raise InvalidValue(
                 "a reward without variance has no density",
                 where="predictive",
-                got="a variance of 0, as posterior_scale = 0 gives it",
-                remedy="Take the mean, or another posterior_scale",
+                got=f"a variance of 0 of {int(certain.sum())} in {len(certain)} inputs",
+                remedy="Take the mean. Where posterior_scale is not 0, no weight of the posterior "
+                "moves the reward there",
             )
         return super().distribution(restore)
 

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -194,10 +195,20 @@ def _check_alone(where: str, plain: Mapping[str, Any]) -> None:
         ) from error
 
 
+def keywords_of(classes: Iterable[type]) -> set[str]:
+    """Names of the arguments of constructors, of which each hands its `**keywords` to the next."""
+    named = {Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY}
+    makers = [vars(kind)["__init__"] for kind in classes if "__init__" in vars(kind)]
+    given = [p for make in makers for p in signature(make).parameters.values()]
+    return {p.name for p in given if p.kind in named}
+
+
 def check_names(overrides: Iterable[str], known: Collection[str]) -> None:
     """Raise `InvalidType` for what is no option, `InvalidValue` for the file's hyperparameters."""
+    held = {*Hyperparameters.rows(), "posterior_scale", "predictive_temperature"}
+    choice = sorted({*known} - held)
     for name in overrides:
-        if name in {*Hyperparameters.rows(), "posterior_scale", "predictive_temperature"}:
+        if name in held:
             raise InvalidValue(
                 "the file holds this already",
                 where=name,
@@ -210,7 +221,7 @@ def check_names(overrides: Iterable[str], known: Collection[str]) -> None:
                 "no such keyword",
                 where="Laplace.load",
                 got=repr(name),
-                remedy=f"Perhaps {alike[0]} was meant" if alike else f"Choose from {sorted(known)}",
+                remedy=f"Perhaps {alike[0]} was meant" if alike else f"Choose from {choice}",
             )
 
 

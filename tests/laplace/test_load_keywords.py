@@ -213,3 +213,39 @@ def test_options_that_hold_tensors_are_compared_by_value():
     first.load_state_dict(alike.state_dict())
     with pytest.raises(InvalidValue, match="likelihood"):
         first.load_state_dict(other.state_dict())
+
+
+class Named(Laplace):
+    """With an option of its own."""
+
+    def __init__(self, model, likelihood="classification", *, name="none", **options):
+        super().__init__(model, likelihood, **options)
+        self.name = name
+
+
+class Rescaled(Laplace):
+    """Hands everything on."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+
+
+@pytest.mark.parametrize("kind", [Named, Rescaled])
+def test_subclasses_take_the_options_that_they_hand_on(kind, tmp_path):
+    """And what is none is answered by names that are."""
+    case = build("mlp-tanh")
+    kind(case.model, case.likelihood).fit(case.batches).save(tmp_path / "p.pt")
+    la = kind.load(tmp_path / "p.pt", case.model, seed=3, dict_key_y="target")
+    assert type(la) is kind and la.seed == 3 and la.dict_key_y == "target"
+    with pytest.raises(InvalidType, match="Perhaps seed was meant"):
+        kind.load(tmp_path / "p.pt", case.model, sed=3)
+    with pytest.raises(InvalidType, match="Choose from") as caught:
+        kind.load(tmp_path / "p.pt", case.model, zzz=3)
+    for word in ("options", "args", "self", *AFTERWARDS):
+        assert f"'{word}'" not in str(caught.value)
+
+
+def test_options_of_a_subclass_itself(tmp_path):
+    case = build("mlp-tanh")
+    Named(case.model, case.likelihood, name="a").fit(case.batches).save(tmp_path / "p.pt")
+    assert Named.load(tmp_path / "p.pt", case.model, name="b", seed=3).name == "b"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from enum import Enum
 
 import pytest
@@ -133,7 +134,28 @@ def test_inputs_that_ask_for_gradients_in_vain(caplog):
     for ask in (la, la.predict, la.functional_samples, lambda x: la(x, joint=True)):
         ask(x)
     assert [r.levelname for r in caplog.records] == ["WARNING"]
-    assert "pass it to the call" in caplog.text and "enable_backprop=True" in caplog.text
+    assert "pass it to one of these" in caplog.text and "enable_backprop=True" in caplog.text
+
+
+def test_words_that_carry_gradients_are_those_that_are_named(caplog):
+    """Whichever call was made: not each of them takes the keyword."""
+    la, case = fitted()
+    x = case.x.clone().requires_grad_()
+    la.predictive_samples(x, 2)
+    for word, mean in {
+        "la(x)": la(x, enable_backprop=True)[0],
+        "predict": la.predict(x, enable_backprop=True).mean,
+        "functional_samples": la.functional_samples(x, 2, enable_backprop=True),
+    }.items():
+        assert word in caplog.text and mean.requires_grad
+    verbs = [name for name in dir(Laplace) if not name.startswith("_")]
+    takers = [
+        name
+        for name in verbs
+        if callable(getattr(Laplace, name))
+        and "enable_backprop" in inspect.signature(getattr(Laplace, name)).parameters
+    ]
+    assert takers == ["functional_samples", "predict"]
 
 
 @pytest.mark.parametrize("name", ["mlp-regression", "mlp-tanh"])

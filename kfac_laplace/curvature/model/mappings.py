@@ -74,7 +74,8 @@ def _by_entries(model: nn.Module, forward: Callable[..., Any], x: Mapping[str, A
         return model(**x)
     except (TypeError, AttributeError, IndexError, KeyError) as error:
         whole = _may_want_whole(forward, x, error)
-        if not whole and not any(phrase in str(error) for phrase in MISFITS):
+        handed_on = _hands_on(forward) and any(phrase in str(error) for phrase in MISFITS)
+        if not whole and not handed_on:
             raise
         raise InvalidType(
             "the model fails on the entries of the mapping by name, as one does that takes the "
@@ -85,6 +86,15 @@ def _by_entries(model: nn.Module, forward: Callable[..., Any], x: Mapping[str, A
             got=f"{list(x)}, and of the model {type(error).__name__}: {error}",
             remedy="Pass forward_fn=lambda model, x: model(x) if it takes the mapping as a whole",
         ) from error
+
+
+def _hands_on(forward: Callable[..., Any]) -> bool:
+    """Whether entries may go to another function, whose names the signature does not tell."""
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # not written in Python
+        return True
+    return any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 #: What Python and torch say of tensors that are taken for mappings.
@@ -145,14 +155,14 @@ def _takes_whole(forward: Callable[..., Any], x: Mapping[str, Any]) -> bool:
     required = [p for p in parameters if p.default is p.empty and p.kind in (*IN_ORDER, *BY_NAME)]
     if any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters):
         one = len(required) == 1 and required[0].kind in IN_ORDER
-        return one and required[0].name not in x
+        return one and not _is_entry(required[0], x)
     names = [p.name for p in parameters if p.kind in BY_NAME]
     unknown = [key for key in x if key not in names]
-    missing = [p.name for p in required if p.name not in x or p.kind not in BY_NAME]
+    missing = [p.name for p in required if not _is_entry(p, x)]
     if not unknown and not missing:
         return False
     alone = required or [p for p in parameters if p.kind in IN_ORDER]
-    if len(alone) == 1 and alone[0].kind in IN_ORDER and alone[0].name not in x:
+    if len(alone) == 1 and alone[0].kind in IN_ORDER and not _is_entry(alone[0], x):
         return True
     names += [f"*{p.name}" for p in parameters if p.kind == inspect.Parameter.VAR_POSITIONAL]
     wrong = [f"does not know {unknown}"] if unknown else []
@@ -163,3 +173,8 @@ def _takes_whole(forward: Callable[..., Any], x: Mapping[str, Any]) -> bool:
         got=f"{list(x)}, where forward takes {names}: it {' and '.join(wrong)}",
         remedy=REMEDY,
     )
+
+
+def _is_entry(parameter: inspect.Parameter, x: Mapping[str, Any]) -> bool:
+    """Whether an entry can be handed over as a parameter: one without a name takes none."""
+    return parameter.kind in BY_NAME and parameter.name in x

@@ -239,7 +239,8 @@ def from_samples(
         InvalidValue: a covariance that is not finite, of likelihoods that make use of it.
     """
     f = torch.stack([likelihood.align(sample, class_axis) for sample in samples])
-    centred = f - f.mean(0)
+    around = f - f[0]  # exactly 0 where draws are equal, whose mean is rounded
+    centred = around - around.mean(0)
     with without_autocast(f.device):
         covariance = torch.einsum("sntc,sntd->ntcd", centred, centred) / max(1, len(f) - 1)
     if likelihood.has_gaussian_noise:  # others average over the samples: theirs may be as it likes

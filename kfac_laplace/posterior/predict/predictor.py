@@ -36,8 +36,8 @@ from kfac_laplace.posterior.predict.scaling import Scaling
 log = logging.getLogger("kfac_laplace")
 
 SAYS_NO_GRAPH = (
-    "x asks for gradients, which predictions carry with enable_backprop=True alone: pass it to the "
-    "call, or x.detach()"
+    "x asks for gradients, which predictions carry with enable_backprop=True alone, in la(x), "
+    "la.predict and la.functional_samples: pass it to one of these, or x.detach()"
 )
 PredType = Literal["glm", "linear", "nn"]
 SAMPLERS = {"glm": linearised_samples, "linear": linearised_samples, "nn": network_samples}
