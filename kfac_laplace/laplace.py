@@ -118,6 +118,8 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of a loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take; see `Curvature`.
+        process_group: "world" or a group of torch.distributed, whose processes each `fit` a part of
+            the data and end with the posterior of all; see docs/distributed.md.
         subnetwork_indices: laplace-torch's place for indices, with subset_of_weights="subnetwork".
         subnetwork_mask: likewise for a mask, or masks by name.
 
@@ -175,6 +177,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
         memory_budget: int | None = None,
+        process_group: Any = None,
         subnetwork_indices: Tensor | None = None,
         subnetwork_mask: GivenSubnetwork | None = None,
     ):
@@ -193,6 +196,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
             forward_fn=forward_fn,
             batch_fn=batch_fn,
             memory_budget=memory_budget,
+            process_group=process_group,
         )
         self._sharing = resolve_sharing(prior_structure)
         check_sharing(self._sharing, hessian_structure)
@@ -347,7 +351,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
             key_y=self.dict_key_y,
             progress=progress_bar,
             check=lambda: self._given_to(self._prior_of(curvature)),
-        ).finish()
+        ).finish().decompose()
         mode = mode_of(curvature)
         if not override and any(not torch.equal(mode[n], v) for n, v in self._mode.items()):
             log.warning("the weights moved since the last fit: its curvature is kept as it was")
@@ -886,7 +890,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         """Take over a state made with the same options on the same weights.
 
         Hyperparameters, κ, curvature and mode are the state's; seed, factor_dtype, memory_budget,
-        forward_fn, batch_fn and dict_key_y stay this posterior's own.
+        process_group, forward_fn, batch_fn and dict_key_y stay this posterior's own.
 
         Args:
             state_dict: the state.
@@ -985,9 +989,9 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
                 values: the posterior is around the stored mean, at which the model is run, with
                 buffers and frozen weights as they are in the model.
             overrides: options that the file cannot hold, such as a likelihood of your own, and
-                those that do not bind its numbers: seed, factor_dtype, memory_budget, forward_fn,
-                batch_fn and dict_key_y. Others may be given if they are the file's; hyperparameters
-                are set after loading.
+                those that do not bind its numbers: seed, factor_dtype, memory_budget,
+                process_group, forward_fn, batch_fn and dict_key_y. Others may be given if they are
+                the file's; hyperparameters are set after loading.
 
         Raises:
             FileNotFoundError: no such file.

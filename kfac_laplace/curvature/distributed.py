@@ -1,70 +1,246 @@
 """Curvature of data that lie with several processes: sums over ranks, to the same bits on each.
 
-Curvature of a data set is a sum over its examples. Each rank sums those of its own shard; then raw
-sums and counts are added up, symmetric matrices in packed storage, in buckets of bounded size.
+Curvature of a data set is a sum over its examples. Each rank sums those of its own part; then raw
+sums and counts are added up, symmetric matrices in packed storage.
 """
 
+import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.utils._pytree import tree_leaves
 
-from kfac_laplace.curvature.estimate.blocks import Block
+from kfac_laplace.curvature.accumulate import with_batch
+from kfac_laplace.curvature.estimate.blocks import Bases, Block, KroneckerBlock
+from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
 from kfac_laplace.curvature.estimate.settings import Setting
+from kfac_laplace.curvature.estimate.structures import LowRank
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
+from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.model.fingerprint import bit_sums
+from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.curvature.rows.layout import Layout
-from kfac_laplace.errors import InvalidType, InvalidValue, OtherRankFailed
+from kfac_laplace.errors import InvalidValue
 from kfac_laplace.states.plain import same
 
-#: Bytes that are sent at a time: a copy of so much is made.
-BUCKET = 2**26
+log = logging.getLogger("kfac_laplace")
+
 #: What tensors of zeros are made of: dtypes and shapes, by name.
 Forms = Mapping[str, tuple[torch.dtype, torch.Size]]
 
 
+def read_parts(
+    ranks: Ranks,
+    before: GGN,
+    network: Network,
+    batches: Iterator[tuple[Any, Tensor]],
+    generator: Generator,
+    begun: Callable[[GGN], object],
+    parameters: Mapping[str, Tensor] | None = None,
+) -> GGN:
+    """The GGN of earlier data and of what all ranks read; the same bits on each.
+
+    Args:
+        ranks: the processes, all of which come here.
+        before: of what was seen before, the same on all.
+        network: the model, the same on all.
+        batches: this rank's, which may be none.
+        generator: source of labels and signs, in the same state on all; of it each rank takes a
+            seed of its own.
+        begun: called with the GGN of the first batch, or of none; what it raises ends the pass.
+        parameters: weights at which to take the curvature; the model's own by default.
+
+    Raises:
+        OtherRankFailed: another rank raised, where this one did not.
+        InvalidValue: no rank has data, or they do not agree on what is to be added.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    draws = Generator().manual_seed(seed + ranks.rank)
+    blank = before.without_data()
+    ggn, first = blank, None
+    sums: dict[str, dict[str, Tensor]] = {}
+
+    def open_() -> Opening:
+        nonlocal ggn, first
+        first = next(batches, None)
+        if first is not None:
+            ggn = with_batch(blank, network, first, draws, parameters)
+        return Opening.of(ggn, before, network.model, first)
+
+    def go_on() -> Part:
+        nonlocal ggn
+        if agreed is not None:
+            ggn = agreed
+            if first is not None:
+                ggn = with_batch(agreed, network, first, draws, parameters)
+        begun(ggn)
+        for batch in batches:
+            ggn = with_batch(ggn, network, batch, draws, parameters)
+        sums.update({name: block.sums() for name, block in ggn.blocks.items()})
+        return Part.of(ggn, sums)
+
+    agreed = settled(ranks.gathered(open_), ggn)
+    parts = ranks.gathered(go_on)
+    return before + summed(ranks, ggn, parts, sums)
+
+
+# --- before the pass: ranks agree ----------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Part:
-    """What a rank tells the others of its shard: all but the entries of its curvature.
+class Opening:
+    """What a rank has learned from its first batch; None of it where there is no batch.
 
     Args:
         binding: structure, likelihood and estimator.
+        weights: `bit_sums` of the model.
+        counted: examples seen before.
         knowledge: groups, and how rows lie.
         settings: expand or reduce, by group.
+        digest: of the batch; empty where nothing in it can be read.
+    """
+
+    binding: tuple[Any, ...]
+    weights: Mapping[str, int]
+    counted: float
+    knowledge: Knowledge | None = None
+    settings: Mapping[str, Setting] | None = None
+    digest: str = ""
+
+    @classmethod
+    def of(cls, ggn: GGN, before: GGN, model: torch.nn.Module, batch: Any) -> "Opening":
+        """What there is to tell.
+
+        Args:
+            ggn: of the first batch, or of none.
+            before: of what was seen before.
+            model: at its mode.
+            batch: the first batch, None where there is none.
+        """
+        told = cls((*ggn.options.binding, ggn.options.fisher), bit_sums(model), before.n_data)
+        if batch is None:
+            return told
+        known = replace(ggn.knowledge, effective=frozenset())
+        return replace(told, knowledge=known, settings=dict(ggn.settings), digest=_digest(batch))
+
+
+def settled(openings: Sequence[Opening], own: GGN) -> GGN | None:
+    """What all ranks go by, as the first of them with data learned it, as a GGN of no data.
+
+    Args:
+        openings: of all ranks.
+        own: of this rank's first batch, or of none.
+
+    Returns:
+        None where this rank's own is that already.
+
+    Raises:
+        InvalidValue: no rank has data, all began with the same batch, or they have different
+            weights, likelihoods, structures, estimators or earlier data.
+    """
+    for rank, other in enumerate(openings):
+        _check_alike(openings[0], rank, other)
+    filled = [each for each in openings if each.knowledge is not None]
+    if not filled:
+        raise InvalidValue(
+            "no rank's loader yielded a batch",
+            where="train_loader",
+            got="0 batches",
+            remedy="Check their lengths; a generator can be read only once",
+        )
+    if len(filled) > 1 and filled[0].digest and len({each.digest for each in filled}) == 1:
+        raise InvalidValue(
+            "all ranks began with the same batch, which would count once for each of them",
+            where="train_loader",
+            remedy="Give each rank its own part of the data, as "
+            "torch.utils.data.DistributedSampler makes it",
+        )
+    first = filled[0]
+    assert first.knowledge is not None and first.settings is not None
+    axes = own.knowledge.axis, first.knowledge.axis
+    alike = (
+        bool(own.blocks)
+        and same(own.settings, first.settings)
+        and same(own.knowledge.groups, first.knowledge.groups)
+        and (None in axes or axes[0] == axes[1])
+    )
+    return None if alike else GGN(own.options, first.knowledge, first.settings, bases=own.bases)
+
+
+def _check_alike(one: Opening, rank: int, two: Opening) -> None:
+    """Raise `InvalidValue` where two ranks' curvatures cannot be added."""
+    got: object = None
+    if not same(one.binding, two.binding):
+        what, remedy = "structures, likelihoods or estimators", "Give all the same options"
+    elif one.counted != two.counted:
+        what, got = "data seen before", f"{one.counted:g} and {two.counted:g} examples"
+        remedy = "Fit anew on all ranks"
+    elif one.weights != two.weights:
+        what = "weights or buffers"
+        names = [*one.weights, *(name for name in two.weights if name not in one.weights)]
+        got = next(name for name in names if one.weights.get(name) != two.weights.get(name))
+        remedy = (
+            "Send those of one rank to all: for tensor in [*model.parameters(), "
+            "*model.buffers()]: torch.distributed.broadcast(tensor.data, 0). Statistics of batch "
+            "norms differ after training even under DistributedDataParallel"
+        )
+    else:
+        return
+    raise InvalidValue(
+        f"ranks 0 and {rank} have different {what}", where="process_group", got=got, remedy=remedy
+    )
+
+
+def _digest(batch: Any) -> str:
+    """SHA-256 of the tensors of a batch; empty where there are none."""
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if not tensors:
+        return ""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+        if tensor.layout == torch.strided and tensor.numel():
+            flat = tensor.detach().cpu().resolve_conj().resolve_neg().flatten()
+            found.update(flat.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+# --- after the pass: what is added ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank tells the others of its part: all but the entries of its curvature.
+
+    Args:
+        knowledge: groups, and how rows lie.
         blocks: kind, layout and sums of each block; empty without data.
         statistic: the likelihood's sum.
         counts: examples, rows and outputs.
         targets: what is known of the targets alone.
     """
 
-    binding: tuple[Any, ...]
     knowledge: Knowledge
-    settings: Mapping[str, Setting]
     blocks: Mapping[str, tuple[type[Block], Layout, Forms]]
     statistic: Tensor
     counts: tuple[float, float, float]
     targets: Tensor
 
     @classmethod
-    def of(cls, ggn: GGN) -> "Part":
-        """What there is to tell of a shard's GGN."""
+    def of(cls, ggn: GGN, sums: Mapping[str, Mapping[str, Tensor]]) -> "Part":
+        """What there is to tell of a part's GGN with its sums by block."""
         blocks = {
-            name: (type(block), block.layout, _forms(block.sums()))
+            name: (type(block), block.layout, _forms(sums[name]))
             for name, block in ggn.blocks.items()
         }
-        return cls(
-            (*ggn.options.binding, ggn.options.fisher),
-            ggn.knowledge,
-            dict(ggn.settings),
-            blocks,
-            ggn.statistic.cpu(),
-            (ggn.n_data, ggn.n_rows, ggn.n_outputs),
-            ggn.targets.cpu(),
-        )
+        counts = ggn.n_data, ggn.n_rows, ggn.n_outputs
+        return cls(ggn.knowledge, blocks, ggn.statistic.cpu(), counts, ggn.targets.cpu())
 
     def counted(self, own: GGN) -> GGN:
         """As a GGN without blocks, on the device of one's own."""
@@ -72,7 +248,7 @@ class Part:
         return GGN(
             own.options,
             self.knowledge,
-            self.settings,
+            own.settings,
             {},
             self.statistic.to(device),
             *self.counts,
@@ -81,56 +257,36 @@ class Part:
         )
 
 
-def summed(group: Any, shard: Callable[[], GGN]) -> GGN:
-    """The GGN of all ranks' shards; every rank has to call it, and gets the same bits.
+def summed(
+    ranks: Ranks, own: GGN, parts: Sequence[Part], sums: dict[str, dict[str, Tensor]]
+) -> GGN:
+    """The GGN of all ranks' data; every rank has to call it, and gets the same bits.
 
     Args:
-        group: process group.
-        shard: makes this rank's own; without blocks where it has no data.
+        ranks: the processes.
+        own: the GGN of this rank's part.
+        parts: what each rank tells.
+        sums: this rank's by block, which are taken over; none without data.
 
     Raises:
-        OtherRankFailed: another rank's shard raised, where this one's did not: no rank waits for
-            one that has failed.
-        InvalidValue: the ranks learned different groups, settings or class axes.
+        InvalidValue: the ranks have blocks of different shapes.
     """
-    own: GGN | None = None
-    told: Part | str
-    try:
-        own = shard()
-        told = Part.of(own)
-    except Exception as error:  # raised below, once the others know
-        failure, told = error, f"{type(error).__name__}: {error}"
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, told, group)
-    if isinstance(told, str):
-        raise failure
-    for rank, part in enumerate(parts):
-        if isinstance(part, str):
-            raise OtherRankFailed(
-                part.rstrip("."), where=f"rank {rank}", remedy="Nothing was added on any rank"
-            )
-    assert own is not None
-    return _total(group, own, parts)
-
-
-def _total(group: Any, own: GGN, parts: Sequence[Part]) -> GGN:
-    """The sum, by what each rank has told."""
     filled = [(rank, part) for rank, part in enumerate(parts) if part.blocks]
-    if not filled:
-        return own
-    for rank, part in filled[1:]:
-        _check_alike(filled[0], (rank, part))
-    first = filled[0][1]
     counted = reduce(
         lambda one, other: one.joined({}, other), (part.counted(own) for _, part in filled)
     )
-    device = own.statistic.device
-    sums = {
-        name: own.blocks[name].sums() if own.blocks else _zeros(forms, device)
-        for name, (_, _, forms) in first.blocks.items()
-    }
-    for bucket in _buckets([tensor for each in sums.values() for tensor in each.values()]):
-        _all_reduce(group, bucket)
+    structure = own.options.hessian_structure
+    if isinstance(structure, LowRank):
+        return counted.with_blocks(_leading(ranks, structure, parts, own, sums))
+    (start, first), *others = filled
+    for rank, other in others:
+        if not same(first.blocks, other.blocks):
+            raise _different_blocks((start, first), (rank, other))
+    for name, (_, _, forms) in first.blocks.items():
+        if name not in sums:
+            sums[name] = _zeros(forms, own.statistic.device)
+    sent = ranks.add_([tensor for name in first.blocks for tensor in sums[name].values()])
+    log.debug("curvature of %d ranks: %d bytes of sums", ranks.size, sent)
     blocks = {
         name: kind.from_sums(layout, sums[name], own.bases.get(name))
         for name, (kind, layout, _) in first.blocks.items()
@@ -138,28 +294,33 @@ def _total(group: Any, own: GGN, parts: Sequence[Part]) -> GGN:
     return counted.with_blocks(blocks)
 
 
-def _check_alike(first: tuple[int, Part], other: tuple[int, Part]) -> None:
-    """Raise `InvalidValue` where two ranks' curvatures cannot be added."""
+def _leading(
+    ranks: Ranks,
+    structure: LowRank,
+    parts: Sequence[Part],
+    own: GGN,
+    sums: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Block]:
+    """The block of the leading directions of all ranks' rows, which do not add entry by entry."""
+    total: LowRankBlock | None = None
+    for rank, part in enumerate(parts):
+        for name, (_, layout, forms) in part.blocks.items():
+            mine = sums[name] if rank == ranks.rank else _zeros(forms, own.statistic.device)
+            tensors = {field: ranks.sent(tensor, rank) for field, tensor in mine.items()}
+            block = LowRankBlock.from_tensors(layout, tensors, structure.rank)
+            total = block if total is None else total + block
+    assert total is not None
+    return {"lowrank": total}
+
+
+def _different_blocks(first: tuple[int, Part], other: tuple[int, Part]) -> InvalidValue:
     (a, one), (b, two) = first, other
-    axes = one.knowledge.axis, two.knowledge.axis
-    if not same(one.binding, two.binding):
-        what, got = "structure, likelihood or estimator", ""
-    elif None not in axes and axes[0] != axes[1]:
-        what, got = "class axis", f"{axes[0]} and {axes[1]}"
-    elif not same(one.settings, two.settings):
-        what, got = "settings", f"{dict(one.settings)} and {dict(two.settings)}"
-    elif not same(one.blocks, two.blocks):
-        names = [*one.blocks, *(name for name in two.blocks if name not in one.blocks)]
-        what = "groups"
-        got = next(n for n in names if not same(one.blocks.get(n), two.blocks.get(n)))
-    else:
-        return
-    raise InvalidValue(
-        f"ranks {a} and {b} have different {what}",
+    names = [*one.blocks, *(name for name in two.blocks if name not in one.blocks)]
+    return InvalidValue(
+        f"ranks {a} and {b} have different blocks",
         where="process_group",
-        got=got or None,
-        remedy="Give all ranks the same model and options, kfac_approx and class_axis among them, "
-        "and first batches that use all parameters",
+        got=next(n for n in names if not same(one.blocks.get(n), two.blocks.get(n))),
+        remedy="Give all ranks the same model, and batches that use the same parameters",
     )
 
 
@@ -174,66 +335,52 @@ def _zeros(forms: Forms, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Flat pieces of tensors, of one dtype and at most `BUCKET` bytes together."""
-    bucket: list[Tensor] = []
-    room = BUCKET
-    for tensor in sorted(tensors, key=lambda each: str(each.dtype)):
-        size = tensor.element_size()
-        for piece in tensor.view(-1).split(BUCKET // size):
-            if bucket and (piece.dtype != bucket[0].dtype or len(piece) * size > room):
-                yield bucket
-                bucket, room = [], BUCKET
-            bucket.append(piece)
-            room -= len(piece) * size
-    if bucket:
-        yield bucket
+# --- decompositions ------------------------------------------------------------------------------
 
 
-def _all_reduce(group: Any, bucket: Sequence[Tensor]) -> None:
-    """Sum pieces over the ranks, in place."""
-    if len(bucket) == 1:
-        dist.all_reduce(bucket[0], group=group)
-        return
-    flat = torch.cat(list(bucket))
-    dist.all_reduce(flat, group=group)
-    for piece, found in zip(bucket, flat.split([len(each) for each in bucket]), strict=True):
-        piece.copy_(found)
-
-
-def resolve_group(group: Any) -> Any:
-    """The process group of an option, or None for this process alone.
-
-    Args:
-        group: None, "world" for all ranks, or a group of torch.distributed.
-
-    Raises:
-        InvalidValue: torch.distributed is not running, or this process is not in the group.
-        InvalidType: something else.
-    """
-    if group is None:
-        return None
-    running = dist.is_available() and dist.is_initialized()
-    if isinstance(group, str) and group == "world" and running:
-        return dist.group.WORLD
-    if running and isinstance(group, dist.ProcessGroup):
-        return group
-    if running and group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise InvalidValue(
-            "this process is not in the group",
-            where="process_group",
-            remedy="Call it on the ranks of the group alone",
-        )
-    if group == "world" or (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise InvalidValue(
-            "torch.distributed is not running",
-            where="process_group",
-            got=repr(group),
-            remedy="Start by torchrun and call torch.distributed.init_process_group first",
-        )
-    raise InvalidType(
-        "no process group",
-        where="process_group",
-        got=repr(group),
-        remedy="Pass 'world', a group of torch.distributed, or None",
+def eigenbases(ranks: Ranks, ggn: GGN) -> dict[str, Bases]:
+    """Eigenvectors of the Kronecker factors by group, each computed on one rank."""
+    blocks = _kronecker(ggn)
+    made = ranks.shared_out(
+        [partial(_bases, block) for block in blocks.values()],
+        [_cost(block) for block in blocks.values()],
     )
+    return {
+        name: (own[0], own[1] if len(own) > 1 else None)
+        for name, own in zip(blocks, made, strict=True)
+    }
+
+
+def decomposed(ranks: Ranks, ggn: GGN) -> GGN:
+    """The same with the eigenvalues of its Kronecker factors, each computed on one rank.
+
+    Eigenvectors, which are many more numbers, each rank computes for itself when they are wanted.
+    """
+    blocks = _kronecker(ggn)
+    made = ranks.shared_out(
+        [partial(_sides, block) for block in blocks.values()],
+        [_cost(block) for block in blocks.values()],
+    )
+    known = {
+        name: block.with_sides(own[0], own[1])
+        for (name, block), own in zip(blocks.items(), made, strict=True)
+    }
+    return ggn.with_blocks({**ggn.blocks, **known})
+
+
+def _kronecker(ggn: GGN) -> dict[str, KroneckerBlock]:
+    return {n: block for n, block in ggn.blocks.items() if isinstance(block, KroneckerBlock)}
+
+
+def _bases(block: KroneckerBlock) -> list[Tensor]:
+    return [basis for basis in block.bases() if basis is not None]
+
+
+def _sides(block: KroneckerBlock) -> list[Tensor]:
+    return [*block.sides]
+
+
+def _cost(block: KroneckerBlock) -> float:
+    """What its decomposition costs, beside those of others."""
+    b, o, i = block.layout.matrix
+    return b * (o**3 + (i if block.has_diagonal_input else i**3))

@@ -232,9 +232,8 @@ class KroneckerBlock(Block):
     def from_sums(cls, layout: Layout, sums: Mapping[str, Tensor], bases: Bases | None) -> Self:
         """Rebuild a block from `sums()`."""
         b, o, i = layout.matrix
-        inputs, outputs = sums["input"], sums["output"]
-        if inputs.ndim == 3:
-            inputs = Gram(inputs, inputs.new_empty(b, 0, i))
+        packed, outputs = sums["input"], sums["output"]
+        inputs = packed if packed.ndim == 2 else Gram(packed, packed.new_empty(b, 0, i))
         return cls.of(layout, inputs, sums["count"], Gram(outputs, outputs.new_empty(b, 0, o)))
 
     @property
@@ -263,15 +262,26 @@ class KroneckerBlock(Block):
         return torch.block_diag(*blocks)[order[:, None], order]
 
     @cached_property
-    def spectrum(self) -> Spectrum:
-        """Bases of B and A; values μ_i λ_j."""
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues μ (b, o) of B and λ (b, i) of A, float64."""
         with torch.inference_mode(False):  # kept, so of use outside inference mode as well
             count = self._divisor.double()[:, None]
             mu = self.outputs.eigenvalues(self.name)
             if self.has_diagonal_input:
-                lam = eigenvalues_of_diagonal(self.input_sum, self.name) / count
-            else:
-                lam = self.inputs.eigenvalues(self.name) / count
+                return mu, eigenvalues_of_diagonal(self.input_sum, self.name) / count
+            return mu, self.inputs.eigenvalues(self.name) / count
+
+    def with_sides(self, mu: Tensor, lam: Tensor) -> Self:
+        """The same, whose eigenvalues another process has computed."""
+        made = replace(self)
+        vars(made)["sides"] = (mu, lam)  # where `cached_property` looks
+        return made
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Bases of B and A; values μ_i λ_j."""
+        mu, lam = self.sides
+        with torch.inference_mode(False):
             return Spectrum(mu[..., :, None] * lam[..., None, :], self.bases)
 
     def bases(self) -> Bases:
