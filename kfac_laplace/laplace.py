@@ -359,6 +359,8 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         try:
             self._adopt(curvature, mode)
             self._data = self._data.with_loader(train_loader, override)
+            if self.options.ranks is not None:  # a part of the data, of which nothing can be made
+                self._data = TrainingData()
             if val_loader is not None:
                 return self.calibrate(val_loader, "validation")
             return self._scaled_by(self._choice.after_fit(afresh=not going_on))
@@ -781,6 +783,9 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
 
         The loader yields inputs alone, pairs with targets, mappings, graphs, or what `batch_fn`
         takes. Other arguments as for calling the posterior.
+
+        With a process group, and a loader with a `DistributedSampler`, all processes call this:
+        each predicts its part, and all have the predictions of all, in the order of the data set.
 
         Raises:
             InvalidValue: no batch, or batches whose outputs differ in more than their number.

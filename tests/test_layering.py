@@ -34,6 +34,7 @@ curvature/shards
 curvature/options
 curvature/ggn
 curvature/accumulate
+curvature/agreement
 curvature/distributed
 curvature/plain_groups
 curvature/state_checks

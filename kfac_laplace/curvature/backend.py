@@ -260,7 +260,7 @@ class Curvature:
         ranks = self.options.ranks
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
             bar = tqdm(
-                loader if ranks is None else own_part(loader),
+                loader if ranks is None else own_part(loader, ranks),
                 desc="curvature",
                 disable=not progress,
                 leave=False,

@@ -99,7 +99,7 @@ class Ranks:
             jobs: make tensors, which have to be of the same shapes on all ranks.
             costs: of the jobs, by which they are shared out; the same numbers on all ranks.
         """
-        owners = _shared_out(costs, self.size)
+        owners = shared_jobs(costs, self.size)
         forms: list[Any] = [None] * len(jobs)
 
         def own() -> dict[int, list[tuple[torch.dtype, torch.Size]]]:
@@ -131,7 +131,7 @@ class Ranks:
         return tensor
 
 
-def _shared_out(costs: Sequence[float], ranks: int) -> list[int]:
+def shared_jobs(costs: Sequence[float], ranks: int) -> list[int]:
     """A rank for each job: the dearest first, each to the rank with least to do."""
     load, owners = [0.0] * ranks, [0] * len(costs)
     for k in sorted(range(len(costs)), key=lambda k: -costs[k]):

@@ -5,7 +5,10 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
+
+from kfac_laplace.curvature.ranks import Ranks, ranks_of
+from kfac_laplace.errors import InvalidValue, UnsupportedUse
 
 
 class Unpadded(Sampler[int]):
@@ -32,15 +35,26 @@ class Unpadded(Sampler[int]):
         return own.num_samples - (own.rank >= own.num_replicas - repeated)
 
 
-def own_part(loader: Iterable[Any]) -> Iterable[Any]:
+def own_part(loader: Iterable[Any], ranks: Ranks) -> Iterable[Any]:
     """A rank's loader without repeated examples; as it is where it has no DistributedSampler.
 
     Args:
         loader: a rank's. Its own sampler, batches and workers stay as they are.
+        ranks: the processes.
+
+    Raises:
+        InvalidValue: the sampler has another number of parts.
     """
     sampler = _sampler(loader)
     if sampler is None:
         return loader
+    if sampler.num_replicas != ranks.size:
+        raise InvalidValue(
+            "the loader's sampler makes other parts than the group has ranks",
+            where="process_group",
+            got=f"{sampler.num_replicas} parts for {ranks.size} ranks",
+            remedy="Make DistributedSampler with the num_replicas and rank of the group",
+        )
     unpadded, made = Unpadded(sampler), copy.copy(loader)
     # A DataLoader refuses new samplers by `__setattr__`; what it reads is its `__dict__`.
     own = vars(made)
@@ -53,17 +67,34 @@ def own_part(loader: Iterable[Any]) -> Iterable[Any]:
     return made
 
 
-def places(loader: Iterable[Any], ranks: int) -> list[int] | None:
-    """Places of a rank's examples in the data of all; None where its loader has not one part.
+def ranks_reading(group: Any, loader: Iterable[Any]) -> Ranks | None:
+    """The processes of which each reads a part of a loader; None where this one reads all of it.
 
     Args:
-        loader: a rank's, that does not shuffle: places are those in the data set then.
-        ranks: how many there are.
+        group: an option `process_group`.
+        loader: a part has a DistributedSampler.
     """
-    sampler = _sampler(loader)
-    if sampler is None or sampler.num_replicas != ranks:
-        return None
-    return [*Unpadded(sampler)]
+    return None if group is None or _sampler(loader) is None else ranks_of(group)
+
+
+def indices(part: Iterable[Any]) -> list[int]:
+    """Places in the data set of the examples that `own_part` yields, in its order.
+
+    Raises:
+        UnsupportedUse: batches are put together by a sampler of the user's own, which may not do it
+            the same way twice.
+    """
+    assert isinstance(part, DataLoader)
+    if part.batch_sampler is None:
+        return [*part.sampler]
+    if type(part.batch_sampler) is not BatchSampler:
+        raise UnsupportedUse(
+            "the order of predictions is not known",
+            where="loader",
+            got=f"batch_sampler={type(part.batch_sampler).__name__}",
+            remedy="Give the loader sampler=DistributedSampler(...) and batch_size=",
+        )
+    return [index for batch in part.batch_sampler for index in batch]
 
 
 def _sampler(loader: Iterable[Any]) -> "DistributedSampler[Any] | None":
