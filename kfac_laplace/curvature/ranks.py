@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from kfac_laplace.errors import InvalidType, InvalidValue, OtherRankFailed
+from kfac_laplace.errors import InvalidType, InvalidValue, OtherRankFailed, UnsupportedUse
 
 log = logging.getLogger("kfac_laplace")
 
@@ -195,3 +196,17 @@ def ranks_of(group: Any) -> Ranks | None:
         )
     found = Ranks(dist.group.WORLD if isinstance(group, str) else group)
     return found if found.size > 1 else None
+
+
+def check_data_parallel(model: nn.Module) -> None:
+    """Raise `UnsupportedUse` unless processes that train a model average its gradients."""
+    while not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None:
+            raise UnsupportedUse(
+                "processes that train on their own have other weights after a step",
+                where="model",
+                got=type(model).__name__,
+                remedy="Pass torch.nn.parallel.DistributedDataParallel(model)",
+            )
+        model = inner

@@ -8,6 +8,7 @@ from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.estimate.fisher import Hybrid
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.curvature.shards import own_part
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.marglik.loss import constant_unexplained
@@ -61,6 +62,8 @@ def by_a_pass(
         loader: training data.
         constant: loss of the best constant prediction in the last round, None before the first.
     """
+    ranks = setup.options.ranks
+    loader = loader if ranks is None else own_part(loader, ranks)
     seen, burn_in = KeepsFirst(loader), progress.burn_in
     # Another seed each round, so that Monte-Carlo labels are not the same ones again.
     options = setup.options.seeded(setup.options.seed + progress.epoch)
@@ -69,7 +72,7 @@ def by_a_pass(
     # What gradients are like before the network has learned says little of them later.
     decide = burn_in.waits and (constant is None or burn_in.judged(constant).over)
     la, standing = fitted(setup, standing, seen, options, decide=decide)
-    examples = seen.few(setup.network, setup.key_y, setup.options.batch_fn)
+    examples = seen.few(setup.network, setup.key_y, setup.options)
     groups = replace(standing.groups, examples=examples, settings=la.curvature.settings)
     standing = replace(standing, groups=groups.looked_at(progress.modes))
     ggn, last = la.curvature.ggn, None
