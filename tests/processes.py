@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 #: Seconds after which a process that waits for another gives up.
-PATIENCE = 120
+PATIENCE = 600
 
 
 def on_ranks(size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
