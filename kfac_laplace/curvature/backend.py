@@ -248,23 +248,16 @@ class Curvature:
             check: called after the first batch, when the groups are known; what it raises ends
                 the pass.
         """
-        check_iterable("train_loader", loader)
-        check_text("key_y", key_y)
-        options = self.options
-        self.network.check_none_new(
-            self.ggn.knowledge, options.subset_of_weights, options.uncovered_stay_out
-        )
-        if options.hessian_structure == "ekfac" and not self.ggn.bases:
-            _check_read_twice(loader)
-            self._take_bases(self._of_factors().read(loader, key_y=key_y, progress=progress))
         ranks = self.options.ranks
+        if ranks is None:
+            self._check(loader, key_y)
+            part = loader
+        else:
+            part = ranks.together(lambda: own_part(self._check(loader, key_y), ranks))
+        if self.options.hessian_structure == "ekfac" and not self.ggn.bases:
+            self._take_bases(self._of_factors().read(part, key_y=key_y, progress=progress))
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
-            bar = tqdm(
-                loader if ranks is None else own_part(loader, ranks),
-                desc="curvature",
-                disable=not progress,
-                leave=False,
-            )
+            bar = tqdm(part, desc="curvature", disable=not progress, leave=False)
             batches = (split_batch(batch, key_y, self.options.batch_fn) for batch in bar)
             if ranks is not None:
                 self._read_part(ranks, batches, check)
@@ -276,6 +269,18 @@ class Curvature:
                     remedy="Check its length; a generator can be read only once",
                 )
         return self
+
+    def _check(self, loader: Iterable[Any], key_y: str) -> Iterable[Any]:
+        """The loader, if it and the model can be read."""
+        check_iterable("train_loader", loader)
+        check_text("key_y", key_y)
+        options = self.options
+        self.network.check_none_new(
+            self.ggn.knowledge, options.subset_of_weights, options.uncovered_stay_out
+        )
+        if options.hessian_structure == "ekfac" and not self.ggn.bases:
+            _check_read_twice(loader)
+        return loader
 
     def _read_all(
         self, batches: Iterable[tuple[Any, Tensor]], check: Callable[[], object] | None
@@ -307,9 +312,10 @@ class Curvature:
         before, draws = self.ggn, self.generator.get_state()
 
         def begun(ggn: GGN) -> None:
-            self.ggn = ggn
             if check is not None:
+                self.ggn = ggn
                 check()
+                self.ggn = before  # nothing is held beside what is summed
 
         try:
             self.ggn = read_parts(

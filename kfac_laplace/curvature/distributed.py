@@ -62,6 +62,7 @@ def read_parts(
     blank = before.without_data()
     ggn, first = blank, None
     sums: dict[str, dict[str, Tensor]] = {}
+    kinds: dict[str, tuple[type[Block], Layout]] = {}
 
     def open_() -> Opening:
         nonlocal ggn, first
@@ -79,8 +80,11 @@ def read_parts(
         begun(ggn)
         for batch in batches:
             ggn = with_batch(ggn, network, batch, draws, parameters)
-        sums.update({name: block.sums() for name, block in ggn.blocks.items()})
-        return Part.of(ggn, sums)
+        blocks, ggn = dict(ggn.blocks), ggn.with_blocks({})
+        for name in [*blocks]:  # one by one, so that they are held twice for none but one
+            kinds[name] = type(blocks[name]), blocks[name].layout
+            sums[name] = blocks.pop(name).sums()
+        return Part.of(ggn, kinds, sums)
 
     agreed = settled(ranks.gathered(open_), ggn)
     parts = ranks.gathered(go_on)
@@ -109,12 +113,14 @@ class Part:
     targets: Tensor
 
     @classmethod
-    def of(cls, ggn: GGN, sums: Mapping[str, Mapping[str, Tensor]]) -> "Part":
-        """What there is to tell of a part's GGN with its sums by block."""
-        blocks = {
-            name: (type(block), block.layout, _forms(sums[name]))
-            for name, block in ggn.blocks.items()
-        }
+    def of(
+        cls,
+        ggn: GGN,
+        kinds: Mapping[str, tuple[type[Block], Layout]],
+        sums: Mapping[str, Mapping[str, Tensor]],
+    ) -> "Part":
+        """What there is to tell of a part: its GGN without blocks, their kinds, and their sums."""
+        blocks = {name: (*kinds[name], _forms(own)) for name, own in sums.items()}
         counts = ggn.n_data, ggn.n_rows, ggn.n_outputs
         return cls(ggn.knowledge, blocks, ggn.statistic.cpu(), counts, ggn.targets.cpu())
 

@@ -67,6 +67,19 @@ class Ranks:
                 )
         return [value for _, value in parts]
 
+    def together(self, make: Callable[[], Told]) -> Told:
+        """What each rank makes for itself, once all have: where one fails, all raise.
+
+        Args:
+            make: makes it.
+
+        Raises:
+            OtherRankFailed: as for `gathered`.
+        """
+        made: list[Told] = []
+        self.gathered(lambda: made.append(make()))
+        return made[0]
+
     def of_first(self, value: Told) -> Told:
         """What the first rank has."""
         found = [value]

@@ -8,12 +8,11 @@ from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.estimate.fisher import Hybrid
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.options import CurvatureOptions
-from kfac_laplace.curvature.shards import own_part
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.marglik.loss import constant_unexplained
 from kfac_laplace.marglik.progress import Progress
-from kfac_laplace.marglik.sample import KeepsFirst
+from kfac_laplace.marglik.sample import first_kept
 from kfac_laplace.marglik.shared import EpochFit, last_pass, settings_claim, shared_ggn
 from kfac_laplace.marglik.standing import Setup, Standing
 from kfac_laplace.posterior.claims import Claim
@@ -62,9 +61,7 @@ def by_a_pass(
         loader: training data.
         constant: loss of the best constant prediction in the last round, None before the first.
     """
-    ranks = setup.options.ranks
-    loader = loader if ranks is None else own_part(loader, ranks)
-    seen, burn_in = KeepsFirst(loader), progress.burn_in
+    seen, burn_in = first_kept(loader, setup.options), progress.burn_in
     # Another seed each round, so that Monte-Carlo labels are not the same ones again.
     options = setup.options.seeded(setup.options.seed + progress.epoch)
     if setup.signs and (progress.outputs or 0) > FEW_OUTPUTS:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.curvature.shards import own_part
 from kfac_laplace.options import check_iterable
 
 #: Enough to tell which rows of a layer belong to which example, and what training mode mixes.
@@ -78,3 +79,16 @@ class KeepsFirst:
         if inputs.segments or len(y) != inputs.n or inputs.n <= FEW:
             return Examples(x, y)
         return Examples(inputs.select(torch.arange(FEW)).x, y[:FEW].clone())
+
+
+def first_kept(loader: Iterable[Any], options: CurvatureOptions) -> KeepsFirst:
+    """A loader whose first batch stays at hand; of several processes this one's part of the data.
+
+    Raises:
+        InvalidType: it is none.
+        OtherRankFailed: that of another process is none.
+    """
+    ranks = options.ranks
+    if ranks is None:
+        return KeepsFirst(loader)
+    return ranks.together(lambda: KeepsFirst(own_part(loader, ranks)))

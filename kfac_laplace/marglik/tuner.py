@@ -22,7 +22,6 @@ from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords, spelled
-from kfac_laplace.curvature.shards import own_part
 from kfac_laplace.errors import NotFitted, UnsupportedUse
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName, settled_axis
@@ -47,7 +46,7 @@ from kfac_laplace.marglik.record import (
     warn_of_count,
 )
 from kfac_laplace.marglik.roles import Tune
-from kfac_laplace.marglik.sample import KeepsFirst
+from kfac_laplace.marglik.sample import first_kept
 from kfac_laplace.marglik.shared import AveragesCurvature, EpochFit, check_shares
 from kfac_laplace.marglik.snapshot import Snapshot
 from kfac_laplace.marglik.standing import Setup, Standing
@@ -315,9 +314,8 @@ class MarglikTuner:
         uncovered="freeze"; and where a tuner that was resumed from a state finds other parameters
         trained than before.
         """
-        ranks = self.options.ranks
-        seen = KeepsFirst(loader if ranks is None else own_part(loader, ranks))
-        now, key_y = self._at.groups.today(), self._setup.key_y
+        seen, key_y = first_kept(loader, self.options), self._setup.key_y
+        now = self._at.groups.today()
         curvature = now.curvature().read([*islice(seen, 1)], key_y=key_y)
         examples = seen.few(self._network, key_y, self.options)
         now = replace(now, examples=examples).grouped(curvature.ggn.knowledge)

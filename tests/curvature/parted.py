@@ -165,6 +165,8 @@ def failing(kind: str) -> tuple[str, str, int, bool]:
         batches = [*batches, (torch.full((2, 2, 6), torch.nan).double(), torch.tensor([0, 1]))]
     elif kind == "bad loader on rank 0" and rank == 0:
         batches = [batches[0], 3]  # type: ignore[list-item]
+    elif kind == "no loader on rank 2" and rank == 2:
+        batches = 3  # type: ignore[assignment]
     elif kind == "the same data":
         batches = whole(ends)
     elif kind == "no data":
@@ -208,6 +210,7 @@ def base(ends: tuple[int, ...]) -> dict[str, Any]:
 FAILURES = (
     "nan on rank 1",
     "bad loader on rank 0",
+    "no loader on rank 2",
     "the same data",
     "no data",
     "other weights",

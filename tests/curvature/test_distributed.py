@@ -105,6 +105,7 @@ def test_predictions_of_parts_are_those_of_one_process(ranks):
     [
         ("nan on rank 1", [1], "non-finite values"),
         ("bad loader on rank 0", [0], "a batch is a pair"),
+        ("no loader on rank 2", [2], "train_loader"),
         ("the same data", [0, 1, 2], "began with the same batch"),
         ("no data", [0, 1, 2], "no rank's loader yielded a batch"),
         ("other weights", [0, 1, 2], "different weights or buffers"),
