@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -189,6 +192,24 @@ def failing(kind: str) -> tuple[str, str, int, bool]:
         )
         return type(error).__name__, str(error), curvature.n_data, kept
     return "", "", curvature.n_data, False
+
+
+def killed(ends: tuple[int, ...]) -> tuple[str, int]:
+    """What a fit raises while rank 1 is killed, and how many examples it left."""
+    rank = dist.get_rank()
+
+    def loader() -> Iterator[tuple[Tensor, Tensor]]:
+        for k, batch in enumerate(part(ends, rank)):
+            if rank == 1 and k == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+    curvature = Curvature(network(), "classification", process_group="world")
+    try:
+        curvature.fit(loader())
+    except RuntimeError as error:
+        return str(error), curvature.n_data
+    return "", curvature.n_data
 
 
 def base(ends: tuple[int, ...]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from curvature import parted
-from processes import on_ranks
+from processes import on_ranks, survivors
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from kfac_laplace import Curvature, Laplace
@@ -119,6 +119,14 @@ def test_a_failure_ends_all_with_its_message(kind, failing, says, ranks):
         assert says in message
         assert kept
         assert n_data in (0, parted.N)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others(tmp_path):
+    found = survivors(3, tmp_path, parted.killed, ENDS)
+    assert found.keys() == {0, 2}
+    for message, n_data in found.values():
+        assert message and n_data == 0
 
 
 # --- one process ---------------------------------------------------------------------------------
