@@ -23,6 +23,7 @@ from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.fingerprint import Weights, fingerprint
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
+from kfac_laplace.curvature.shards import check_all_data
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.keywords import Answer, LaplaceKeywords, MeanAndCovariance
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
@@ -636,6 +637,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         """The training data: a loader, or those that `fit` read."""
         if loader is not None:
             check_iterable("loader", loader)
+            check_all_data(self.options.process_group, loader, "loader")
         loaders = self._data.loaders if loader is None else (loader,)
         return Data(loaders, self.dict_key_y, self.options.seed)
 
@@ -829,6 +831,9 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         """
         if path is not None:
             check_suffix(path)
+        for data in (loader, ood_loader):
+            if data is not None:
+                check_all_data(self.options.process_group, data, "report")
         choice = self._choice
         asked = Question(
             loader,

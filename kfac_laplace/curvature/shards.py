@@ -77,6 +77,23 @@ def ranks_reading(group: Any, loader: Iterable[Any]) -> Ranks | None:
     return None if group is None or _sampler(loader) is None else ranks_of(group)
 
 
+def check_all_data(group: Any, loader: Iterable[Any], where: str) -> None:
+    """Raise `UnsupportedUse` for a loader of a part, where each process looks at all data.
+
+    Args:
+        group: an option `process_group`.
+        loader: of data.
+        where: what asks for them.
+    """
+    if ranks_reading(group, loader) is not None:
+        raise UnsupportedUse(
+            "each process looks at all of the data here",
+            where=where,
+            got="a loader with DistributedSampler, of a part of them",
+            remedy="Pass a loader of all",
+        )
+
+
 def indices(part: Iterable[Any]) -> list[int]:
     """Places in the data set of the examples that `own_part` yields, in its order.
 

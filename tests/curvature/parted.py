@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from kfac_laplace import Curvature, Laplace
-from kfac_laplace.errors import KfacLaplaceError
+from kfac_laplace.errors import KfacLaplaceError, UnsupportedUse
 
 STRUCTURES = ("kron", "ekfac", "diag", "full", "lowrank")
 N, CLASSES = 23, 3
@@ -139,6 +139,18 @@ def predicted() -> dict[str, Tensor]:
     la.calibrate(loader)
     found["scaling"] = torch.stack([la.posterior_scale, la.predictive_temperature])
     la.optimize_prior("gridsearch", val_loader=loader)
+    for ask in (
+        lambda: la.report(loader),
+        lambda: la.calibrate(loader, "loo"),
+        lambda: la.evidence(loader=loader),
+        lambda: la.optimize_prior(objective="exact", loader=loader),
+    ):
+        try:
+            ask()
+        except UnsupportedUse as error:
+            assert "all of the data" in str(error)
+        else:
+            raise AssertionError("a part was taken for all data")
     return found | {"grid": la.prior_precision}
 
 

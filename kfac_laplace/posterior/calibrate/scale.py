@@ -13,8 +13,8 @@ import scipy  # loads its parts when they are used
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.shards import ranks_reading
-from kfac_laplace.errors import InvalidValue, UnsupportedUse
+from kfac_laplace.curvature.shards import check_all_data
+from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_choice
 from kfac_laplace.posterior.calibrate.held_out import (
@@ -62,14 +62,8 @@ def held_out_points(
     if method == "validation":
         (loader,) = given
         return validation_points(posterior, loader, key_y)
-    group = posterior.ggn.options.process_group
-    if any(ranks_reading(group, loader) for loader in given):
-        raise UnsupportedUse(
-            "leave-one-out looks at all training data on each rank",
-            where="calibrate",
-            got="a loader with DistributedSampler, of a part of them",
-            remedy="Pass a loader of all, or held-out data",
-        )
+    for loader in given:
+        check_all_data(posterior.ggn.options.process_group, loader, "calibrate")
     batches = (batch for loader in given for batch in loader)
     return leave_one_out_points(posterior, batches, key_y, seed)
 
