@@ -39,5 +39,9 @@ class UnsupportedUse(KfacLaplaceError, RuntimeError):
     """A model, or a use of a parameter, that the curvature backend cannot treat correctly."""
 
 
+class OtherRankFailed(KfacLaplaceError, RuntimeError):
+    """Another process of a distributed run has failed; its message is in this one's."""
+
+
 class MissingPackage(KfacLaplaceError, ImportError):
     """An optional package that is not installed, or not in the version that is wanted."""

@@ -45,5 +45,6 @@ class LaplaceKeywords(TypedDict, total=False):
     forward_fn: ForwardFn | None
     batch_fn: BatchFn | None
     memory_budget: int | None
+    process_group: Any
     subnetwork_indices: Tensor | None
     subnetwork_mask: GivenSubnetwork | None

@@ -23,6 +23,7 @@ from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.fingerprint import Weights, fingerprint
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
+from kfac_laplace.curvature.shards import check_all_data
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.keywords import Answer, LaplaceKeywords, MeanAndCovariance
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
@@ -118,6 +119,8 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of a loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take; see `Curvature`.
+        process_group: "world" or a group of torch.distributed, whose processes each `fit` a part of
+            the data and end with the posterior of all; see docs/distributed.md.
         subnetwork_indices: laplace-torch's place for indices, with subset_of_weights="subnetwork".
         subnetwork_mask: likewise for a mask, or masks by name.
 
@@ -175,6 +178,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
         memory_budget: int | None = None,
+        process_group: Any = None,
         subnetwork_indices: Tensor | None = None,
         subnetwork_mask: GivenSubnetwork | None = None,
     ):
@@ -193,6 +197,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
             forward_fn=forward_fn,
             batch_fn=batch_fn,
             memory_budget=memory_budget,
+            process_group=process_group,
         )
         self._sharing = resolve_sharing(prior_structure)
         check_sharing(self._sharing, hessian_structure)
@@ -347,7 +352,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
             key_y=self.dict_key_y,
             progress=progress_bar,
             check=lambda: self._given_to(self._prior_of(curvature)),
-        ).finish()
+        ).finish().decompose()
         mode = mode_of(curvature)
         if not override and any(not torch.equal(mode[n], v) for n, v in self._mode.items()):
             log.warning("the weights moved since the last fit: its curvature is kept as it was")
@@ -355,6 +360,8 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         try:
             self._adopt(curvature, mode)
             self._data = self._data.with_loader(train_loader, override)
+            if self.options.ranks is not None:  # a part of the data, of which nothing can be made
+                self._data = TrainingData()
             if val_loader is not None:
                 return self.calibrate(val_loader, "validation")
             return self._scaled_by(self._choice.after_fit(afresh=not going_on))
@@ -630,6 +637,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         """The training data: a loader, or those that `fit` read."""
         if loader is not None:
             check_iterable("loader", loader)
+            check_all_data(self.options.process_group, loader, "loader")
         loaders = self._data.loaders if loader is None else (loader,)
         return Data(loaders, self.dict_key_y, self.options.seed)
 
@@ -778,6 +786,9 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         The loader yields inputs alone, pairs with targets, mappings, graphs, or what `batch_fn`
         takes. Other arguments as for calling the posterior.
 
+        With a process group, and a loader with a `DistributedSampler`, all processes call this:
+        each predicts its part, and all have the predictions of all, in the order of the data set.
+
         Raises:
             InvalidValue: no batch, or batches whose outputs differ in more than their number.
         """
@@ -820,6 +831,9 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         """
         if path is not None:
             check_suffix(path)
+        for data in (loader, ood_loader):
+            if data is not None:
+                check_all_data(self.options.process_group, data, "report")
         choice = self._choice
         asked = Question(
             loader,
@@ -886,7 +900,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         """Take over a state made with the same options on the same weights.
 
         Hyperparameters, κ, curvature and mode are the state's; seed, factor_dtype, memory_budget,
-        forward_fn, batch_fn and dict_key_y stay this posterior's own.
+        process_group, forward_fn, batch_fn and dict_key_y stay this posterior's own.
 
         Args:
             state_dict: the state.
@@ -985,9 +999,9 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
                 values: the posterior is around the stored mean, at which the model is run, with
                 buffers and frozen weights as they are in the model.
             overrides: options that the file cannot hold, such as a likelihood of your own, and
-                those that do not bind its numbers: seed, factor_dtype, memory_budget, forward_fn,
-                batch_fn and dict_key_y. Others may be given if they are the file's; hyperparameters
-                are set after loading.
+                those that do not bind its numbers: seed, factor_dtype, memory_budget,
+                process_group, forward_fn, batch_fn and dict_key_y. Others may be given if they are
+                the file's; hyperparameters are set after loading.
 
         Raises:
             FileNotFoundError: no such file.

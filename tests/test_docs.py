@@ -3,7 +3,9 @@
 import ast
 import doctest
 import importlib
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,6 +92,24 @@ def test_examples_run(page, tmp_path, monkeypatch):
         # Blank lines in front, so that a traceback names the line of the page.
         source = "\n" * (text[: block.start(1)].count("\n")) + block[1]
         exec(compile(source, str(page), "exec"), namespace)
+
+
+@pytest.mark.slow
+def test_several_processes_run_the_page_about_them(tmp_path):
+    text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (tmp_path / "script.py").write_text("\n".join(EXAMPLE.findall(text)), encoding="utf-8")
+    start = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *start, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "posterior.pt").exists()
 
 
 def prompts(path):

@@ -29,9 +29,13 @@ curvature/layers
 curvature/recording
 curvature/gradients
 curvature/estimate
+curvature/ranks
+curvature/shards
 curvature/options
 curvature/ggn
 curvature/accumulate
+curvature/agreement
+curvature/distributed
 curvature/plain_groups
 curvature/state_checks
 curvature/state

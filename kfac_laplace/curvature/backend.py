@@ -10,6 +10,7 @@ from tqdm import tqdm
 from typing_extensions import Self
 
 from kfac_laplace.curvature.accumulate import with_batch
+from kfac_laplace.curvature.distributed import decomposed, eigenbases, read_parts
 from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox, Setting
@@ -24,6 +25,8 @@ from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
+from kfac_laplace.curvature.ranks import Ranks
+from kfac_laplace.curvature.shards import own_part
 from kfac_laplace.curvature.state import ggn_from_state, ggn_to_state
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
@@ -56,6 +59,9 @@ class Curvature:
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take, about; None: 1 GiB on a CPU, 8 GiB on
             other devices. Results do not depend on it.
+        process_group: "world" or a group of torch.distributed, whose processes each read their part
+            of the data: what is found is that of all data, and on all of them the same. None: this
+            process reads all data.
 
     Raises:
         InvalidValue: an unknown option or a pattern that matches nothing.
@@ -81,6 +87,7 @@ class Curvature:
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
         memory_budget: int | None = None,
+        process_group: Any = None,
     ):
         options = CurvatureOptions.of(
             likelihood,
@@ -96,6 +103,7 @@ class Curvature:
             forward_fn=forward_fn,
             batch_fn=batch_fn,
             memory_budget=memory_budget,
+            process_group=process_group,
         )
         self._start(model, options)
 
@@ -208,6 +216,10 @@ class Curvature:
     def fit(self, loader: Iterable[Any], *, key_y: str = "labels", progress: bool = False) -> Self:
         """Add every batch of a loader, and name the parameters without effect on any output.
 
+        With a process group all of its processes call this, each with a loader of its own part. The
+        examples that `DistributedSampler` repeats count once. Where one fails, all raise: it its
+        own error, the others `OtherRankFailed` with its message, and nothing was added.
+
         Args:
             loader: yields pairs (x, y) or mappings that hold the targets under `key_y`.
             key_y: name of the targets in mappings.
@@ -236,6 +248,30 @@ class Curvature:
             check: called after the first batch, when the groups are known; what it raises ends
                 the pass.
         """
+        ranks = self.options.ranks
+        if ranks is None:
+            self._check(loader, key_y)
+            part = loader
+        else:
+            part = ranks.together(lambda: own_part(self._check(loader, key_y), ranks))
+        if self.options.hessian_structure == "ekfac" and not self.ggn.bases:
+            self._take_bases(self._of_factors().read(part, key_y=key_y, progress=progress))
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+            bar = tqdm(part, desc="curvature", disable=not progress, leave=False)
+            batches = (split_batch(batch, key_y, self.options.batch_fn) for batch in bar)
+            if ranks is not None:
+                self._read_part(ranks, batches, check)
+            elif not self._read_all(batches, check):
+                raise InvalidValue(
+                    "the loader yielded no batch",
+                    where="train_loader",
+                    got="0 batches",
+                    remedy="Check its length; a generator can be read only once",
+                )
+        return self
+
+    def _check(self, loader: Iterable[Any], key_y: str) -> Iterable[Any]:
+        """The loader, if it and the model can be read."""
         check_iterable("train_loader", loader)
         check_text("key_y", key_y)
         options = self.options
@@ -244,22 +280,51 @@ class Curvature:
         )
         if options.hessian_structure == "ekfac" and not self.ggn.bases:
             _check_read_twice(loader)
-            self._take_bases(self._of_factors().read(loader, key_y=key_y, progress=progress))
-        batches = 0
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
-            for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):
-                self._add(*split_batch(batch, key_y, self.options.batch_fn))
-                batches += 1
-                if batches == 1 and check is not None:
-                    check()
-        if not batches:
-            raise InvalidValue(
-                "the loader yielded no batch",
-                where="train_loader",
-                got="0 batches",
-                remedy="Check its length; a generator can be read only once",
+        return loader
+
+    def _read_all(
+        self, batches: Iterable[tuple[Any, Tensor]], check: Callable[[], object] | None
+    ) -> int:
+        """Add batches; how many there were. Arguments as for `read`."""
+        count = 0
+        for x, y in batches:
+            self._add(x, y)
+            count += 1
+            if count == 1 and check is not None:
+                check()
+        return count
+
+    def _read_part(
+        self,
+        ranks: Ranks,
+        batches: Iterator[tuple[Any, Tensor]],
+        check: Callable[[], object] | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add the data of all ranks, of which this one reads a part; after an exception nothing.
+
+        Args:
+            ranks: the processes, all of which come here.
+            batches: this rank's, which may be none.
+            check: as for `read`.
+            parameters: as for `accumulate`.
+        """
+        before, draws = self.ggn, self.generator.get_state()
+
+        def begun(ggn: GGN) -> None:
+            if check is not None:
+                self.ggn = ggn
+                check()
+                self.ggn = before  # nothing is held beside what is summed
+
+        try:
+            self.ggn = read_parts(
+                ranks, before, self.network, batches, self.generator, begun, parameters
             )
-        return self
+        except BaseException:
+            self.ggn = before
+            self.generator.set_state(draws)
+            raise
 
     def finish(self) -> Self:
         """Name the parameters that had no effect on any output, in a log record.
@@ -271,10 +336,23 @@ class Curvature:
         self._tell("the outputs of any batch")
         return self
 
+    def decompose(self) -> Self:
+        """Share the eigenvalues of Kronecker factors out over the ranks, all of which come here.
+
+        Without a process group nothing is done: they are computed when they are first wanted.
+        """
+        ranks = self.options.ranks
+        if ranks is not None:
+            self.ggn = decomposed(ranks, self.ggn)
+        return self
+
     def accumulate(
         self, x: Any, y: Tensor, *, parameters: Mapping[str, Tensor] | None = None
     ) -> Self:
         """Add one batch; after an exception nothing has been added.
+
+        With a process group all of its processes call this, each with its part of the batch, which
+        may be without examples.
 
         Args:
             x: inputs: a tensor (n, ...), a mapping (keyword arguments) or a sequence.
@@ -291,7 +369,11 @@ class Curvature:
             self._take_bases(self._of_factors().accumulate(x, y, parameters=parameters))
         first, before = not self.blocks, self.ggn
         draws = self.generator.get_state()
-        self._add(x, y, parameters)
+        if (ranks := self.options.ranks) is None:
+            self._add(x, y, parameters)
+        else:
+            own = [(x, y)] if y.ndim and len(y) else []
+            self._read_part(ranks, iter(own), parameters=parameters)
         try:
             check_effect(self.ggn.knowledge)
         except InvalidValue:
@@ -321,7 +403,8 @@ class Curvature:
     def _take_bases(self, factors: "Curvature") -> None:
         """Take over what was learned, and the eigenbases of the factors; data are not counted."""
         known, settings = factors.ggn.knowledge, factors.ggn.settings
-        bases = factors.ggn.eigenbases()
+        ranks = self.options.ranks
+        bases = factors.ggn.eigenbases() if ranks is None else eigenbases(ranks, factors.ggn)
         self.ggn = replace(self.ggn, knowledge=known, settings=settings, bases=bases)
 
     def _tell(self, span: str) -> None:

@@ -147,7 +147,7 @@ class GGN:
                 got="hessian_structure='ekfac'",
                 remedy="Begin both from one: other = curvature.empty(); other.fit(loader)",
             )
-        return self._joined({n: b + other.blocks[n] for n, b in self.blocks.items()}, other)
+        return self.joined({n: b + other.blocks[n] for n, b in self.blocks.items()}, other)
 
     def after(self, earlier: "GGN") -> "GGN":
         """This batch's and what came before, summed into this one's own tensors."""
@@ -155,9 +155,14 @@ class GGN:
             name: block.absorb(earlier.blocks[name]) if earlier.blocks else block
             for name, block in self.blocks.items()
         }
-        return self._joined(blocks, earlier)
+        return self.joined(blocks, earlier)
 
-    def _joined(self, blocks: Mapping[str, Block], other: "GGN") -> "GGN":
+    def with_blocks(self, blocks: Mapping[str, Block]) -> "GGN":
+        """The same counts with other blocks."""
+        return replace(self, blocks=blocks)
+
+    def joined(self, blocks: Mapping[str, Block], other: "GGN") -> "GGN":
+        """The counts of both, and what both know, with blocks that are those of both already."""
         return replace(
             self,
             knowledge=self.knowledge.with_rows_of(other.knowledge),

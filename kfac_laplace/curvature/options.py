@@ -23,6 +23,7 @@ from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.model.unchanged import unwrap
+from kfac_laplace.curvature.ranks import Ranks, check_group, ranks_of
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_choice, check_seed, check_whole, unknown
@@ -50,6 +51,7 @@ class CurvatureKeywords(TypedDict, total=False):
     forward_fn: ForwardFn | None
     batch_fn: BatchFn | None
     memory_budget: int | None
+    process_group: Any
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class CurvatureOptions:
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take, about, here and in what a posterior
             computes; None: 1 GiB on a CPU, 8 GiB on other devices. Results do not depend on it.
+        process_group: of the processes that each read a part of the data: "world" for all, or a
+            group of torch.distributed; None: this process reads all of it. Not stored in files.
 
     Raises:
         InvalidValue: an unknown option.
@@ -102,6 +106,7 @@ class CurvatureOptions:
     forward_fn: ForwardFn | None = None
     batch_fn: BatchFn | None = None
     memory_budget: int | None = None
+    process_group: Any = None
 
     @classmethod
     def of(cls, likelihood: str | Likelihood, **keywords: Any) -> "CurvatureOptions":
@@ -121,6 +126,7 @@ class CurvatureOptions:
         check_choice("uncovered", self.uncovered, UNCOVERED)
         check_kfac_approx(self.kfac_approx)
         Budget(self.memory_budget)  # checks it
+        check_group(self.process_group)
         check_seed(self.seed)
         if not isinstance(self.joint_bias, bool):
             raise InvalidType("neither True nor False", where="joint_bias", got=self.joint_bias)
@@ -158,6 +164,19 @@ class CurvatureOptions:
     def budget(self) -> Budget:
         """`memory_budget`, and what each computation gets of it."""
         return Budget(self.memory_budget)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes of `process_group`; None where this one has all of the data.
+
+        Raises:
+            InvalidValue: torch.distributed is not running.
+        """
+        return ranks_of(self.process_group)
+
+    def alone(self) -> "CurvatureOptions":
+        """The same for this process's own data."""
+        return self if self.process_group is None else replace(self, process_group=None)
 
     def keywords(self) -> dict[str, Any]:
         """All but the likelihood, as keywords of `Curvature` and whatever hands them on."""
@@ -201,8 +220,11 @@ class CurvatureOptions:
     # --- plain data --------------------------------------------------------------------------
 
     def to_plain(self) -> dict[str, Any]:
-        """The options as plain data; objects that have no name become None, functions "given"."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        """The options as plain data; objects that have no name become None, functions "given".
+
+        Processes are those of a run, and not of what it made.
+        """
+        return {f.name: _plain(getattr(self.alone(), f.name)) for f in fields(self)}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,9 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.blocks import (
-    Block,
-    DenseBlock,
-    DiagonalBlock,
-    KroneckerBlock,
-)
+from kfac_laplace.curvature.estimate.blocks import Block, KroneckerBlock
 from kfac_laplace.curvature.estimate.eigen_block import EigenBlock
+from kfac_laplace.curvature.estimate.exact_blocks import DenseBlock, DiagonalBlock
 from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
 from kfac_laplace.curvature.estimate.settings import PartSetting, Setting
 from kfac_laplace.curvature.estimate.structures import LowRank

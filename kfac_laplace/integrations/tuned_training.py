@@ -123,3 +123,10 @@ def check_options(options: Mapping[str, Any]) -> None:
                 got=repr(options[name]),
                 remedy="Leave it out",
             )
+    if options.get("process_group") is not None:
+        raise InvalidType(
+            "not an option of this callback: each rank's rounds read all of the data",
+            where="process_group",
+            got=repr(options["process_group"]),
+            remedy="Leave it out, or tune in a loop of your own by MarglikTuner(process_group=...)",
+        )

@@ -12,7 +12,7 @@ from kfac_laplace.errors import InvalidValue
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.marglik.loss import constant_unexplained
 from kfac_laplace.marglik.progress import Progress
-from kfac_laplace.marglik.sample import KeepsFirst
+from kfac_laplace.marglik.sample import first_kept
 from kfac_laplace.marglik.shared import EpochFit, last_pass, settings_claim, shared_ggn
 from kfac_laplace.marglik.standing import Setup, Standing
 from kfac_laplace.posterior.claims import Claim
@@ -61,7 +61,7 @@ def by_a_pass(
         loader: training data.
         constant: loss of the best constant prediction in the last round, None before the first.
     """
-    seen, burn_in = KeepsFirst(loader), progress.burn_in
+    seen, burn_in = first_kept(loader, setup.options), progress.burn_in
     # Another seed each round, so that Monte-Carlo labels are not the same ones again.
     options = setup.options.seeded(setup.options.seed + progress.epoch)
     if setup.signs and (progress.outputs or 0) > FEW_OUTPUTS:
@@ -69,7 +69,7 @@ def by_a_pass(
     # What gradients are like before the network has learned says little of them later.
     decide = burn_in.waits and (constant is None or burn_in.judged(constant).over)
     la, standing = fitted(setup, standing, seen, options, decide=decide)
-    examples = seen.few(setup.network, setup.key_y, setup.options.batch_fn)
+    examples = seen.few(setup.network, setup.key_y, setup.options)
     groups = replace(standing.groups, examples=examples, settings=la.curvature.settings)
     standing = replace(standing, groups=groups.looked_at(progress.modes))
     ggn, last = la.curvature.ggn, None

@@ -168,7 +168,8 @@ class Grouping:
                 remedy="Call tuner.prepare(loader) once: it sees how they are used",
             )
         # Groups are those of any estimator, and this one is the cheapest.
-        curvature = self.curvature(replace(self.options, fisher=MonteCarlo()))
+        # All ranks have the same examples.
+        curvature = self.curvature(replace(self.options.alone(), fisher=MonteCarlo()))
         try:
             curvature.accumulate(self.examples.x, self.examples.y)
         except KfacLaplaceError:

@@ -1,11 +1,13 @@
 """What the losses of training show: how far it has come, and in which modes it runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from kfac_laplace.curvature.model.unchanged import device_of
+from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.marglik.burn_in import BurnIn
 from kfac_laplace.marglik.live import first_entries
 from kfac_laplace.marglik.shared import EpochFit
@@ -57,8 +59,50 @@ class Progress:
             fit=self.fit if statistic is None else self.fit.with_batch(statistic, n),
         )
 
+    def of_all(self, ranks: Ranks | None, model: nn.Module) -> "Progress":
+        """What the losses of all processes show, of which each trains on a part of the data.
+
+        Args:
+            ranks: the processes, all of which come here; None: this one alone.
+            model: the model.
+        """
+        if ranks is None:
+            return self
+        sums = self.burn_in.sums, self.fit.statistic, self.fit.rows
+        told = ranks.gathered(
+            lambda: (
+                [None if one is None else one.cpu() for one in sums],
+                (self.outputs, None if self.then is None else self.then.cpu(), self._flags),
+            )
+        )
+        device = device_of(model)
+        totals = [_total(parts, device) for parts in zip(*(one for one, _ in told), strict=True)]
+        outputs, then, flags = (
+            next((each for each in seen if each is not None), None)
+            for seen in zip(*(other for _, other in told), strict=True)
+        )
+        return replace(
+            self,
+            burn_in=replace(self.burn_in, sums=totals[0]),
+            outputs=outputs,
+            then=None if then is None else then.to(device),
+            modes={} if flags is None else dict(zip(model.modules(), flags, strict=True)),
+            fit=EpochFit(totals[1], totals[2]),
+        )
+
+    @property
+    def _flags(self) -> tuple[bool, ...] | None:
+        """Modes without the modules; None where none was seen."""
+        return tuple(self.modes.values()) or None
+
     def ended(self, model: nn.Module, epoch: int) -> "Progress":
         """After an epoch, of this number. Losses between which no weight moved are no training."""
         moved = self.then is None or not torch.equal(self.then, first_entries(model))
         burn_in = self.burn_in.ended() if moved else replace(self.burn_in, sums=None)
         return replace(self, burn_in=burn_in, fit=EpochFit(), epoch=epoch)
+
+
+def _total(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """The sum of those that are there, in their order."""
+    found = [part.to(device) for part in parts if part is not None]
+    return torch.stack(found).sum(0) if found else None

@@ -13,9 +13,11 @@ from tqdm import trange
 from typing_extensions import Unpack
 
 from kfac_laplace.curvature.estimate.structures import Structure
-from kfac_laplace.curvature.model.batches import BatchFn, split_batch
+from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.kept import Kept
-from kfac_laplace.curvature.options import CurvatureKeywords, spelled
+from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
+from kfac_laplace.curvature.ranks import Ranks, check_data_parallel
+from kfac_laplace.curvature.shards import own_part
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
@@ -96,7 +98,8 @@ def marglik_training(
         dict_key_y: name of the targets where batches are mappings.
         curvature: further options of `Curvature` by their names: kfac_approx, fisher,
             subset_of_weights, joint_bias, uncovered, seed, factor_dtype, memory_budget, class_axis,
-            forward_fn, batch_fn.
+            forward_fn, batch_fn, process_group (the model is wrapped in DistributedDataParallel
+            then, and the loader yields this process's part).
 
     Returns:
         The posterior at the weights and hyperparameters that `keep` says, the model with those
@@ -120,8 +123,11 @@ def marglik_training(
     check_choice("keep", keep, ("last", "best"))
     check_iterable("train_loader", train_loader)
     # What is refused is refused before data are read.
-    Laplace(model, likelihood, hessian_structure=hessian_structure, **curvature)
-    n_data = sum(_count(batch, dict_key_y, curvature.get("batch_fn")) for batch in train_loader)
+    blank = Laplace(model, likelihood, hessian_structure=hessian_structure, **curvature)
+    ranks = blank.options.ranks
+    if ranks is not None:
+        check_data_parallel(model)
+    n_data = _count_all(train_loader, dict_key_y, blank.options)
     if not n_data:
         raise InvalidValue("the loader yielded no batch", where="train_loader", got="0 examples")
     tuner = MarglikTuner(
@@ -155,7 +161,7 @@ def marglik_training(
     try:
         model.train()
         for epoch in trange(1, n_epochs + 1, disable=not progress_bar, desc="marglik training"):
-            losses.append(_train_epoch(tuner, train_loader, optimiser, scheduler))
+            losses.append(_train_epoch(tuner, train_loader, optimiser, scheduler, ranks))
             record = tuner.step(train_loader, epoch)
             if keep == "best" and record is not None and record is tuner.best:
                 best = {
@@ -203,8 +209,9 @@ def _train_epoch(
     loader: Iterable[Any],
     optimiser: Optimizer,
     scheduler: LRScheduler | None,
+    ranks: Ranks | None,
 ) -> float:
-    """One pass over the data; the mean of the per-example losses."""
+    """One pass over the data; the mean of the per-example losses, over all processes."""
     total, seen = 0.0, 0
     for batch in loader:
         output, y = tuner.forward(batch)
@@ -223,10 +230,16 @@ def _train_epoch(
             scheduler.step()
         total += float(loss.detach()) * len(output)
         seen += len(output)
-    return total / max(1, seen)
+    told = [(total, seen)] if ranks is None else ranks.gathered(lambda: (total, seen))
+    return sum(loss for loss, _ in told) / max(1, sum(n for _, n in told))
 
 
-def _count(batch: Any, key_y: str, batch_fn: BatchFn | None) -> int:
-    """Number of examples in a batch."""
-    _, y = split_batch(batch, key_y, batch_fn)
-    return int(y.shape[0])
+def _count_all(loader: Iterable[Any], key_y: str, options: CurvatureOptions) -> int:
+    """Number of examples, of all processes where each reads a part."""
+    ranks = options.ranks
+    part = loader if ranks is None else own_part(loader, ranks)
+
+    def own() -> int:
+        return sum(len(split_batch(batch, key_y, options.batch_fn)[1]) for batch in part)
+
+    return own() if ranks is None else sum(ranks.gathered(own))

@@ -22,7 +22,7 @@ from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords, spelled
-from kfac_laplace.errors import NotFitted
+from kfac_laplace.errors import NotFitted, UnsupportedUse
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName, settled_axis
 from kfac_laplace.marglik.burn_in import BEGINNING, AtMost, BurnIn
@@ -46,8 +46,8 @@ from kfac_laplace.marglik.record import (
     warn_of_count,
 )
 from kfac_laplace.marglik.roles import Tune
-from kfac_laplace.marglik.sample import KeepsFirst
-from kfac_laplace.marglik.shared import AveragesCurvature, check_shares
+from kfac_laplace.marglik.sample import first_kept
+from kfac_laplace.marglik.shared import AveragesCurvature, EpochFit, check_shares
 from kfac_laplace.marglik.snapshot import Snapshot
 from kfac_laplace.marglik.standing import Setup, Standing
 from kfac_laplace.marglik.steps import Steps
@@ -55,7 +55,12 @@ from kfac_laplace.options import check_choice, check_positive, check_whole
 from kfac_laplace.posterior.claims import round_claims, tell, waiting_claims
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.mackay import check_objective
-from kfac_laplace.posterior.objectives import AnyObjective, on_data, resolve_objective
+from kfac_laplace.posterior.objectives import (
+    AnyObjective,
+    DataObjective,
+    on_data,
+    resolve_objective,
+)
 from kfac_laplace.posterior.prior import Given, checked_mean, starting_precision
 from kfac_laplace.posterior.sharing import PriorStructure
 from kfac_laplace.states.files import write_text
@@ -77,7 +82,7 @@ class MarglikTuner:
             the optimiser no weight decay: the loss has the prior.
         likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
         n_data: number of training examples (of nodes, where each node has an output), by which the
-            loss weighs the prior.
+            loss weighs the prior; with a process group of all its processes together.
         prior_structure: how δ is shared; as for `Laplace`, with all its forms.
         prior_precision: initial δ; as for `Laplace`. Left out: 10⁻⁴ for each training example, a
             common weight decay, and at most 1.
@@ -107,9 +112,10 @@ class MarglikTuner:
         loss_units: "nats", or "residuals" for the loss times σ² where the noise is Gaussian: its
             scale, to which optimisers such as Adam adapt slowly, does not move then as σ does.
         options: of the curvature, all as for `Laplace`: fisher, kfac_approx, subset_of_weights,
-            joint_bias, uncovered, seed, factor_dtype, memory_budget, class_axis, forward_fn,
-            batch_fn. `fisher` left out is "exact", but that rounds take `Hybrid(passes=1)`, one
-            backward pass with random signs, where an example has more than five outputs.
+            joint_bias, uncovered, seed, factor_dtype, memory_budget, process_group, class_axis,
+            forward_fn, batch_fn. `fisher` left out is "exact", but that rounds take
+            `Hybrid(passes=1)`, one backward pass with random signs, where an example has more than
+            five outputs.
 
     Raises:
         InvalidValue: an option out of range.
@@ -177,6 +183,13 @@ class MarglikTuner:
             **options,
         )
         self.options = blank.options
+        if self.options.process_group is not None and isinstance(self.objective, DataObjective):
+            raise UnsupportedUse(
+                "this objective looks at all training data once more, and ranks have parts",
+                where="objective",
+                got=repr(objective),
+                remedy="Use objective='kron' with process_group",
+            )
         self._signs = "fisher" not in options
         self.likelihood = blank.likelihood
         self._in_residuals = loss_units == "residuals" and self.likelihood.has_gaussian_noise
@@ -301,9 +314,10 @@ class MarglikTuner:
         uncovered="freeze"; and where a tuner that was resumed from a state finds other parameters
         trained than before.
         """
-        seen, now, key_y = KeepsFirst(loader), self._at.groups.today(), self._setup.key_y
+        seen, key_y = first_kept(loader, self.options), self._setup.key_y
+        now = self._at.groups.today()
         curvature = now.curvature().read([*islice(seen, 1)], key_y=key_y)
-        examples = seen.few(self._network, key_y, self.options.batch_fn)
+        examples = seen.few(self._network, key_y, self.options)
         now = replace(now, examples=examples).grouped(curvature.ggn.knowledge)
         self._stand(self._at.over(now, self._setup))
 
@@ -332,6 +346,10 @@ class MarglikTuner:
     def step(self, loader: Iterable[Any] | None = None, epoch: int | None = None) -> Record | None:
         """After an epoch: where a round is due, one curvature pass and hyperparameter steps.
 
+        With a process group all of its processes call this after every epoch, each with the loader
+        of its part, and all end with the same hyperparameters. The weights, and statistics of batch
+        norms, have to be the same on all.
+
         Args:
             loader: training data; read only when a round is due. None, where there is a
                 `curvature`: a round by what the optimiser has averaged, and by the losses that
@@ -349,12 +367,13 @@ class MarglikTuner:
         epoch = self._progress.epoch + 1 if epoch is None else epoch
         check_whole("epoch", epoch, 0)
         self._decay.end()
-        progress = self._progress.ended(self._network.model, epoch)
+        seen = self._progress.of_all(self.options.ranks, self._network.model)
+        progress = seen.ended(self._network.model, epoch)
         if epoch < self.n_epochs_burnin or epoch % self.marglik_frequency:
             self._progress = progress
             return None
         began = time.perf_counter()
-        found = self._found(loader, progress)
+        found = self._found(loader, progress, seen.fit)
         burn_in = progress.burn_in
         if burn_in.waits:
             burn_in = burn_in.judged(found.constant)
@@ -389,11 +408,11 @@ class MarglikTuner:
         tell(told(found.posterior.at(hyper), bounds, *rounds), self._said)
         return record
 
-    def _found(self, loader: Iterable[Any] | None, progress: Progress) -> Found:
+    def _found(self, loader: Iterable[Any] | None, progress: Progress, fit: EpochFit) -> Found:
         """What a round goes on from."""
         setup, at, constant = self._setup, self._at, self._constant
         if loader is None:
-            return by_averages(setup, at, self._progress.fit, self._last_pass, constant)
+            return by_averages(setup, at, fit, self._last_pass, constant)
         found = by_a_pass(setup, at, progress, loader, constant)
         warn_of_count(self.history, int(found.posterior.ggn.n_rows), self.n_data)
         return found
@@ -490,7 +509,7 @@ class MarglikTuner:
         Hyperparameters, T included, Adam's moments, epoch and history are the state's. Options on
         which these depend have to be the same, fix_sigma_noise and objective among them. The
         tuner's own stay n_data, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp, method,
-        seed, factor_dtype, memory_budget, forward_fn, batch_fn and dict_key_y.
+        seed, factor_dtype, memory_budget, process_group, forward_fn, batch_fn and dict_key_y.
 
         Raises:
             InvalidValue: not a tuner's state, one of another version, model or option, a damaged or

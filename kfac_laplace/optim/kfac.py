@@ -16,6 +16,7 @@ from kfac_laplace.curvature.estimate.settings import KfacApprox
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.curvature.ranks import check_group
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
 from kfac_laplace.optim.averages import Sums
@@ -27,7 +28,7 @@ from kfac_laplace.optim.loss_scale import unscale_
 from kfac_laplace.optim.memory import Numbers
 from kfac_laplace.optim.parameters import check_numbers, parameter_groups
 from kfac_laplace.optim.prior_damping import PriorDamping, TellsDamping
-from kfac_laplace.optim.ranks import ranks_of
+from kfac_laplace.optim.ranks import summed, training_ranks
 from kfac_laplace.optim.rules import EigenAdam, Rule, descend_
 from kfac_laplace.optim.schedule import EARLY
 from kfac_laplace.optim.shared import averaged_ggn
@@ -77,6 +78,9 @@ class KFAC(Optimizer):
         output_fn: takes what the model returns to its outputs, where it is no tensor, no object
             with `.logits` and no mapping with "logits".
         seed: seed of labels and signs.
+        process_group: of the processes whose factors are summed: "world" or a group of
+            torch.distributed, where a loop averages their gradients itself; None: those of
+            `DistributedDataParallel`, or this one alone.
 
     Raises:
         InvalidValue: an unknown option, or parameters of something else than the model.
@@ -111,7 +115,9 @@ class KFAC(Optimizer):
         class_axis: int | None = None,
         output_fn: OutputFn | None = None,
         seed: int = 0,
+        process_group: Any = None,
     ):
+        check_group(process_group)
         check_choice("uncovered", uncovered, UNCOVERED)
         self.estimate = curvature
         self._uncovered = uncovered
@@ -138,7 +144,7 @@ class KFAC(Optimizer):
         self._options = replace(
             options, subset_of_weights="all" if tracked == everything else list(tracked)
         )
-        self._unseen, self._ranks = 0, ranks_of(model, self.estimate.largest)
+        self._unseen, self._ranks = 0, training_ranks(model, process_group)
         self._generator = Generator().manual_seed(seed)
         self._rule = rule
         self._dampings: PriorDamping | None = None
@@ -304,16 +310,17 @@ class KFAC(Optimizer):
 
     def _of_all_ranks(self, sums: Sums) -> Sums:
         """The sums of a captured step over all ranks, which come here together."""
-        if self._ranks.several and not self._capture.due:
-            return {}  # of a pass before: other ranks need not have it
+        if self._ranks is None:
+            return sums
         learned = self._capture.learned
-        groups = () if learned is None else learned.captured
+        if not self._capture.due or learned is None:
+            return {}  # of a pass before: other ranks need not have it
         like = accumulable(next(iter(self._named.values())).detach().new_empty(0))
-        return self._ranks.summed(sums, groups, like)
+        return summed(self._ranks, sums, learned.captured, like, self.estimate.largest)
 
     def _form(self) -> None:
         """Take parameters together once their groups are known, those of the first rank."""
-        if self._ranks.several and not self._updates.formed:
+        if self._ranks is not None and not self._updates.formed:
             own = self._capture.learned
             state = None if own is None else learned_to_state(own, self._options)
             state = self._ranks.of_first(state)

@@ -62,7 +62,15 @@ BINDING = (
     "likelihood",
 )
 #: Options that a file has no say in, and a reader may choose.
-CHOSEN = ("seed", "factor_dtype", "memory_budget", "forward_fn", "batch_fn", "dict_key_y")
+CHOSEN = (
+    "seed",
+    "factor_dtype",
+    "memory_budget",
+    "process_group",
+    "forward_fn",
+    "batch_fn",
+    "dict_key_y",
+)
 #: Options of a posterior that are not its curvature's.
 OWN = ("prior_structure", "prior_mean", "dict_key_y")
 #: What stands for objects of a user's own while the stored options around them are checked.

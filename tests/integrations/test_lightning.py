@@ -301,5 +301,7 @@ def test_data_that_do_not_tell_their_number_ask_for_it():
 def test_options_that_others_decide_are_refused():
     with pytest.raises(InvalidType, match="loss_units"):
         MarglikCallback(loss_units="residuals")
+    with pytest.raises(InvalidType, match="read all of the data"):
+        MarglikCallback(process_group="world")
     with pytest.raises(InvalidValue, match="no part of the module"):
         fitted(Module(), data(), callback(model="nett"))

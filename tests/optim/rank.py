@@ -1,12 +1,6 @@
-"""One rank of a distributed run, or all data in one process; writes the parameters into a file.
-
-Called as `python rank.py FOLDER RANK RANKS FISHER`.
-"""
+"""Training with K-FAC on one rank of several, or on all data in one process: importable."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,13 +21,26 @@ def network() -> nn.Module:
     ).double()
 
 
-def train(rank: int, ranks: int, fisher: str) -> dict[str, torch.Tensor]:
+def on_rank(fisher: str, by_hand: bool) -> dict[str, torch.Tensor]:
     """The parameters after a few steps on this rank's part of each batch."""
+    return train(dist.get_rank(), dist.get_world_size(), fisher, by_hand)
+
+
+def train(rank: int, ranks: int, fisher: str, by_hand: bool = False) -> dict[str, torch.Tensor]:
+    """Likewise, for any number of ranks.
+
+    Args:
+        rank: this one.
+        ranks: how many there are.
+        fisher: the estimator.
+        by_hand: the loop averages the gradients itself.
+    """
     inner = network()
-    model = DistributedDataParallel(inner) if ranks > 1 else inner
+    model = DistributedDataParallel(inner) if ranks > 1 and not by_hand else inner
     # The middle layer is wider than `largest`: of its A there is the diagonal.
     curvature = Estimate(fisher, every=2, bases_every=2, largest=10)
-    optimizer = KFAC(model, rule=Damped(), curvature=curvature, seed=rank)
+    group = "world" if ranks > 1 and by_hand else None
+    optimizer = KFAC(model, rule=Damped(), curvature=curvature, seed=rank, process_group=group)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(N, 2, 6, dtype=torch.float64, generator=generator)
@@ -41,21 +48,10 @@ def train(rank: int, ranks: int, fisher: str) -> dict[str, torch.Tensor]:
         own = slice(rank * N // ranks, (rank + 1) * N // ranks)
         optimizer.zero_grad()
         F.cross_entropy(model(x[own]), y[own]).backward()
+        for parameter in inner.parameters() if group else ():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= ranks
         optimizer.step()
     factors = {n: b.factors.output for n, b in optimizer.curvature(N).blocks.items()}
     return inner.state_dict() | {f"{name}.B": b for name, b in factors.items()}
-
-
-def main(folder: Path, rank: int, ranks: int, fisher: str) -> None:
-    """Train, and write."""
-    torch.set_num_threads(1)
-    if ranks > 1:
-        store = f"file://{folder / 'store'}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    torch.save(train(rank, ranks, fisher), folder / f"{rank}of{ranks}.pt")
-    if ranks > 1:
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -7,14 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.blocks import (
-    Bases,
-    Block,
-    DenseBlock,
-    DiagonalBlock,
-    KroneckerBlock,
-)
+from kfac_laplace.curvature.estimate.blocks import Bases, Block, KroneckerBlock
 from kfac_laplace.curvature.estimate.eigen_block import EigenBlock
+from kfac_laplace.curvature.estimate.exact_blocks import DenseBlock, DiagonalBlock
 from kfac_laplace.curvature.estimate.settings import Setting, of_part
 from kfac_laplace.curvature.estimate.shared_grams import SharedGrams
 from kfac_laplace.curvature.gradients.by_group import (

@@ -15,7 +15,6 @@ from kfac_laplace.curvature.linalg.gram import Gram
 from kfac_laplace.curvature.linalg.spectrum import (
     Spectrum,
     eigenbasis,
-    eigenvalues,
     eigenvalues_of_diagonal,
 )
 from kfac_laplace.curvature.rows.layout import Layout
@@ -91,6 +90,21 @@ class Block(ABC):
         for name, tensor in self.tensors().items():
             tensor.add_(theirs[name])
         return self
+
+    def sums(self) -> dict[str, Tensor]:
+        """What adds entry by entry over data sets, in tensors of their own, as few as there are."""
+        return {name: tensor.clone() for name, tensor in self.tensors().items()}
+
+    @classmethod
+    def from_sums(cls, layout: Layout, sums: Mapping[str, Tensor], bases: Bases | None) -> Self:
+        """Rebuild a block from `sums()`, which it takes over.
+
+        Args:
+            layout: how the parameters lie in it.
+            sums: by name.
+            bases: eigenvectors of the factors, of blocks that are in their basis.
+        """
+        return cls.from_tensors(layout, sums)
 
     @classmethod
     def from_tensors(cls, layout: Layout, tensors: Mapping[str, Tensor]) -> Self:
@@ -203,6 +217,23 @@ class KroneckerBlock(Block):
         outputs = self.outputs.compact()
         return type(self).of(self.layout, inputs, self.input_count, outputs)
 
+    def sums(self) -> dict[str, Tensor]:
+        """Σ a aᵀ and B, packed, or the diagonal of the first; and the count."""
+        diagonal = self.has_diagonal_input
+        return {
+            "input": self.input_sum.clone() if diagonal else self.inputs.summed(),
+            "count": self.input_count.clone(),
+            "output": self.outputs.summed(),
+        }
+
+    @classmethod
+    def from_sums(cls, layout: Layout, sums: Mapping[str, Tensor], bases: Bases | None) -> Self:
+        """Rebuild a block from `sums()`."""
+        b, o, i = layout.matrix
+        packed, outputs = sums["input"], sums["output"]
+        inputs = packed if packed.ndim == 2 else Gram(packed, packed.new_empty(b, 0, i))
+        return cls.of(layout, inputs, sums["count"], Gram(outputs, outputs.new_empty(b, 0, o)))
+
     @property
     def factors(self) -> KroneckerFactors:
         """A = Σ a aᵀ / count and B."""
@@ -229,15 +260,26 @@ class KroneckerBlock(Block):
         return torch.block_diag(*blocks)[order[:, None], order]
 
     @cached_property
-    def spectrum(self) -> Spectrum:
-        """Bases of B and A; values μ_i λ_j."""
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues μ (b, o) of B and λ (b, i) of A, float64."""
         with torch.inference_mode(False):  # kept, so of use outside inference mode as well
             count = self._divisor.double()[:, None]
             mu = self.outputs.eigenvalues(self.name)
             if self.has_diagonal_input:
-                lam = eigenvalues_of_diagonal(self.input_sum, self.name) / count
-            else:
-                lam = self.inputs.eigenvalues(self.name) / count
+                return mu, eigenvalues_of_diagonal(self.input_sum, self.name) / count
+            return mu, self.inputs.eigenvalues(self.name) / count
+
+    def with_sides(self, mu: Tensor, lam: Tensor) -> Self:
+        """The same, whose eigenvalues another process has computed."""
+        made = replace(self)
+        vars(made)["sides"] = (mu, lam)  # where `cached_property` looks
+        return made
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Bases of B and A; values μ_i λ_j."""
+        mu, lam = self.sides
+        with torch.inference_mode(False):
             return Spectrum(mu[..., :, None] * lam[..., None, :], self.bases)
 
     def bases(self) -> Bases:
@@ -246,64 +288,3 @@ class KroneckerBlock(Block):
         if self.has_diagonal_input:
             return left, None
         return left, eigenbasis(self.inputs.matrices(), self.name)
-
-
-@dataclass(frozen=True)
-class DiagonalBlock(Block):
-    """The exact diagonal of the GGN.
-
-    Args:
-        values: diagonal as matrices (b, o, i).
-    """
-
-    values: Tensor
-    kind: ClassVar[str] = "diag"
-
-    @property
-    def factors(self) -> Tensor:
-        """The diagonal (b, o, i)."""
-        return self.values
-
-    def dense(self) -> Tensor:
-        """The diagonal matrix, in parameter order."""
-        order = self.layout.order.to(self.values.device)
-        return self.values.flatten()[order].diag()
-
-    @cached_property
-    def spectrum(self) -> Spectrum:
-        """The diagonal itself."""
-        with torch.inference_mode(False):
-            return Spectrum(eigenvalues_of_diagonal(self.values, self.name))
-
-
-@dataclass(frozen=True)
-class DenseBlock(Block):
-    """The exact GGN of its parameters, off-diagonal entries included.
-
-    Args:
-        matrix: shape (p, p), in parameter order.
-    """
-
-    matrix: Tensor
-    kind: ClassVar[str] = "dense"
-
-    @property
-    def factors(self) -> Tensor:
-        """The matrix."""
-        return self.matrix
-
-    def dense(self) -> Tensor:
-        """The matrix."""
-        return self.matrix
-
-    @cached_property
-    def spectrum(self) -> Spectrum:
-        """One row of eigenvalues (1, 1, p) with the eigenvectors as right basis."""
-        with torch.inference_mode(False):
-            values = eigenvalues(self.matrix[None], self.name)
-            return Spectrum(values[:, None], self._bases)
-
-    def _bases(self) -> tuple[Tensor, Tensor]:
-        """A single one, and the eigenvectors."""
-        matrix = self.matrix[None]
-        return torch.ones_like(matrix[:, :1, :1]), eigenbasis(matrix, self.name)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from kfac_laplace.curvature.estimate.blocks import DiagonalBlock, KroneckerBlock
+from kfac_laplace.curvature.estimate.blocks import KroneckerBlock
 from kfac_laplace.curvature.estimate.estimator import Plan, estimate
+from kfac_laplace.curvature.estimate.exact_blocks import DiagonalBlock
 from kfac_laplace.curvature.estimate.settings import PartSetting, Setting
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group

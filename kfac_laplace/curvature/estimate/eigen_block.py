@@ -1,5 +1,6 @@
 """The block of EKFAC: the eigenbasis of Kronecker factors, with the exact diagonal in it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -64,6 +65,16 @@ class EigenBlock(Block):
     def zero(self) -> Self:
         """The block of no data, in the same bases."""
         return self.with_values(torch.zeros_like(self.values))
+
+    def sums(self) -> dict[str, Tensor]:
+        """The diagonal alone."""
+        return {"values": self.values.clone()}
+
+    @classmethod
+    def from_sums(cls, layout: Layout, sums: Mapping[str, Tensor], bases: Bases | None) -> Self:
+        """The block of a diagonal in bases, which all data sets share."""
+        assert bases is not None
+        return cls.of(layout, sums["values"], bases)
 
     def absorb(self, other: Self) -> Self:
         """Add another block of the same bases into this one's own sum."""

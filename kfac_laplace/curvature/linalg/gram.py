@@ -78,6 +78,10 @@ class Gram:
             self.rows.new_empty(b, 0, i),
         )
 
+    def summed(self) -> Tensor:
+        """The packed sums of all rows, in a tensor of their own."""
+        return self._multiplied().packed
+
     def compact(self) -> "Gram":
         """The same in what takes least memory: rows as they are, or sums alone."""
         k, i = self.rows.shape[1:]

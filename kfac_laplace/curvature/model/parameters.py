@@ -1,5 +1,6 @@
 """Parameters that cannot be treated, told by name before anything runs."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from itertools import chain
 
@@ -10,11 +11,13 @@ from kfac_laplace.errors import UnsupportedUse
 
 
 def check_usable(model: nn.Module) -> None:
-    """Parameters have shapes, and may enter a graph.
+    """Parameters have shapes, are whole, and may enter a graph.
 
     Raises:
-        UnsupportedUse: lazy modules that have not run yet, or parameters made in inference mode.
+        UnsupportedUse: lazy modules that have not run yet, parameters of which each process has a
+            part, or parameters made in inference mode.
     """
+    _check_whole(model)
     named = (model.named_parameters(), model.named_buffers())
     lazy = [name for name, tensor in chain(*named) if is_lazy(tensor)]
     if lazy:
@@ -30,6 +33,29 @@ def check_usable(model: nn.Module) -> None:
             where=_listed(inferred),
             remedy="Make or load the model outside of torch.inference_mode, or pass "
             "copy.deepcopy(model), made outside of it",
+        )
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise `UnsupportedUse` for a model that is divided between processes.
+
+    Of what nobody has imported there are no objects: looking would cost half a second.
+    """
+    kinds = (
+        ("torch.distributed.tensor", "DTensor"),
+        ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+    )
+    tensor, wrapper = (getattr(sys.modules.get(module), name, ()) for module, name in kinds)
+    divided = [name for name, p in model.named_parameters() if isinstance(p, tensor)]
+    wrapped = [name or "model" for name, m in model.named_modules() if isinstance(m, wrapper)]
+    if divided or wrapped:
+        raise UnsupportedUse(
+            "curvature is that of whole layers, and each process has a part of them",
+            where=_listed(divided or wrapped),
+            got="DTensor parameters" if divided else "FullyShardedDataParallel",
+            remedy="Load torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) into a model of whole layers, and "
+            "divide the data between processes instead, by process_group",
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.model.batches import split_batch
+from kfac_laplace.curvature.shards import own_part, ranks_reading
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Latent, Likelihood, aligned_target
 from kfac_laplace.posterior.gaussian import Posterior
@@ -49,6 +50,13 @@ class HeldOut:
             others=tuple(other.at(kappa, temperature) for other in self.others),
         )
 
+    def to(self, device: torch.device | str) -> "HeldOut":
+        """The same on a device."""
+        tensors = {
+            name: getattr(self, name).to(device) for name in ("mean", "covariance", "target")
+        }
+        return replace(self, **tensors)
+
     @classmethod
     def joined(cls, parts: Sequence["HeldOut"]) -> "HeldOut":
         """The points of several batches, whose sequences may be padded to lengths of their own.
@@ -88,6 +96,8 @@ def validation_points(
 ) -> HeldOut:
     """Output moments on a loader of held-out data, in float64.
 
+    Where the posterior is that of several processes, and the loader one's part, of all parts.
+
     Args:
         posterior: predicts by its linearisation.
         loader: batches as `fit` takes them.
@@ -97,6 +107,25 @@ def validation_points(
     Raises:
         InvalidValue: there is no batch.
     """
+    ranks = ranks_reading(posterior.ggn.options.process_group, loader)
+    if ranks is None:
+        parts = _points(posterior, loader, key_y)
+    else:
+        own = own_part(loader, ranks)
+        told = ranks.gathered(lambda: [p.to("cpu") for p in _points(posterior, own, key_y)])
+        parts = [part.to(posterior.device) for every in told for part in every]
+    if not parts:
+        raise InvalidValue(
+            "the loader yielded no batch",
+            where=where,
+            got="0 batches",
+            remedy="A generator can be read only once: pass a loader",
+        )
+    return HeldOut.joined(parts)
+
+
+def _points(posterior: Posterior, loader: Iterable[Any], key_y: str) -> list[HeldOut]:
+    """The points of each batch."""
     network, likelihood = posterior.network, posterior.ggn.likelihood
     parts = []
     for raw in loader:
@@ -106,14 +135,7 @@ def validation_points(
         axis = posterior.ggn.knowledge.class_axis
         target = aligned_target(likelihood, y, outputs.shape, outputs.mean, axis)
         parts.append(HeldOut(outputs.mean, outputs.covariance, target))
-    if not parts:
-        raise InvalidValue(
-            "the loader yielded no batch",
-            where=where,
-            got="0 batches",
-            remedy="A generator can be read only once: pass a loader",
-        )
-    return HeldOut.joined(parts)
+    return parts
 
 
 def negative_log_likelihood(

@@ -1,7 +1,7 @@
 """The prior precision of least validation loss, on a grid."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,7 @@ def grid_search(
     Args:
         choice: the posterior, whose prior precisions are all replaced by each candidate, with κ
             and τ of its predictions.
-        loader: validation data; read once.
+        loader: validation data.
         grid: candidates.
         link: by which predictions are scored; "auto" is theirs.
         progress: show a progress bar.
@@ -57,7 +57,7 @@ def grid_search(
     check_iterable("val_loader", loader)
     posterior = choice.posterior
     candidates = _candidates(grid, posterior.device)
-    batches = list(loader)
+    batches = list(loader) if isinstance(loader, Iterator) else loader
     hyper, likelihood = posterior.hyperparameters.detached(), posterior.ggn.likelihood
     kappa, tau, link = _showing(choice.scaling, likelihood, link)
     losses = []

@@ -13,6 +13,7 @@ import scipy  # loads its parts when they are used
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.shards import check_all_data
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_choice
@@ -58,10 +59,13 @@ def held_out_points(
             got=None,
             remedy="Pass the loader: held-out data for 'validation', training data for 'loo'",
         )
+    if method == "validation":
+        (loader,) = given
+        return validation_points(posterior, loader, key_y)
+    for loader in given:
+        check_all_data(posterior.ggn.options.process_group, loader, "calibrate")
     batches = (batch for loader in given for batch in loader)
-    if method == "loo":
-        return leave_one_out_points(posterior, batches, key_y, seed)
-    return validation_points(posterior, batches, key_y)
+    return leave_one_out_points(posterior, batches, key_y, seed)
 
 
 def adopted_scale(

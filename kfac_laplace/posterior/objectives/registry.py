@@ -38,8 +38,8 @@ class Data:
             raise InvalidValue(
                 "this objective needs the training data once more",
                 where="objective",
-                got="no loader, as after loading a file",
-                remedy="Pass loader=, the training data, or use objective='kron'",
+                got="no loader, as after loading a file or a fit of parts over ranks",
+                remedy="Pass loader=, all of the training data, or use objective='kron'",
             )
         return (batch for loader in self.loaders for batch in loader)
 

@@ -52,6 +52,12 @@ class OutputGaussian:
         mean, covariance, head = self.mean.double(), self.covariance.double(), self.head.double()
         return OutputGaussian(mean, covariance, self.shape, head)
 
+    def to(self, device: torch.device | str) -> "OutputGaussian":
+        """The same on a device."""
+        moved = (tensor.to(device) for tensor in (self.mean, self.covariance, self.head))
+        mean, covariance, head = moved
+        return OutputGaussian(mean, covariance, self.shape, head)
+
 
 def output_gaussian(posterior: Posterior, batch: AnyBatch) -> OutputGaussian:
     """Mean and covariance of each output row, each input on its own [REDUX21].

@@ -1,0 +1,268 @@
+"""Curvature of data that lie with several processes: sums over ranks, to the same bits on each.
+
+Curvature of a data set is a sum over its examples. Each rank sums those of its own part; then raw
+sums and counts are added up, symmetric matrices in packed storage.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from kfac_laplace.curvature.accumulate import with_batch
+from kfac_laplace.curvature.agreement import Opening, settled
+from kfac_laplace.curvature.estimate.blocks import Bases, Block, KroneckerBlock
+from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
+from kfac_laplace.curvature.estimate.structures import LowRank
+from kfac_laplace.curvature.ggn import GGN
+from kfac_laplace.curvature.gradients.knowledge import Knowledge
+from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.ranks import Ranks
+from kfac_laplace.curvature.rows.layout import Layout
+from kfac_laplace.errors import InvalidValue
+from kfac_laplace.states.plain import same
+
+log = logging.getLogger("kfac_laplace")
+
+#: What tensors of zeros are made of: dtypes and shapes, by name.
+Forms = Mapping[str, tuple[torch.dtype, torch.Size]]
+
+
+def read_parts(
+    ranks: Ranks,
+    before: GGN,
+    network: Network,
+    batches: Iterator[tuple[Any, Tensor]],
+    generator: Generator,
+    begun: Callable[[GGN], object],
+    parameters: Mapping[str, Tensor] | None = None,
+) -> GGN:
+    """The GGN of earlier data and of what all ranks read; the same bits on each.
+
+    Args:
+        ranks: the processes, all of which come here.
+        before: of what was seen before, the same on all.
+        network: the model, the same on all.
+        batches: this rank's, which may be none.
+        generator: source of labels and signs, in the same state on all; of it each rank takes a
+            seed of its own.
+        begun: called with the GGN of the first batch, or of none; what it raises ends the pass.
+        parameters: weights at which to take the curvature; the model's own by default.
+
+    Raises:
+        OtherRankFailed: another rank raised, where this one did not.
+        InvalidValue: no rank has data, or they do not agree on what is to be added.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    draws = Generator().manual_seed(seed + ranks.rank)
+    blank = before.without_data()
+    ggn, first = blank, None
+    sums: dict[str, dict[str, Tensor]] = {}
+    kinds: dict[str, tuple[type[Block], Layout]] = {}
+
+    def open_() -> Opening:
+        nonlocal ggn, first
+        first = next(batches, None)
+        if first is not None:
+            ggn = with_batch(blank, network, first, draws, parameters)
+        return Opening.of(ggn, before, network.model, first)
+
+    def go_on() -> Part:
+        nonlocal ggn
+        if agreed is not None:
+            ggn = agreed
+            if first is not None:
+                ggn = with_batch(agreed, network, first, draws, parameters)
+        begun(ggn)
+        for batch in batches:
+            ggn = with_batch(ggn, network, batch, draws, parameters)
+        blocks, ggn = dict(ggn.blocks), ggn.with_blocks({})
+        for name in [*blocks]:  # one by one, so that they are held twice for none but one
+            kinds[name] = type(blocks[name]), blocks[name].layout
+            sums[name] = blocks.pop(name).sums()
+        return Part.of(ggn, kinds, sums)
+
+    agreed = settled(ranks.gathered(open_), ggn)
+    parts = ranks.gathered(go_on)
+    return before + summed(ranks, ggn, parts, sums)
+
+
+# --- what is added -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank tells the others of its part: all but the entries of its curvature.
+
+    Args:
+        knowledge: groups, and how rows lie.
+        blocks: kind, layout and sums of each block; empty without data.
+        statistic: the likelihood's sum.
+        counts: examples, rows and outputs.
+        targets: what is known of the targets alone.
+    """
+
+    knowledge: Knowledge
+    blocks: Mapping[str, tuple[type[Block], Layout, Forms]]
+    statistic: Tensor
+    counts: tuple[float, float, float]
+    targets: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        ggn: GGN,
+        kinds: Mapping[str, tuple[type[Block], Layout]],
+        sums: Mapping[str, Mapping[str, Tensor]],
+    ) -> "Part":
+        """What there is to tell of a part: its GGN without blocks, their kinds, and their sums."""
+        blocks = {name: (*kinds[name], _forms(own)) for name, own in sums.items()}
+        counts = ggn.n_data, ggn.n_rows, ggn.n_outputs
+        return cls(ggn.knowledge, blocks, ggn.statistic.cpu(), counts, ggn.targets.cpu())
+
+    def counted(self, own: GGN) -> GGN:
+        """As a GGN without blocks, on the device of one's own."""
+        device = own.statistic.device
+        return GGN(
+            own.options,
+            self.knowledge,
+            own.settings,
+            {},
+            self.statistic.to(device),
+            *self.counts,
+            targets=self.targets.to(device),
+            bases=own.bases,
+        )
+
+
+def summed(
+    ranks: Ranks, own: GGN, parts: Sequence[Part], sums: dict[str, dict[str, Tensor]]
+) -> GGN:
+    """The GGN of all ranks' data; every rank has to call it, and gets the same bits.
+
+    Args:
+        ranks: the processes.
+        own: the GGN of this rank's part.
+        parts: what each rank tells.
+        sums: this rank's by block, which are taken over; none without data.
+
+    Raises:
+        InvalidValue: the ranks have blocks of different shapes.
+    """
+    filled = [(rank, part) for rank, part in enumerate(parts) if part.blocks]
+    counted = reduce(
+        lambda one, other: one.joined({}, other), (part.counted(own) for _, part in filled)
+    )
+    structure = own.options.hessian_structure
+    if isinstance(structure, LowRank):
+        return counted.with_blocks(_leading(ranks, structure, parts, own, sums))
+    (start, first), *others = filled
+    for rank, other in others:
+        if not same(first.blocks, other.blocks):
+            raise _different_blocks((start, first), (rank, other))
+    for name, (_, _, forms) in first.blocks.items():
+        if name not in sums:
+            sums[name] = _zeros(forms, own.statistic.device)
+    sent = ranks.add_([tensor for name in first.blocks for tensor in sums[name].values()])
+    log.debug("curvature of %d ranks: %d bytes of sums", ranks.size, sent)
+    blocks = {
+        name: kind.from_sums(layout, sums[name], own.bases.get(name))
+        for name, (kind, layout, _) in first.blocks.items()
+    }
+    return counted.with_blocks(blocks)
+
+
+def _leading(
+    ranks: Ranks,
+    structure: LowRank,
+    parts: Sequence[Part],
+    own: GGN,
+    sums: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Block]:
+    """The block of the leading directions of all ranks' rows, which do not add entry by entry."""
+    total: LowRankBlock | None = None
+    for rank, part in enumerate(parts):
+        for name, (_, layout, forms) in part.blocks.items():
+            mine = sums[name] if rank == ranks.rank else _zeros(forms, own.statistic.device)
+            tensors = {field: ranks.sent(tensor, rank) for field, tensor in mine.items()}
+            block = LowRankBlock.from_tensors(layout, tensors, structure.rank)
+            total = block if total is None else total + block
+    assert total is not None
+    return {"lowrank": total}
+
+
+def _different_blocks(first: tuple[int, Part], other: tuple[int, Part]) -> InvalidValue:
+    (a, one), (b, two) = first, other
+    names = [*one.blocks, *(name for name in two.blocks if name not in one.blocks)]
+    return InvalidValue(
+        f"ranks {a} and {b} have different blocks",
+        where="process_group",
+        got=next(n for n in names if not same(one.blocks.get(n), two.blocks.get(n))),
+        remedy="Give all ranks the same model, and batches that use the same parameters",
+    )
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> Forms:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def _zeros(forms: Forms, device: torch.device) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(shape, dtype=dtype, device=device)
+        for name, (dtype, shape) in forms.items()
+    }
+
+
+# --- decompositions ------------------------------------------------------------------------------
+
+
+def eigenbases(ranks: Ranks, ggn: GGN) -> dict[str, Bases]:
+    """Eigenvectors of the Kronecker factors by group, each computed on one rank."""
+    blocks = _kronecker(ggn)
+    made = ranks.shared_out(
+        [partial(_bases, block) for block in blocks.values()],
+        [_cost(block) for block in blocks.values()],
+    )
+    return {
+        name: (own[0], own[1] if len(own) > 1 else None)
+        for name, own in zip(blocks, made, strict=True)
+    }
+
+
+def decomposed(ranks: Ranks, ggn: GGN) -> GGN:
+    """The same with the eigenvalues of its Kronecker factors, each computed on one rank.
+
+    Eigenvectors, which are many more numbers, each rank computes for itself when they are wanted.
+    """
+    blocks = _kronecker(ggn)
+    made = ranks.shared_out(
+        [partial(_sides, block) for block in blocks.values()],
+        [_cost(block) for block in blocks.values()],
+    )
+    known = {
+        name: block.with_sides(own[0], own[1])
+        for (name, block), own in zip(blocks.items(), made, strict=True)
+    }
+    return ggn.with_blocks({**ggn.blocks, **known})
+
+
+def _kronecker(ggn: GGN) -> dict[str, KroneckerBlock]:
+    return {n: block for n, block in ggn.blocks.items() if isinstance(block, KroneckerBlock)}
+
+
+def _bases(block: KroneckerBlock) -> list[Tensor]:
+    return [basis for basis in block.bases() if basis is not None]
+
+
+def _sides(block: KroneckerBlock) -> list[Tensor]:
+    return [*block.sides]
+
+
+def _cost(block: KroneckerBlock) -> float:
+    """What its decomposition costs, beside those of others."""
+    b, o, i = block.layout.matrix
+    return b * (o**3 + (i if block.has_diagonal_input else i**3))

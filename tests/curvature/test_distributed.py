@@ -1,0 +1,191 @@
+"""Curvature over ranks is that of one process with all data, and the same bits on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from curvature import parted
+from processes import on_ranks, survivors
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from kfac_laplace import Curvature, Laplace
+from kfac_laplace.curvature.ranks import shared_jobs
+from kfac_laplace.curvature.shards import own_part
+from kfac_laplace.errors import InvalidType, InvalidValue
+
+#: Sums in another order, in float64.
+ROUNDING = 1e-10
+#: Three ranks, of which the last has no data; as many batches on none.
+ENDS = (9, parted.N, parted.N)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    """What three ranks found."""
+    return on_ranks(3, tmp_path_factory.mktemp("ranks"), parted.base, ENDS)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, torch.Tensor]]:
+    """What one process found."""
+    return parted.alone(ENDS, parted.STRUCTURES)
+
+
+def assert_same_bits(found: list[dict[Any, Any]]) -> None:
+    """All ranks have the same tensors."""
+    first, *others = found
+    for other in others:
+        for name, value in first.items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("more", ["", ", more"])
+@pytest.mark.parametrize("structure", parted.STRUCTURES)
+def test_a_fit_of_parts_is_that_of_one_process(structure, more, ranks, alone):
+    got = [each["fits"][structure + more] for each in ranks]
+    assert_same_bits(got)
+    for name, want in alone[structure + more].items():
+        if name == "samples":  # by eigenvectors, whose signs rounding decides
+            continue
+        torch.testing.assert_close(got[0][name], want, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_batches_of_parts_are_those_of_one_process(ranks):
+    x, y = parted.data()
+    curvature = Curvature(parted.network(), "classification")
+    for step in (0.0, 1.0):
+        curvature.accumulate(x + step, y)
+    for rank in ranks:
+        for got, block in zip(rank["batchwise"], curvature.blocks.values(), strict=True):
+            torch.testing.assert_close(got, block.dense(), rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "hybrid"])
+def test_ranks_that_draw_have_the_same_bits(fisher, ranks):
+    assert_same_bits([each["drawn"][fisher] for each in ranks])
+
+
+def test_ranks_draw_apart(ranks):
+    """Were labels drawn by the same numbers, rank by rank, their errors would not average out."""
+    curvature = Curvature(parted.network(), "classification", fisher="mc").fit(parted.whole(ENDS))
+    mine = {name: block.dense() for name, block in curvature.blocks.items()}
+    assert any(not torch.allclose(mine[name], ranks[0]["drawn"]["mc"][name]) for name in mine)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("n", "size"), [(parted.N, 4), (7, 1), (2, 5)])
+def test_repeated_examples_count_once(shuffle, n, size, ranks):
+    x, y = parted.data()
+    want = Curvature(parted.network(), "classification", hessian_structure="full")
+    want.fit([(x[:n], y[:n])])
+    found = [each["sampled"][shuffle, n, size] for each in ranks]
+    assert sorted(index for each in found for index in each["seen"]) == list(range(n))
+    for each in found:
+        assert each["n_data"] == n
+        torch.testing.assert_close(
+            each["full"], want.blocks["full"].dense(), rtol=ROUNDING, atol=ROUNDING
+        )
+
+
+def test_predictions_of_parts_are_those_of_one_process(ranks):
+    """In the order of the data set, whatever that of the sampler; so are held-out choices."""
+    want, got = parted.predicted_alone(), [each["predicted"] for each in ranks]
+    assert_same_bits(got)
+    for name, value in want.items():
+        if not name.startswith("linear"):  # by eigenvectors, whose signs rounding decides
+            rounding = 1e-6 if name == "scaling" else ROUNDING  # a search ends at its own precision
+            torch.testing.assert_close(got[0][name], value, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize(
+    ("kind", "failing", "says"),
+    [
+        ("nan on rank 1", [1], "non-finite values"),
+        ("bad loader on rank 0", [0], "a batch is a pair"),
+        ("no loader on rank 2", [2], "train_loader"),
+        ("the same data", [0, 1, 2], "began with the same batch"),
+        ("no data", [0, 1, 2], "no rank's loader yielded a batch"),
+        ("other weights", [0, 1, 2], "different weights or buffers"),
+        ("other options", [0, 1, 2], "different structures"),
+    ],
+)
+def test_a_failure_ends_all_with_its_message(kind, failing, says, ranks):
+    for rank, each in enumerate(ranks):
+        error, message, n_data, kept = each["failing"][kind]
+        assert (error != "OtherRankFailed") == (rank in failing), message
+        assert says in message
+        assert kept
+        assert n_data in (0, parted.N)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others(tmp_path):
+    found = survivors(3, tmp_path, parted.killed, ENDS)
+    assert found.keys() == {0, 2}
+    for message, n_data in found.values():
+        assert message and n_data == 0
+
+
+# --- one process ---------------------------------------------------------------------------------
+
+
+def test_a_process_group_takes_torch_distributed():
+    la = Laplace(parted.network(), process_group="world")
+    with pytest.raises(InvalidValue, match="not running"):
+        la.fit(parted.whole(ENDS))
+
+
+@pytest.mark.parametrize("group", ["all", 3, object()])
+def test_something_else_is_no_process_group(group):
+    with pytest.raises(InvalidType, match="no process group"):
+        Curvature(parted.network(), "classification", process_group=group)
+
+
+@dataclass(frozen=True)
+class Several:
+    """What loaders look at of ranks."""
+
+    size: int
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_parts_are_the_data(n, ranks, drop_last):
+    """Each example once, whatever the sampler repeats; what it drops stays out."""
+    dataset = TensorDataset(torch.arange(n))
+    seen = []
+    for rank in range(ranks):
+        sampler = DistributedSampler(dataset, ranks, rank, shuffle=True, drop_last=drop_last)
+        loader = DataLoader(dataset, 2, sampler=sampler)
+        own = own_part(loader, Several(ranks))
+        before = [x.tolist() for (x,) in loader]
+        seen += [int(i) for (x,) in own for i in x]
+        assert sum(len(x) for (x,) in own) == sum(min(2, len(x)) for (x,) in own)
+        assert [x.tolist() for (x,) in loader] == before  # the caller's is as it was
+    if drop_last and n >= ranks:
+        assert len(seen) == len({*seen}) == n // ranks * ranks
+    elif not drop_last:
+        assert sorted(seen) == list(range(n))
+
+
+def test_loaders_of_other_kinds_are_left_alone():
+    batches = [(torch.ones(2), torch.ones(2))]
+    assert own_part(batches, Several(2)) is batches
+    loader = DataLoader(TensorDataset(torch.ones(3)))
+    assert own_part(loader, Several(2)) is loader
+
+
+def test_jobs_are_shared_out_by_cost():
+    assert shared_jobs([5, 4, 3, 3, 3], 2) == [0, 1, 1, 0, 1]
+    assert shared_jobs([], 3) == []
+
+
+def test_samplers_of_other_groups_are_refused():
+    dataset = TensorDataset(torch.arange(6))
+    loader = DataLoader(dataset, sampler=DistributedSampler(dataset, 3, 0))
+    with pytest.raises(InvalidValue, match="3 parts for 2 ranks"):
+        own_part(loader, Several(2))
