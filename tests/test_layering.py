@@ -35,6 +35,10 @@ curvature/accumulate
 curvature/plain_groups
 curvature/state_checks
 curvature/state
+curvature/live_state
+curvature/batch_digest
+curvature/termination
+curvature/checkpoint
 curvature/backend
 posterior/__init__
 posterior/hyperparameters

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from typing_extensions import Self
 
 from kfac_laplace.curvature.accumulate import with_batch
+from kfac_laplace.curvature.checkpoint import Checkpoint, Keeping, Phase
 from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox, Setting
@@ -205,19 +207,33 @@ class Curvature:
 
     # --- data --------------------------------------------------------------------------------
 
-    def fit(self, loader: Iterable[Any], *, key_y: str = "labels", progress: bool = False) -> Self:
+    def fit(
+        self,
+        loader: Iterable[Any],
+        *,
+        key_y: str = "labels",
+        progress: bool = False,
+        checkpoint: Checkpoint | str | Path | None = None,
+    ) -> Self:
         """Add every batch of a loader, and name the parameters without effect on any output.
 
         Args:
             loader: yields pairs (x, y) or mappings that hold the targets under `key_y`.
             key_y: name of the targets in mappings.
             progress: show a progress bar.
+            checkpoint: a path, or a `Checkpoint`, where the pass keeps what it has counted. Called
+                again after the process died, it goes on there; the file is removed at the end.
 
         Raises:
             InvalidValue: the loader is empty, a batch is bad, or no parameter has an effect on the
-                outputs. Batches before it stay counted.
+                outputs, or a checkpoint that is damaged or of another fit. Batches before it stay
+                counted.
         """
-        return self.read(loader, key_y=key_y, progress=progress).finish()
+        kept = Checkpoint.of(checkpoint)
+        self.read(loader, key_y=key_y, progress=progress, checkpoint=kept).finish()
+        if kept is not None:
+            kept.ended()
+        return self
 
     def read(
         self,
@@ -226,6 +242,7 @@ class Curvature:
         key_y: str = "labels",
         progress: bool = False,
         check: Callable[[], object] | None = None,
+        checkpoint: Checkpoint | str | Path | None = None,
     ) -> Self:
         """Add every batch of a loader, which may be a part of the data; arguments as for `fit`.
 
@@ -235,6 +252,7 @@ class Curvature:
             progress: as for `fit`.
             check: called after the first batch, when the groups are known; what it raises ends
                 the pass.
+            checkpoint: as for `fit`, but the file stays, until `Checkpoint.remove`.
         """
         check_iterable("train_loader", loader)
         check_text("key_y", key_y)
@@ -242,24 +260,48 @@ class Curvature:
         self.network.check_none_new(
             self.ggn.knowledge, options.subset_of_weights, options.uncovered_stay_out
         )
-        if options.hessian_structure == "ekfac" and not self.ggn.bases:
-            _check_read_twice(loader)
-            self._take_bases(self._of_factors().read(loader, key_y=key_y, progress=progress))
-        batches = 0
+        with Keeping(Checkpoint.of(checkpoint), self, loader, key_y) as kept:
+
+            def add(
+                curvature: Curvature, phase: Phase, check: Callable[[], object] | None = None
+            ) -> None:
+                batches = tqdm(loader, desc="curvature", disable=not progress, leave=False)
+                curvature._add_all(batches, key_y, kept, phase, check)
+
+            twice = options.hessian_structure == "ekfac" and not self.ggn.bases
+            if twice and not kept.past("factors"):
+                _check_read_twice(loader)
+                factors = self._of_factors()
+                add(factors, "factors")
+                self._take_bases(factors)
+            add(self, "own", check)
+        return self
+
+    def _add_all(
+        self,
+        loader: Iterable[Any],
+        key_y: str,
+        kept: Keeping,
+        phase: Phase,
+        check: Callable[[], object] | None,
+    ) -> None:
+        """Add the batches that were not counted before the pass was interrupted."""
+        count = kept.begin(phase, self)
+        if count and check is not None:
+            check()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
-            for batch in tqdm(loader, desc="curvature", disable=not progress, leave=False):
+            for batch in kept.uncounted(loader):
                 self._add(*split_batch(batch, key_y, self.options.batch_fn))
-                batches += 1
-                if batches == 1 and check is not None:
+                count += 1
+                if count == 1 and check is not None:
                     check()
-        if not batches:
+        if not count:
             raise InvalidValue(
                 "the loader yielded no batch",
                 where="train_loader",
                 got="0 batches",
                 remedy="Check its length; a generator can be read only once",
             )
-        return self
 
     def finish(self) -> Self:
         """Name the parameters that had no effect on any output, in a log record.

@@ -47,6 +47,29 @@ class RandomStates:
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 
+    def to_plain(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        inner = {
+            **self.numpy["state"],
+            "key": torch.from_numpy(self.numpy["state"]["key"].astype(np.int64)),
+        }
+        return {
+            "cpu": self.cpu,
+            "other": self.other,
+            "numpy": {**self.numpy, "state": inner},
+            "python": self.python,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], device: torch.device) -> "RandomStates":
+        """The inverse; a state of another kind of device than CUDA's is left out."""
+        numpy = dict(plain["numpy"])
+        numpy["state"] = dict(numpy["state"])
+        numpy["state"]["key"] = numpy["state"]["key"].numpy().astype(np.uint32)
+        version, inner, gauss = plain["python"]
+        other = plain["other"] if device.type == "cuda" else None
+        return cls(device, plain["cpu"], other, numpy, (version, tuple(inner), gauss))
+
     def same(self, other: "RandomStates") -> bool:
         """Whether nothing was drawn between the two."""
         mine, theirs = self.numpy["state"], other.numpy["state"]

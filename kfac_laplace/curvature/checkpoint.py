@@ -1,0 +1,384 @@
+"""Passes over the data that a killed process goes on with: what was counted, in a file."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+from typing_extensions import Self
+
+from kfac_laplace.curvature.batch_digest import digest
+from kfac_laplace.curvature.ggn import GGN
+from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.live_state import live_from_plain, live_to_plain
+from kfac_laplace.curvature.model.fingerprint import fingerprint
+from kfac_laplace.curvature.model.random_states import RandomStates
+from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.curvature.termination import Termination
+from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.options import check_whole
+from kfac_laplace.states.files import beside, check_writable, read, rewrite
+from kfac_laplace.states.plain import CHECKSUM, check_seal, same, sealed
+from kfac_laplace.states.stored import FORMAT, Stored, opened, refusing_damage, shown
+
+log = logging.getLogger("kfac_laplace")
+
+#: A pass is written after so many seconds, or so many times what the last write took.
+SECONDS = 10.0
+TIMES = 50
+#: "ekfac" makes two passes: of its factors, and of its own blocks.
+Phase = Literal["factors", "own"]
+PHASES: tuple[Phase, ...] = ("factors", "own")
+#: What a file holds beside its format and its checksum.
+KEYS = ("pass", "bound", "curvature", "draws")
+KIND = "a checkpoint of a fit"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a fit keeps what it has counted, so that a process that died loses next to nothing.
+
+    Called again with the same model, data and options, the fit goes on after the last batch in the
+    file, and its result is bit by bit that of the fit without interruption.
+
+    Args:
+        path: of the file, which is replaced as a whole.
+        every: batches from one write to the next. None: by the clock, after ten seconds or fifty
+            times what a write takes, whichever is longer: writing costs 2 % at most.
+        keep: leave the file when the fit has ended; by default it is removed.
+
+    Raises:
+        InvalidType: not a path, not a whole number, neither True nor False.
+        InvalidValue: `every` below 1.
+    """
+
+    path: str | Path
+    every: int | None = None
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        """Check each option."""
+        if not isinstance(self.path, str | Path) or not os.fspath(self.path):
+            raise InvalidType("not a path", where="checkpoint", got=repr(self.path))
+        if self.every is not None:
+            check_whole("every", self.every, 1)
+        if not isinstance(self.keep, bool):
+            raise InvalidType("neither True nor False", where="keep", got=repr(self.keep))
+
+    @classmethod
+    def of(cls, given: "Checkpoint | str | Path | None") -> "Checkpoint | None":
+        """What users pass: a path stands for a checkpoint of the defaults."""
+        return given if given is None or isinstance(given, cls) else cls(given)  # type: ignore[arg-type]
+
+    def remove(self) -> None:
+        """Remove the file, and what a kill in the middle of a write left, where there are any."""
+        for path in (os.path.realpath(self.path), beside(self.path)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def ended(self) -> None:
+        """The fit is there: the file goes, unless it is to be kept."""
+        if not self.keep:
+            self.remove()
+
+
+class Counting(Protocol):
+    """What counts batches: a `Curvature`."""
+
+    ggn: GGN
+    generator: Generator
+    options: CurvatureOptions
+    network: Network
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a file holds of a pass.
+
+    Args:
+        phase: which pass.
+        digests: of the batches that were counted.
+        start: global random states before the first, and those of the loader.
+        live: the sums so far, as they were written.
+        draws: state of the source of labels and signs.
+    """
+
+    phase: Phase
+    digests: list[int]
+    start: tuple[RandomStates, list[Tensor]]
+    live: Stored
+    draws: Tensor
+
+
+class Keeping:
+    """The passes of one `read`: which batches are new, and when what was counted is written.
+
+    Without a checkpoint all batches are new, and nothing is written.
+
+    Args:
+        checkpoint: where to write.
+        of: what counts, before the first batch.
+        loader: the data.
+        key_y: name of the targets in mappings.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint | None, of: Counting, loader: Iterable[Any], key_y: str
+    ):
+        self._checkpoint, self._of, self._loader, self._key_y = checkpoint, of, loader, key_y
+        self._around, self._termination = contextlib.ExitStack(), Termination()
+        self._found: Found | None = None
+        self._phase: Phase = "own"
+        self._digests: list[int] = []
+        self._start: dict[str, Any] = {}
+        self._last: tuple[GGN, Tensor] | None = None  # after the batches counted so far
+        self._written, self._took, self._when = 0, 0.0, time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Read the file, if there is one, and put random states where its pass began."""
+        if self._checkpoint is None:
+            return self
+        path = self._checkpoint.path
+        check_writable(path)
+        self._bound = bound_to(self._of, self._key_y)
+        self._around.enter_context(torch.random.fork_rng(devices=[]))
+        if os.path.exists(path):
+            self._found = self._opened(path)
+            states, own = self._found.start
+            states.restore()
+            for generator, state in zip(generators_of(self._loader), own, strict=True):
+                generator.set_state(state)
+        self._around.enter_context(self._termination)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write what an error, Ctrl-C or SIGTERM leaves unwritten; handlers are put back."""
+        with self._around:
+            if error is not None:
+                # What it was is told as it is, not that the disk is full as well.
+                with contextlib.suppress(Exception):
+                    self._write()
+            elif self._termination.due or (self._checkpoint and self._checkpoint.keep):
+                self._write()
+
+    def past(self, phase: Phase) -> bool:
+        """Whether the file is of a later pass, so that this one need not be made."""
+        return self._found is not None and PHASES.index(self._found.phase) > PHASES.index(phase)
+
+    def begin(self, phase: Phase, of: Counting) -> int:
+        """Begin a pass, and put what was counted of it into `of`; how many batches that are."""
+        self._write()  # of an earlier pass
+        self._end_if_due()  # the bases between two passes take their time
+        self._phase, self._of, self._digests = phase, of, []
+        self._last, self._written = None, 0
+        found, self._found = self._found, None
+        if found is None:
+            return 0
+        assert found.phase == phase and self._checkpoint is not None
+        with refusing_damage("checkpoint"):
+            of.ggn = live_from_plain(found.live, of.network, of.options)
+            of.generator.set_state(found.draws)
+        self._digests, self._written = found.digests, len(found.digests)
+        log.info("%s: going on after %d batches", self._checkpoint.path, self._written)
+        return self._written
+
+    def uncounted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches that are to be added; each counts when the next one is asked for.
+
+        Args:
+            batches: the loader's, from the first.
+
+        Raises:
+            InvalidValue: those that were counted are not these.
+        """
+        if self._checkpoint is None:
+            yield from batches
+            return
+        self._start = started(self._of.network.device, self._loader)
+        before, number = len(self._digests), 0
+        for number, batch in enumerate(batches, 1):
+            self._end_if_due()
+            mark = digest(batch)
+            if number <= before:
+                if mark != self._digests[number - 1]:
+                    raise _other_data(self._checkpoint, f"batch {number} of other content")
+                continue
+            yield batch
+            self._digests.append(mark)
+            self._last = self._of.ggn, self._of.generator.get_state()
+            if self._is_time():
+                self._write()
+            self._end_if_due()
+        if number < before:
+            raise _other_data(self._checkpoint, f"{number} batches, where {before} were counted")
+
+    def _is_time(self) -> bool:
+        """Whether to write now; what is computed does not depend on it."""
+        assert self._checkpoint is not None
+        if self._checkpoint.every is not None:
+            return len(self._digests) % self._checkpoint.every == 0
+        return time.monotonic() - self._when >= max(SECONDS, TIMES * self._took)
+
+    def _end_if_due(self) -> None:
+        """Where SIGTERM has come, write, and let it do what it does."""
+        if self._termination.due:
+            self._write()
+            self._termination.deliver()
+
+    def _write(self) -> None:
+        """Write what was counted, unless it stands in the file."""
+        if self._checkpoint is None or self._last is None or self._written == len(self._digests):
+            return
+        began, (ggn, draws) = time.monotonic(), self._last
+        content = {
+            "format": FORMAT,
+            "pass": {
+                "phase": self._phase,
+                "digests": torch.tensor(self._digests, dtype=torch.int64),
+                **self._start,
+            },
+            "bound": self._bound,
+            "curvature": live_to_plain(ggn),
+            "draws": draws,
+        }
+        rewrite(sealed(content), self._checkpoint.path)
+        self._written, self._when = len(self._digests), time.monotonic()
+        self._took = self._when - began
+
+    def _opened(self, path: str | Path) -> Found:
+        """What the file holds, where it is of this model, these options and these earlier data."""
+        try:
+            state = read(path)
+        except InvalidValue as error:
+            raise InvalidValue(
+                "no checkpoint of a fit: damaged, or a file of another program",
+                where=str(path),
+                remedy=REMEDY,
+            ) from error
+        with refusing_damage("checkpoint"):
+            found = opened(state, KEYS, KIND)
+            check_seal(state, "checkpoint")
+            check_bound(found["bound"].value, self._bound)
+            own = found["pass"].fields(("phase", "digests", "states", "loader"))
+            phase: Any = own["phase"].text(PHASES)
+            states = RandomStates.from_plain(own["states"].value, self._of.network.device)
+            loader = [one.value for one in own["loader"].entries()]
+            digests = own["digests"].value.tolist()
+        if len(loader) != len(generators_of(self._loader)):
+            raise _other_data(self._checkpoint, "a loader with other generators")
+        draws: Tensor = found["draws"].value
+        return Found(phase, digests, (states, loader), found["curvature"], draws)
+
+
+REMEDY = (
+    "Go on with the model, data and options of the fit that wrote it, or begin anew: "
+    "Checkpoint(path).remove()"
+)
+
+
+def _other_data(checkpoint: Checkpoint | None, got: str) -> InvalidValue:
+    return InvalidValue(
+        f"the data are not those that {checkpoint.path if checkpoint else ''} has counted",
+        where="train_loader",
+        got=got,
+        remedy=f"A loader that shuffles has to be made as it was, its generator too. {REMEDY}",
+    )
+
+
+def generators_of(loader: object) -> list[Generator]:
+    """Generators of its own from which a DataLoader draws; each once."""
+    places = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    places.append(getattr(places[2], "sampler", None))
+    found = {
+        id(one): one
+        for place in places
+        if isinstance(one := getattr(place, "generator", None), Generator)
+    }
+    return list(found.values())
+
+
+def started(device: torch.device, loader: object) -> dict[str, Any]:
+    """The random states with which a pass begins: global ones, and the loader's own."""
+    return {
+        "states": RandomStates.now(device).to_plain(),
+        "loader": [generator.get_state() for generator in generators_of(loader)],
+    }
+
+
+def bound_to(of: Counting, key_y: str) -> dict[str, Any]:
+    """All that a fit which goes on must share with the one that was interrupted, the data aside."""
+    model, ggn = of.network.model, of.ggn
+    before = {
+        "blocks": {name: block.tensors() for name, block in ggn.blocks.items()},
+        "bases": {name: list(bases) for name, bases in ggn.bases.items()},
+        "counts": [ggn.n_data, ggn.n_rows, ggn.n_outputs],
+        "sums": [ggn.statistic, ggn.targets],
+        "draws": of.generator.get_state(),
+    }
+    return {
+        "options": {**of.options.to_plain(), "key_y": key_y},
+        "kinds": [type(of.options.likelihood).__name__, type(of.options.fisher).__name__],
+        "model": fingerprint(model, {}),
+        "parameters": {name: [p.dtype, p.requires_grad] for name, p in _parameters(model)},
+        "before": sealed(before)[CHECKSUM],
+    }
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return model.named_parameters()
+
+
+def check_bound(stored: Any, own: Mapping[str, Any]) -> None:
+    """Raise `InvalidValue` at the first thing in which two fits differ."""
+    for name, mine in own["options"].items():
+        theirs = stored["options"].get(name)
+        if not same(_in_order(theirs), _in_order(mine)):
+            got = f"{shown(theirs)} in the checkpoint, {shown(mine)} here"
+            raise _other_fit("another option", name, got)
+    if not same(stored["kinds"], own["kinds"]):
+        got = f"{stored['kinds']} in the checkpoint, {own['kinds']} here"
+        raise _other_fit("another likelihood or estimator", "checkpoint", got)
+    for what in ("model", "parameters"):
+        for name in {**own[what], **stored[what]}:
+            mine, theirs = own[what].get(name), stored[what].get(name)
+            if not same(mine, theirs):
+                raise _other_fit("another model, or other weights", name, _differing(theirs, mine))
+    if stored["before"] != own["before"]:
+        raise _other_fit("other data counted before it", "checkpoint", None)
+
+
+def _differing(theirs: Any, mine: Any) -> str:
+    """What is different about a parameter or a buffer."""
+    if theirs is None or mine is None:
+        return "no such tensor in the checkpoint" if theirs is None else "no such tensor here"
+    if isinstance(mine, Mapping):
+        if theirs["shape"] != mine["shape"]:
+            return f"shape {tuple(theirs['shape'])} in the checkpoint, {tuple(mine['shape'])} here"
+        return "other values"
+    (dtype, trained), (own, trains) = theirs, mine
+    if dtype != own:
+        return f"{dtype} in the checkpoint, {own} here"
+    return f"requires_grad={trained} in the checkpoint, {trains} here"
+
+
+def _in_order(value: Any) -> Any:
+    """Mappings as pairs: of patterns the first that matches counts."""
+    return [*value.items()] if isinstance(value, Mapping) else value
+
+
+def _other_fit(what: str, where: str, got: str | None) -> InvalidValue:
+    return InvalidValue(
+        f"the checkpoint is of a fit with {what}", where=where, got=got, remedy=REMEDY
+    )
