@@ -37,6 +37,7 @@ curvature/state_checks
 curvature/state
 curvature/live_state
 curvature/batch_digest
+curvature/same_fit
 curvature/termination
 curvature/checkpoint
 curvature/backend

@@ -4,29 +4,28 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from kfac_laplace.curvature.batch_digest import digest
 from kfac_laplace.curvature.ggn import GGN
-from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.live_state import live_from_plain, live_to_plain
-from kfac_laplace.curvature.model.fingerprint import fingerprint
+from kfac_laplace.curvature.model.draws import Draws, generators_of
 from kfac_laplace.curvature.model.random_states import RandomStates
-from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.curvature.same_fit import REMEDY, Counting, bound_to, check_bound
 from kfac_laplace.curvature.termination import Termination
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.options import check_whole
 from kfac_laplace.states.files import beside, check_writable, read, rewrite
-from kfac_laplace.states.plain import CHECKSUM, check_seal, same, sealed
-from kfac_laplace.states.stored import FORMAT, Stored, opened, refusing_damage, shown
+from kfac_laplace.states.plain import check_seal, sealed
+from kfac_laplace.states.stored import FORMAT, Stored, opened, refusing_damage
 
 log = logging.getLogger("kfac_laplace")
 
@@ -89,15 +88,6 @@ class Checkpoint:
             self.remove()
 
 
-class Counting(Protocol):
-    """What counts batches: a `Curvature`."""
-
-    ggn: GGN
-    generator: Generator
-    options: CurvatureOptions
-    network: Network
-
-
 @dataclass(frozen=True)
 class Found:
     """What a file holds of a pass.
@@ -138,6 +128,9 @@ class Keeping:
         self._phase: Phase = "own"
         self._digests: list[int] = []
         self._start: dict[str, Any] = {}
+        # Where a file has put others in their place.
+        self._before: Draws | None = None
+        self._counted_before: tuple[GGN, Tensor] | None = None
         self._last: tuple[GGN, Tensor] | None = None  # after the batches counted so far
         self._written, self._took, self._when = 0, 0.0, time.monotonic()
 
@@ -148,14 +141,16 @@ class Keeping:
         path = self._checkpoint.path
         check_writable(path)
         self._bound = bound_to(self._of, self._key_y)
-        self._around.enter_context(torch.random.fork_rng(devices=[]))
-        if os.path.exists(path):
-            self._found = self._opened(path)
-            states, own = self._found.start
-            states.restore()
-            for generator, state in zip(generators_of(self._loader), own, strict=True):
-                generator.set_state(state)
-        self._around.enter_context(self._termination)
+        found = self._opened(path) if os.path.exists(path) else None
+        with contextlib.ExitStack() as around:
+            around.enter_context(torch.random.fork_rng(devices=[]))
+            if found is not None:
+                self._before = Draws(self._of.network.device, self._loader)
+                with refusing_damage("checkpoint"):
+                    self._before.put(*found.start)
+            around.enter_context(self._termination)
+            self._around = around.pop_all()
+        self._found = found
         return self
 
     def __exit__(
@@ -170,8 +165,18 @@ class Keeping:
                 # What it was is told as it is, not that the disk is full as well.
                 with contextlib.suppress(Exception):
                     self._write()
+                if self._last is None:
+                    self._undo()
             elif self._termination.due or (self._checkpoint and self._checkpoint.keep):
                 self._write()
+
+    def _undo(self) -> None:
+        """Where a file was refused, counts and draws are those without it."""
+        if self._before is not None:
+            self._before.put_back()
+        if self._counted_before is not None:
+            self._of.ggn, draws = self._counted_before
+            self._of.generator.set_state(draws)
 
     def past(self, phase: Phase) -> bool:
         """Whether the file is of a later pass, so that this one need not be made."""
@@ -185,8 +190,10 @@ class Keeping:
         self._last, self._written = None, 0
         found, self._found = self._found, None
         if found is None:
+            self._before = self._counted_before = None
             return 0
         assert found.phase == phase and self._checkpoint is not None
+        self._counted_before = of.ggn, of.generator.get_state()
         with refusing_damage("checkpoint"):
             of.ggn = live_from_plain(found.live, of.network, of.options)
             of.generator.set_state(found.draws)
@@ -206,7 +213,7 @@ class Keeping:
         if self._checkpoint is None:
             yield from batches
             return
-        self._start = started(self._of.network.device, self._loader)
+        self._start = Draws(self._of.network.device, self._loader).to_plain()
         before, number = len(self._digests), 0
         for number, batch in enumerate(batches, 1):
             self._end_if_due()
@@ -282,103 +289,10 @@ class Keeping:
         return Found(phase, digests, (states, loader), found["curvature"], draws)
 
 
-REMEDY = (
-    "Go on with the model, data and options of the fit that wrote it, or begin anew: "
-    "Checkpoint(path).remove()"
-)
-
-
 def _other_data(checkpoint: Checkpoint | None, got: str) -> InvalidValue:
     return InvalidValue(
         f"the data are not those that {checkpoint.path if checkpoint else ''} has counted",
         where="train_loader",
         got=got,
         remedy=f"A loader that shuffles has to be made as it was, its generator too. {REMEDY}",
-    )
-
-
-def generators_of(loader: object) -> list[Generator]:
-    """Generators of its own from which a DataLoader draws; each once."""
-    places = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    places.append(getattr(places[2], "sampler", None))
-    found = {
-        id(one): one
-        for place in places
-        if isinstance(one := getattr(place, "generator", None), Generator)
-    }
-    return list(found.values())
-
-
-def started(device: torch.device, loader: object) -> dict[str, Any]:
-    """The random states with which a pass begins: global ones, and the loader's own."""
-    return {
-        "states": RandomStates.now(device).to_plain(),
-        "loader": [generator.get_state() for generator in generators_of(loader)],
-    }
-
-
-def bound_to(of: Counting, key_y: str) -> dict[str, Any]:
-    """All that a fit which goes on must share with the one that was interrupted, the data aside."""
-    model, ggn = of.network.model, of.ggn
-    before = {
-        "blocks": {name: block.tensors() for name, block in ggn.blocks.items()},
-        "bases": {name: list(bases) for name, bases in ggn.bases.items()},
-        "counts": [ggn.n_data, ggn.n_rows, ggn.n_outputs],
-        "sums": [ggn.statistic, ggn.targets],
-        "draws": of.generator.get_state(),
-    }
-    return {
-        "options": {**of.options.to_plain(), "key_y": key_y},
-        "kinds": [type(of.options.likelihood).__name__, type(of.options.fisher).__name__],
-        "model": fingerprint(model, {}),
-        "parameters": {name: [p.dtype, p.requires_grad] for name, p in _parameters(model)},
-        "before": sealed(before)[CHECKSUM],
-    }
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return model.named_parameters()
-
-
-def check_bound(stored: Any, own: Mapping[str, Any]) -> None:
-    """Raise `InvalidValue` at the first thing in which two fits differ."""
-    for name, mine in own["options"].items():
-        theirs = stored["options"].get(name)
-        if not same(_in_order(theirs), _in_order(mine)):
-            got = f"{shown(theirs)} in the checkpoint, {shown(mine)} here"
-            raise _other_fit("another option", name, got)
-    if not same(stored["kinds"], own["kinds"]):
-        got = f"{stored['kinds']} in the checkpoint, {own['kinds']} here"
-        raise _other_fit("another likelihood or estimator", "checkpoint", got)
-    for what in ("model", "parameters"):
-        for name in {**own[what], **stored[what]}:
-            mine, theirs = own[what].get(name), stored[what].get(name)
-            if not same(mine, theirs):
-                raise _other_fit("another model, or other weights", name, _differing(theirs, mine))
-    if stored["before"] != own["before"]:
-        raise _other_fit("other data counted before it", "checkpoint", None)
-
-
-def _differing(theirs: Any, mine: Any) -> str:
-    """What is different about a parameter or a buffer."""
-    if theirs is None or mine is None:
-        return "no such tensor in the checkpoint" if theirs is None else "no such tensor here"
-    if isinstance(mine, Mapping):
-        if theirs["shape"] != mine["shape"]:
-            return f"shape {tuple(theirs['shape'])} in the checkpoint, {tuple(mine['shape'])} here"
-        return "other values"
-    (dtype, trained), (own, trains) = theirs, mine
-    if dtype != own:
-        return f"{dtype} in the checkpoint, {own} here"
-    return f"requires_grad={trained} in the checkpoint, {trains} here"
-
-
-def _in_order(value: Any) -> Any:
-    """Mappings as pairs: of patterns the first that matches counts."""
-    return [*value.items()] if isinstance(value, Mapping) else value
-
-
-def _other_fit(what: str, where: str, got: str | None) -> InvalidValue:
-    return InvalidValue(
-        f"the checkpoint is of a fit with {what}", where=where, got=got, remedy=REMEDY
     )

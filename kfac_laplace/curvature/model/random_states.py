@@ -49,26 +49,24 @@ class RandomStates:
 
     def to_plain(self) -> dict[str, Any]:
         """Tensors and plain data."""
-        inner = {
-            **self.numpy["state"],
-            "key": torch.from_numpy(self.numpy["state"]["key"].astype(np.int64)),
-        }
+        key = torch.from_numpy(self.numpy["state"]["key"].astype(np.int64))
+        version, words, gauss = self.python
         return {
             "cpu": self.cpu,
             "other": self.other,
-            "numpy": {**self.numpy, "state": inner},
-            "python": self.python,
+            "numpy": {**self.numpy, "state": {**self.numpy["state"], "key": key}},
+            "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
         }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], device: torch.device) -> "RandomStates":
-        """The inverse; a state of another kind of device than CUDA's is left out."""
-        numpy = dict(plain["numpy"])
-        numpy["state"] = dict(numpy["state"])
-        numpy["state"]["key"] = numpy["state"]["key"].numpy().astype(np.uint32)
-        version, inner, gauss = plain["python"]
+        """The inverse; on another kind of device than CUDA's without that device's state."""
+        state = plain["numpy"]["state"]
+        state = {**state, "key": state["key"].numpy().astype(np.uint32)}
+        version, words, gauss = plain["python"]
         other = plain["other"] if device.type == "cuda" else None
-        return cls(device, plain["cpu"], other, numpy, (version, tuple(inner), gauss))
+        python = (version, tuple(words.tolist()), gauss)
+        return cls(device, plain["cpu"], other, {**plain["numpy"], "state": state}, python)
 
     def same(self, other: "RandomStates") -> bool:
         """Whether nothing was drawn between the two."""
