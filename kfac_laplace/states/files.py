@@ -79,8 +79,7 @@ def _put(fill: Callable[[BinaryIO], object], file: str | Path) -> None:
 
 def write_text(text: str, path: str | Path) -> None:
     """Write a text so that a path holds all of it or what it held before; errors as of `write`."""
-    with replacing(path) as fresh:
-        fresh.write(text.encode("utf-8"))
+    write_bytes(text.encode("utf-8"), path)
 
 
 @contextmanager
