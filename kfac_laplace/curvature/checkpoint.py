@@ -107,6 +107,27 @@ class Found:
     draws: Tensor
 
 
+class Clock:
+    """When to write, by steps or by how long writing takes; what is computed depends on neither."""
+
+    def __init__(self) -> None:
+        self._ended, self._took = time.monotonic(), 0.0
+
+    def is_time(self, every: int | None, count: int) -> bool:
+        """Whether to write now, after so many batches or steps."""
+        if every is not None:
+            return count % every == 0
+        return time.monotonic() - self._ended >= max(SECONDS, TIMES * self._took)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """While it is written."""
+        began = time.monotonic()
+        yield
+        self._ended = time.monotonic()
+        self._took = self._ended - began
+
+
 class Keeping:
     """The passes of one `read`: which batches are new, and when what was counted is written.
 
@@ -132,7 +153,7 @@ class Keeping:
         self._before: Draws | None = None
         self._counted_before: tuple[GGN, Tensor] | None = None
         self._last: tuple[GGN, Tensor] | None = None  # after the batches counted so far
-        self._written, self._took, self._when = 0, 0.0, time.monotonic()
+        self._written, self._clock = 0, Clock()
 
     def __enter__(self) -> Self:
         """Read the file, if there is one, and put random states where its pass began."""
@@ -225,18 +246,11 @@ class Keeping:
             yield batch
             self._digests.append(mark)
             self._last = self._of.ggn, self._of.generator.get_state()
-            if self._is_time():
+            if self._clock.is_time(self._checkpoint.every, len(self._digests)):
                 self._write()
             self._end_if_due()
         if number < before:
             raise _other_data(self._checkpoint, f"{number} batches, where {before} were counted")
-
-    def _is_time(self) -> bool:
-        """Whether to write now; what is computed does not depend on it."""
-        assert self._checkpoint is not None
-        if self._checkpoint.every is not None:
-            return len(self._digests) % self._checkpoint.every == 0
-        return time.monotonic() - self._when >= max(SECONDS, TIMES * self._took)
 
     def _end_if_due(self) -> None:
         """Where SIGTERM has come, write, and let it do what it does."""
@@ -248,7 +262,7 @@ class Keeping:
         """Write what was counted, unless it stands in the file."""
         if self._checkpoint is None or self._last is None or self._written == len(self._digests):
             return
-        began, (ggn, draws) = time.monotonic(), self._last
+        ggn, draws = self._last
         content = {
             "format": FORMAT,
             "pass": {
@@ -260,9 +274,9 @@ class Keeping:
             "curvature": live_to_plain(ggn),
             "draws": draws,
         }
-        rewrite(sealed(content), self._checkpoint.path)
-        self._written, self._when = len(self._digests), time.monotonic()
-        self._took = self._when - began
+        with self._clock.writing():
+            rewrite(sealed(content), self._checkpoint.path)
+        self._written = len(self._digests)
 
     def _opened(self, path: str | Path) -> Found:
         """What the file holds, where it is of this model, these options and these earlier data."""

@@ -22,6 +22,7 @@ MARKS = {
     "a tuner": {"history", "adam"},
     "a curvature": {"ggn", "draws"},
     "a checkpoint of a fit": {"pass", "bound"},
+    "a checkpoint of training": {"parts", "made"},
 }
 REMEDY = "The state is damaged or was changed: use another copy, or fit and save again"
 

@@ -18,7 +18,7 @@ class Draws:
 
     def __init__(self, device: torch.device, loader: object):
         self._generators = generators_of(loader)
-        self._states = RandomStates.now(device)
+        self._states, self.device = RandomStates.now(device), device
         self._own = [generator.get_state() for generator in self._generators]
 
     def to_plain(self) -> dict[str, Any]:
