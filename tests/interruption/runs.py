@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.experiments.experiment import Experiment, Place, run_missing
 from benchmarks.experiments.lines import Lines
-from kfac_laplace import Checkpoint, Laplace
+from kfac_laplace import Checkpoint, Laplace, marglik_training
+from kfac_laplace.optim import KFAC
 from kfac_laplace.states.files import read, rewrite
 
 MOVES = {"n_epochs_burnin": 1, "tune": "all"}
@@ -65,6 +66,20 @@ def training(name: str, kind: str, **options: Any) -> Callable[[Path, int], Any]
     return run
 
 
+def loop(folder: Path, life: int) -> Any:
+    """`marglik_training`, written after every step."""
+    place = Checkpoint(folder / "state", every=1)
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
+    data = TensorDataset(torch.randn(30, 4), torch.randint(0, 3, (30,)))
+    torch.manual_seed(life if Path(place.path).exists() else 0)
+    loader = DataLoader(data, 5, shuffle=True)
+    la, model, margliks, losses = marglik_training(
+        model, loader, n_epochs=6, checkpoint=place, optimizer_cls=KFAC, **MOVES
+    )
+    return [la.state_dict(), dict(model.state_dict()), margliks, losses]
+
+
 def trained(cell: Any, place: Place) -> dict[str, Any]:
     """A few steps of a small tuned network; numbers and a word."""
     run = Run(cell["network"], "adam", {**MOVES, "seed": cell["seed"]})
@@ -99,5 +114,6 @@ RUNS: dict[str, Callable[[Path, int], Any]] = {
     "tuner-shared": training("cnn", "shared", **MOVES),
     "kfac": training("masked", "kfac"),
     "kfac-damped": training("mlp-regression", "damped", **MOVES),
+    "loop": loop,
     "experiment": experiment,
 }

@@ -18,13 +18,14 @@ from interruption.runs import RUNS
 ROOT = Path(__file__).parents[2]
 #: How many processes are killed of each run.
 KILLS = {
-    "fit": 8,
-    "fit-ekfac": 8,
-    "fit-lowrank": 5,
+    "fit": 6,
+    "fit-ekfac": 6,
+    "fit-lowrank": 4,
     "tuner": 6,
     "tuner-shared": 6,
     "kfac": 6,
-    "kfac-damped": 5,
+    "kfac-damped": 4,
+    "loop": 6,
     "experiment": 6,
 }
 
