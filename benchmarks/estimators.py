@@ -32,6 +32,7 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks.experiments.tables import markdown
 from kfac_laplace.integrations.sklearn import LaplaceClassifier, LaplaceRegressor
+from kfac_laplace.states.files import write_text
 
 #: Smallest probability that counts, so that one sure error does not decide a mean.
 LEAST = 1e-6
@@ -163,7 +164,7 @@ def main() -> None:
     print(table(rows))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(json.dumps(rows, indent=1) + "\n", options.output)
 
 
 if __name__ == "__main__":

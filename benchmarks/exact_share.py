@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer, resnet18
 
 from kfac_laplace import Curvature
+from kfac_laplace.states.files import write_text
 
 Row = dict[str, float | int | str]
 CLASSES = 10
@@ -54,7 +55,7 @@ def main() -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         content = {"threads": torch.get_num_threads(), "examples": options.examples, "rows": rows}
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+        write_text(json.dumps(content, indent=1) + "\n", options.output)
 
 
 def measure(examples: int, repeats: int) -> Iterator[Row]:

@@ -27,6 +27,7 @@ from kfac_laplace.posterior.calibrate.held_out import (
 from kfac_laplace.posterior.calibrate.leave_one_out import leave_one_out_points, leave_out
 from kfac_laplace.posterior.calibrate.scale import best_scale
 from kfac_laplace.posterior.predict.glm import output_gaussian
+from kfac_laplace.states.files import write_text
 
 Row = dict[str, float | int | str]
 
@@ -47,7 +48,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(json.dumps(rows, indent=1) + "\n", options.output)
 
 
 def posteriors(problem: Problem) -> dict[str, Laplace]:

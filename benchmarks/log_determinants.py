@@ -23,6 +23,7 @@ from kfac_laplace.demo.methods import default_map, online_default
 from kfac_laplace.demo.problem import Problem
 from kfac_laplace.demo.settings import Settings
 from kfac_laplace.posterior.predict.glm import output_features
+from kfac_laplace.states.files import write_text
 
 Row = dict[str, float | int | str]
 
@@ -39,7 +40,7 @@ def main() -> None:
         rows.append(row)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(json.dumps(rows, indent=1) + "\n", options.output)
 
 
 def measure(settings: Settings) -> Iterator[Row]:

@@ -24,6 +24,7 @@ from kfac_laplace.demo import classification
 from kfac_laplace.demo.methods import default_map
 from kfac_laplace.demo.problem import Problem
 from kfac_laplace.demo.settings import Settings
+from kfac_laplace.states.files import write_text
 
 PRECISIONS = (1.0, 1e-2, 1e-4)
 CHOICES = ("auto", torch.float32)
@@ -85,7 +86,7 @@ def main() -> None:
             rows.append({"network": name, **row})
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(json.dumps(rows, indent=1) + "\n", options.output)
 
 
 if __name__ == "__main__":

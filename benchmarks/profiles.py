@@ -33,6 +33,7 @@ from kfac_laplace.curvature.linalg import gram as grams
 from kfac_laplace.curvature.recording import backward
 from kfac_laplace.posterior import gaussian
 from kfac_laplace.posterior.predict import glm
+from kfac_laplace.states.files import write_text
 
 #: label → where the function is that does this part. Parts may lie inside others.
 PARTS: dict[str, tuple[Any, str]] = {
@@ -67,7 +68,7 @@ def main() -> None:
         rows.append(row)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(json.dumps(rows, indent=1) + "\n", options.output)
 
 
 def fits(networks: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.cases import CONTENDERS, FACTORS_ONLY, SUITES
 from benchmarks.rounds import ROOT, Conditions, Row
+from kfac_laplace.states.files import write_text
 
 PAGE = ROOT / "docs" / "performance.md"
 PACKAGES = ("kfac-laplace", "torch", "curvlinops-for-pytorch", "asdfghjkl",
@@ -113,7 +114,7 @@ def write_json(path: Path, rows: Sequence[Row], sizes: str, conditions: Conditio
         "versions": {"python": platform.python_version(), **versions()},
         "rows": list(rows),
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(json.dumps(content, indent=1) + "\n", path)
 
 
 def read_rows(path: Path, conditions: Conditions) -> list[Row]:
@@ -177,7 +178,7 @@ def write_page(results: Path, page: Path = PAGE) -> list[str]:
             parts = [[row for row in rows if list(row)[1] == unit] for unit in units]
             text = put(text, name, "\n\n".join(list_table(part) for part in parts))
             written.append(name)
-    page.write_text(text, encoding="utf-8")
+    write_text(text, page)
     return written
 
 

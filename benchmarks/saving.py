@@ -26,6 +26,7 @@ from benchmarks.precision import PRECISIONS, cases
 from kfac_laplace import Laplace
 from kfac_laplace.curvature.estimate.blocks import KroneckerBlock
 from kfac_laplace.curvature.linalg.gram import Gram
+from kfac_laplace.states.files import write_text
 
 #: Name of each way, its suffix and its options.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,7 +99,7 @@ def main() -> None:
                 found.append({"network": name, **row})
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(json.dumps(found, indent=1) + "\n", options.output)
 
 
 if __name__ == "__main__":

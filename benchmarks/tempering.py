@@ -20,6 +20,7 @@ from kfac_laplace.demo.classification import draw
 from kfac_laplace.demo.methods import online_default
 from kfac_laplace.demo.problem import Problem
 from kfac_laplace.demo.settings import Settings
+from kfac_laplace.states.files import write_text
 
 TEMPERATURES = (1.0, 0.5, 0.25)
 
@@ -38,7 +39,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(json.dumps(rows, indent=1) + "\n", options.output)
 
 
 def measure(name: str, seed: int, temperature: float) -> dict[str, float | int | str]:

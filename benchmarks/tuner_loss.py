@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.models import Size, build, draw
 from kfac_laplace import MarglikTuner
+from kfac_laplace.states.files import write_text
 
 Step = Callable[[], None]
 DECAY = 5e-4
@@ -141,7 +142,7 @@ def main() -> None:
         rows.append(row)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(json.dumps(rows, indent=1) + "\n", options.output)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ torch.Size([3, 4])
 """
 
 from kfac_laplace.curvature.backend import Curvature as Curvature
+from kfac_laplace.curvature.checkpoint import Checkpoint as Checkpoint
 from kfac_laplace.curvature.estimate.fisher import Empirical as Empirical
 from kfac_laplace.curvature.estimate.fisher import Exact as Exact
 from kfac_laplace.curvature.estimate.fisher import Hybrid as Hybrid

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from typing_extensions import Self, Unpack
 
 from kfac_laplace.curvature.backend import Curvature
+from kfac_laplace.curvature.checkpoint import Checkpoint
 from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox
 from kfac_laplace.curvature.estimate.structures import Structure
@@ -317,6 +318,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         *,
         override: bool = True,
         progress_bar: bool = False,
+        checkpoint: Checkpoint | str | Path | None = None,
     ) -> Self:
         """Compute the curvature at the model's present weights in one pass.
 
@@ -329,11 +331,15 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
                 are 1 again, those set by hand stay.
             override: start anew; False adds the data to what was seen before.
             progress_bar: show one.
+            checkpoint: a path, or a `Checkpoint`, where the pass keeps what it has counted. Called
+                again after the process died, with the same weights, data and options, the fit goes
+                on there, to the same bits; the file is removed at its end. SIGTERM then ends the
+                process after the batch at hand, which is written.
 
         Raises:
             InvalidValue: an empty loader, non-finite numbers, targets out of range or shape, no
-                parameter with an effect on the outputs, or a prior that does not fit them (said
-                after the first batch).
+                parameter with an effect on the outputs, a prior that does not fit them (said
+                after the first batch), or a checkpoint that is damaged or of another fit.
             InvalidType: targets of a wrong dtype, or batches of a wrong kind.
             UnsupportedUse: a use of a parameter that cannot be treated correctly; data to be added
                 to a curvature that came without their log-likelihood. After an exception the
@@ -347,11 +353,13 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
                 remedy="Call fit(train_loader) over all data",
             )
         curvature = self.curvature.copy() if going_on else self._afresh()
+        kept = Checkpoint.of(checkpoint, self.options.ranks)
         curvature.read(
             train_loader,
             key_y=self.dict_key_y,
             progress=progress_bar,
             check=lambda: self._given_to(self._prior_of(curvature)),
+            checkpoint=kept,
         ).finish().decompose()
         mode = mode_of(curvature)
         if not override and any(not torch.equal(mode[n], v) for n, v in self._mode.items()):
@@ -363,11 +371,15 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
             if self.options.ranks is not None:  # a part of the data, of which nothing can be made
                 self._data = TrainingData()
             if val_loader is not None:
-                return self.calibrate(val_loader, "validation")
-            return self._scaled_by(self._choice.after_fit(afresh=not going_on))
+                self.calibrate(val_loader, "validation")
+            else:
+                self._scaled_by(self._choice.after_fit(afresh=not going_on))
         except BaseException:  # held-out data may be wrong
             vars(self).update(before)
             raise
+        if kept is not None:
+            kept.ended()
+        return self
 
     def _afresh(self) -> Curvature:
         """A curvature of no data, which knows of the model's rows what the last one knew."""

@@ -11,8 +11,8 @@ import kfac_laplace
 from kfac_laplace import Curvature, KfacLaplaceError, Laplace, MarglikTuner
 
 NAMES = (
-    "Laplace MarglikTuner marglik_training Curvature Predictive Exact Hybrid MonteCarlo Empirical "
-    "LowRank Evidence Columns Bracket GammaHyperprior "
+    "Laplace MarglikTuner marglik_training Curvature Checkpoint Predictive "
+    "Exact Hybrid MonteCarlo Empirical LowRank Evidence Columns Bracket GammaHyperprior "
     "Categorical Gaussian Bernoulli BradleyTerry Heteroscedastic Poisson StudentT Likelihood "
     "layer_rule KfacLaplaceError __version__"
 ).split()

@@ -28,6 +28,7 @@ from benchmarks.experiments.rotation import ROTATION
 from benchmarks.experiments.selection import SELECTION
 from benchmarks.experiments.uci import UCI
 from benchmarks.experiments.wrn import WRN
+from kfac_laplace.states.files import write_text
 
 OUT = Path(__file__).parents[1] / "results" / "experiments"
 ALL = (IMAGES, UCI, WRN, SELECTION, ROTATION, COST, OPTIMIZERS)
@@ -62,7 +63,7 @@ def write_tables(out: Path) -> int:
     for name, experiment in EXPERIMENTS.items():
         if lines := Lines(out / f"{name}.jsonl").read():
             text = experiment.report(lines, out)
-            (out / f"{name}.md").write_text(text, encoding="utf-8")
+            write_text(text, out / f"{name}.md")
             print(text)
     return 0
 

@@ -69,7 +69,9 @@ class Lines:
         text = json.dumps({"cell": dict(line.cell), "found": dict(line.found)})
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(file, text.encode() + b"\n")
+            left = memoryview(text.encode() + b"\n")
+            while left:  # a signal or a full disk may cut a write short
+                left = left[os.write(file, left) :]
             os.fsync(file)
         finally:
             os.close(file)

@@ -1,18 +1,18 @@
 """What processes agree on before each reads its part of the data: all that curvature is of."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from kfac_laplace.curvature.batch_digest import digest
 from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.model.fingerprint import bit_sums
+from kfac_laplace.curvature.model.graphs import is_graph
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.states.plain import same
 
@@ -27,7 +27,7 @@ class Opening:
         counted: examples seen before.
         knowledge: groups, and how rows lie.
         settings: expand or reduce, by group.
-        digest: of the batch; empty where nothing in it can be read.
+        digest: of the batch; None where nothing in it can be read, or it was read before.
     """
 
     binding: tuple[Any, ...]
@@ -35,23 +35,26 @@ class Opening:
     counted: float
     knowledge: Knowledge | None = None
     settings: Mapping[str, Setting] | None = None
-    digest: str = ""
+    digest: int | None = None
 
     @classmethod
-    def of(cls, ggn: GGN, before: GGN, model: nn.Module, batch: Any) -> "Opening":
+    def of(
+        cls, ggn: GGN, before: GGN, model: nn.Module, batch: tuple[Any, Tensor] | None
+    ) -> "Opening":
         """What there is to tell.
 
         Args:
-            ggn: of the first batch, or of none.
+            ggn: of the first batch, of those before an interruption, or of none.
             before: of what was seen before.
             model: at its mode.
-            batch: the first batch, None where there is none.
+            batch: the first batch; None where there is none, and where it was read before.
         """
         told = cls((*ggn.options.binding, ggn.options.fisher), bit_sums(model), before.n_data)
-        if batch is None:
+        if not ggn.blocks:
             return told
         known = replace(ggn.knowledge, effective=frozenset())
-        return replace(told, knowledge=known, settings=dict(ggn.settings), digest=_digest(batch))
+        mark = None if batch is None else _digest(batch)
+        return replace(told, knowledge=known, settings=dict(ggn.settings), digest=mark)
 
 
 def settled(openings: Sequence[Opening], own: GGN) -> GGN | None:
@@ -78,7 +81,8 @@ def settled(openings: Sequence[Opening], own: GGN) -> GGN | None:
             got="0 batches",
             remedy="Check their lengths; a generator can be read only once",
         )
-    if len(filled) > 1 and filled[0].digest and len({each.digest for each in filled}) == 1:
+    marks = {each.digest for each in filled}
+    if len(filled) > 1 and len(marks) == 1 and None not in marks:
         raise InvalidValue(
             "all ranks began with the same batch, which would count once for each of them",
             where="train_loader",
@@ -121,15 +125,17 @@ def _check_alike(one: Opening, rank: int, two: Opening) -> None:
     )
 
 
-def _digest(batch: Any) -> str:
-    """SHA-256 of the tensors of a batch; empty where there are none."""
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    if not tensors:
-        return ""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
-        if tensor.layout == torch.strided and tensor.numel():
-            flat = tensor.detach().cpu().resolve_conj().resolve_neg().flatten()
-            found.update(flat.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+def other_ranks_went_on() -> InvalidValue:
+    """The error of a rank whose checkpoint is of a pass that went by something else."""
+    return InvalidValue(
+        "the checkpoints of the ranks are of different fits",
+        where="checkpoint",
+        remedy="Begin anew on all ranks, with paths that no other fit has used",
+    )
+
+
+def _digest(batch: tuple[Any, Tensor]) -> int | None:
+    """By what a batch is known again; None where nothing can be read in its inputs."""
+    x, _ = batch
+    readable = any(isinstance(leaf, Tensor) for leaf in tree_leaves(x)) or is_graph(x)
+    return digest(batch) if readable else None

@@ -1,7 +1,9 @@
 """The curvature backend: the GGN of a model, batch by batch."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from tqdm import tqdm
 from typing_extensions import Self
 
 from kfac_laplace.curvature.accumulate import with_batch
-from kfac_laplace.curvature.distributed import decomposed, eigenbases, read_parts
+from kfac_laplace.curvature.checkpoint import Checkpoint, Keeping, Phase
+from kfac_laplace.curvature.distributed import Source, decomposed, eigenbases, read_parts
 from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox, Setting
@@ -213,7 +216,14 @@ class Curvature:
 
     # --- data --------------------------------------------------------------------------------
 
-    def fit(self, loader: Iterable[Any], *, key_y: str = "labels", progress: bool = False) -> Self:
+    def fit(
+        self,
+        loader: Iterable[Any],
+        *,
+        key_y: str = "labels",
+        progress: bool = False,
+        checkpoint: Checkpoint | str | Path | None = None,
+    ) -> Self:
         """Add every batch of a loader, and name the parameters without effect on any output.
 
         With a process group all of its processes call this, each with a loader of its own part. The
@@ -224,12 +234,19 @@ class Curvature:
             loader: yields pairs (x, y) or mappings that hold the targets under `key_y`.
             key_y: name of the targets in mappings.
             progress: show a progress bar.
+            checkpoint: a path, or a `Checkpoint`, where the pass keeps what it has counted. Called
+                again after the process died, it goes on there; the file is removed at the end.
 
         Raises:
             InvalidValue: the loader is empty, a batch is bad, or no parameter has an effect on the
-                outputs. Batches before it stay counted.
+                outputs, or a checkpoint that is damaged or of another fit. Batches before it stay
+                counted.
         """
-        return self.read(loader, key_y=key_y, progress=progress).finish()
+        kept = Checkpoint.of(checkpoint, self.options.ranks)
+        self.read(loader, key_y=key_y, progress=progress, checkpoint=kept).finish()
+        if kept is not None:
+            kept.ended()
+        return self
 
     def read(
         self,
@@ -238,6 +255,7 @@ class Curvature:
         key_y: str = "labels",
         progress: bool = False,
         check: Callable[[], object] | None = None,
+        checkpoint: Checkpoint | str | Path | None = None,
     ) -> Self:
         """Add every batch of a loader, which may be a part of the data; arguments as for `fit`.
 
@@ -247,31 +265,27 @@ class Curvature:
             progress: as for `fit`.
             check: called after the first batch, when the groups are known; what it raises ends
                 the pass.
+            checkpoint: as for `fit`, but the file stays, until `Checkpoint.remove`.
         """
-        ranks = self.options.ranks
-        if ranks is None:
-            self._check(loader, key_y)
-            part = loader
-        else:
-            part = ranks.together(lambda: own_part(self._check(loader, key_y), ranks))
-        if self.options.hessian_structure == "ekfac" and not self.ggn.bases:
-            self._take_bases(self._of_factors().read(part, key_y=key_y, progress=progress))
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
-            bar = tqdm(part, desc="curvature", disable=not progress, leave=False)
-            batches = (split_batch(batch, key_y, self.options.batch_fn) for batch in bar)
-            if ranks is not None:
-                self._read_part(ranks, batches, check)
-            elif not self._read_all(batches, check):
-                raise InvalidValue(
-                    "the loader yielded no batch",
-                    where="train_loader",
-                    got="0 batches",
-                    remedy="Check its length; a generator can be read only once",
-                )
+        ranks, kept = self.options.ranks, Checkpoint.of(checkpoint, self.options.ranks)
+        with ExitStack() as around:
+
+            def entered() -> tuple[Iterable[Any], Keeping]:
+                self._check(loader, key_y)
+                part = loader if ranks is None else own_part(loader, ranks)
+                return part, around.enter_context(Keeping(kept, self, part, key_y))
+
+            part, keeping = entered() if ranks is None else ranks.together(entered)
+            twice = self.options.hessian_structure == "ekfac" and not self.ggn.bases
+            if twice and not keeping.past_factors(ranks):
+                factors = self._of_factors()
+                factors._read(part, key_y, progress, keeping, "factors")
+                self._take_bases(factors)
+            self._read(part, key_y, progress, keeping, "own", check)
         return self
 
-    def _check(self, loader: Iterable[Any], key_y: str) -> Iterable[Any]:
-        """The loader, if it and the model can be read."""
+    def _check(self, loader: Iterable[Any], key_y: str) -> None:
+        """Raise where the loader or the model cannot be read."""
         check_iterable("train_loader", loader)
         check_text("key_y", key_y)
         options = self.options
@@ -280,24 +294,44 @@ class Curvature:
         )
         if options.hessian_structure == "ekfac" and not self.ggn.bases:
             _check_read_twice(loader)
-        return loader
 
-    def _read_all(
-        self, batches: Iterable[tuple[Any, Tensor]], check: Callable[[], object] | None
-    ) -> int:
-        """Add batches; how many there were. Arguments as for `read`."""
-        count = 0
-        for x, y in batches:
-            self._add(x, y)
-            count += 1
-            if count == 1 and check is not None:
+    def _read(
+        self,
+        loader: Iterable[Any],
+        key_y: str,
+        progress: bool,
+        kept: Keeping,
+        phase: Phase,
+        check: Callable[[], object] | None = None,
+    ) -> None:
+        """Add the batches that were not counted before the pass was interrupted."""
+        bar = tqdm(loader, desc="curvature", disable=not progress, leave=False)
+        batches = (split_batch(raw, key_y, self.options.batch_fn) for raw in kept.uncounted(bar))
+        ranks = self.options.ranks
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+            if ranks is not None:
+                self._read_part(ranks, Source(batches, kept, phase), check)
+                return
+            count = kept.begin(phase, self)
+            if count and check is not None:
                 check()
-        return count
+            for x, y in batches:
+                self._add(x, y)
+                count += 1
+                if count == 1 and check is not None:
+                    check()
+        if not count:
+            raise InvalidValue(
+                "the loader yielded no batch",
+                where="train_loader",
+                got="0 batches",
+                remedy="Check its length; a generator can be read only once",
+            )
 
     def _read_part(
         self,
         ranks: Ranks,
-        batches: Iterator[tuple[Any, Tensor]],
+        source: Source,
         check: Callable[[], object] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -305,7 +339,7 @@ class Curvature:
 
         Args:
             ranks: the processes, all of which come here.
-            batches: this rank's, which may be none.
+            source: this rank's batches, which may be none.
             check: as for `read`.
             parameters: as for `accumulate`.
         """
@@ -318,9 +352,7 @@ class Curvature:
                 self.ggn = before  # nothing is held beside what is summed
 
         try:
-            self.ggn = read_parts(
-                ranks, before, self.network, batches, self.generator, begun, parameters
-            )
+            self.ggn = read_parts(ranks, self, source, begun, parameters)
         except BaseException:
             self.ggn = before
             self.generator.set_state(draws)
@@ -373,7 +405,7 @@ class Curvature:
             self._add(x, y, parameters)
         else:
             own = [(x, y)] if y.ndim and len(y) else []
-            self._read_part(ranks, iter(own), parameters=parameters)
+            self._read_part(ranks, Source(iter(own)), parameters=parameters)
         try:
             check_effect(self.ggn.knowledge)
         except InvalidValue:

@@ -14,15 +14,18 @@ import torch
 from torch import Generator, Tensor
 
 from kfac_laplace.curvature.accumulate import with_batch
-from kfac_laplace.curvature.agreement import Opening, settled
+from kfac_laplace.curvature.agreement import Opening, other_ranks_went_on, settled
+from kfac_laplace.curvature.checkpoint import Keeping, Phase
 from kfac_laplace.curvature.estimate.blocks import Bases, Block, KroneckerBlock
 from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
 from kfac_laplace.curvature.estimate.structures import LowRank
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.curvature.rows.layout import Layout
+from kfac_laplace.curvature.same_fit import Counting
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.states.plain import same
 
@@ -32,12 +35,48 @@ log = logging.getLogger("kfac_laplace")
 Forms = Mapping[str, tuple[torch.dtype, torch.Size]]
 
 
+@dataclass(frozen=True)
+class Source:
+    """One rank's batches.
+
+    Args:
+        batches: inputs and targets; those that were not counted before an interruption.
+        kept: knows what was counted then, and writes what is counted; None: nothing is kept.
+        phase: which pass over the data it is.
+    """
+
+    batches: Iterator[tuple[Any, Tensor]]
+    kept: Keeping | None = None
+    phase: Phase = "own"
+
+    def begin(self, own: Counting) -> int:
+        """Put what was counted before into `own`; how many batches that are."""
+        return 0 if self.kept is None else self.kept.begin(self.phase, own)
+
+    def end(self) -> None:
+        """Write what was counted."""
+        if self.kept is not None:
+            self.kept.end_part()
+
+
+@dataclass
+class Own:
+    """What counts one rank's part; attributes as those of `Curvature`."""
+
+    ggn: GGN
+    generator: Generator
+    options: CurvatureOptions
+    network: Network
+
+    def add(self, batch: tuple[Any, Tensor], parameters: Mapping[str, Tensor] | None) -> None:
+        """Add a batch."""
+        self.ggn = with_batch(self.ggn, self.network, batch, self.generator, parameters)
+
+
 def read_parts(
     ranks: Ranks,
-    before: GGN,
-    network: Network,
-    batches: Iterator[tuple[Any, Tensor]],
-    generator: Generator,
+    of: Counting,
+    source: Source,
     begun: Callable[[GGN], object],
     parameters: Mapping[str, Tensor] | None = None,
 ) -> GGN:
@@ -45,11 +84,9 @@ def read_parts(
 
     Args:
         ranks: the processes, all of which come here.
-        before: of what was seen before, the same on all.
-        network: the model, the same on all.
-        batches: this rank's, which may be none.
-        generator: source of labels and signs, in the same state on all; of it each rank takes a
-            seed of its own.
+        of: earlier data, model and source of labels and signs, the same on all; of the source each
+            rank takes a seed of its own.
+        source: this rank's batches, which may be none.
         begun: called with the GGN of the first batch, or of none; what it raises ends the pass.
         parameters: weights at which to take the curvature; the model's own by default.
 
@@ -57,38 +94,41 @@ def read_parts(
         OtherRankFailed: another rank raised, where this one did not.
         InvalidValue: no rank has data, or they do not agree on what is to be added.
     """
-    seed = int(torch.randint(2**62, (), generator=generator))
-    draws = Generator().manual_seed(seed + ranks.rank)
-    blank = before.without_data()
-    ggn, first = blank, None
+    before = of.ggn
+    seed = int(torch.randint(2**62, (), generator=of.generator)) + ranks.rank
+    draws = Generator().manual_seed(seed)
+    own, first = Own(before.without_data(), draws, of.options, of.network), None
     sums: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, tuple[type[Block], Layout]] = {}
 
     def open_() -> Opening:
-        nonlocal ggn, first
-        first = next(batches, None)
-        if first is not None:
-            ggn = with_batch(blank, network, first, draws, parameters)
-        return Opening.of(ggn, before, network.model, first)
+        nonlocal first
+        if not source.begin(own):
+            first = next(source.batches, None)
+            if first is not None:
+                own.add(first, parameters)
+        return Opening.of(own.ggn, before, of.network.model, first)
 
     def go_on() -> Part:
-        nonlocal ggn
         if agreed is not None:
-            ggn = agreed
+            if first is None and own.ggn.blocks:
+                raise other_ranks_went_on()
+            own.ggn = agreed
             if first is not None:
-                ggn = with_batch(agreed, network, first, draws, parameters)
-        begun(ggn)
-        for batch in batches:
-            ggn = with_batch(ggn, network, batch, draws, parameters)
-        blocks, ggn = dict(ggn.blocks), ggn.with_blocks({})
+                own.add(first, parameters)
+        begun(own.ggn)
+        for batch in source.batches:
+            own.add(batch, parameters)
+        source.end()
+        blocks, own.ggn = dict(own.ggn.blocks), own.ggn.with_blocks({})
         for name in [*blocks]:  # one by one, so that they are held twice for none but one
             kinds[name] = type(blocks[name]), blocks[name].layout
             sums[name] = blocks.pop(name).sums()
-        return Part.of(ggn, kinds, sums)
+        return Part.of(own.ggn, kinds, sums)
 
-    agreed = settled(ranks.gathered(open_), ggn)
+    agreed = settled(ranks.gathered(open_), own.ggn)
     parts = ranks.gathered(go_on)
-    return before + summed(ranks, ggn, parts, sums)
+    return before + summed(ranks, own.ggn, parts, sums)
 
 
 # --- what is added -------------------------------------------------------------------------------

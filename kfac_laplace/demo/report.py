@@ -14,6 +14,7 @@ from torch import Tensor
 import kfac_laplace
 from kfac_laplace.demo.classification import Outcome
 from kfac_laplace.demo.regression import RegressionOutcome
+from kfac_laplace.states.files import write_text
 
 if TYPE_CHECKING:
     from kfac_laplace.demo.findings import Findings
@@ -101,7 +102,7 @@ def write_json(findings: "Findings", path: Path) -> None:
         "regression": [asdict(row) for row in findings.regression],
         "history": _histories(findings),
     }
-    path.write_text(json.dumps(content, indent=1, default=Tensor.tolist) + "\n")
+    write_text(json.dumps(content, indent=1, default=Tensor.tolist) + "\n", path)
 
 
 def _histories(findings: "Findings") -> dict[str, list[dict[str, Any]]]:

@@ -3,25 +3,28 @@
 import copy
 import inspect
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm import trange
+from tqdm import tqdm
 from typing_extensions import Unpack
 
+from kfac_laplace.curvature.checkpoint import Checkpoint
 from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.kept import Kept
 from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
-from kfac_laplace.curvature.ranks import Ranks, check_data_parallel
+from kfac_laplace.curvature.ranks import check_data_parallel
 from kfac_laplace.curvature.shards import own_part
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
 from kfac_laplace.marglik.burn_in import BEGINNING
+from kfac_laplace.marglik.interrupted import Part, Training
 from kfac_laplace.marglik.roles import Tune
 from kfac_laplace.marglik.tuner import MarglikTuner, Method
 from kfac_laplace.migration import refused
@@ -62,6 +65,7 @@ def marglik_training(
     keep: str = "last",
     progress_bar: bool = False,
     dict_key_y: str = "labels",
+    checkpoint: Checkpoint | str | Path | None = None,
     **curvature: Unpack[CurvatureKeywords],
 ) -> tuple[Laplace, nn.Module, list[float], list[float]]:
     """Train a network and its hyperparameters together [ML21, Algorithm 1].
@@ -96,6 +100,9 @@ def marglik_training(
             while a network still underfits: "best" is no early stopping.
         progress_bar: show one, an epoch a step.
         dict_key_y: name of the targets where batches are mappings.
+        checkpoint: a path, or a `Checkpoint`, where training keeps all that it goes on from; called
+            again after the process died, with the same arguments, it ends at the same bits.
+            `n_epochs` may be more. The file is removed at the end.
         curvature: further options of `Curvature` by their names: kfac_approx, fisher,
             subset_of_weights, joint_bias, uncovered, seed, factor_dtype, memory_budget, class_axis,
             forward_fn, batch_fn, process_group (the model is wrapped in DistributedDataParallel
@@ -107,7 +114,7 @@ def marglik_training(
 
     Raises:
         InvalidValue: an empty loader, weight decay in `optimizer_kwargs`, a negative number of
-            epochs, or bad data.
+            epochs, bad data, or a checkpoint that is damaged or of another training.
         UnsupportedUse: an optimiser whose steps evaluate the loss again.
     """
     options = dict(optimizer_kwargs or {})
@@ -127,6 +134,13 @@ def marglik_training(
     ranks = blank.options.ranks
     if ranks is not None:
         check_data_parallel(model)
+        if checkpoint is not None:
+            raise UnsupportedUse(
+                "processes that train together would go on from different steps",
+                where="checkpoint",
+                got="process_group",
+                remedy="Save the states of model, optimiser and tuner in a loop of your own",
+            )
     n_data = _count_all(train_loader, dict_key_y, blank.options)
     if not n_data:
         raise InvalidValue("the loader yielded no batch", where="train_loader", got="0 examples")
@@ -155,30 +169,43 @@ def marglik_training(
     tuner.prepare(train_loader)
     optimiser = _optimiser(optimizer_cls, tuner, options)
     scheduler = scheduler_cls(optimiser, **(scheduler_kwargs or {})) if scheduler_cls else None
-    modes, kept = {module: module.training for module in model.modules()}, Kept(model)
-    losses: list[float] = []
-    best: dict[str, Any] | None = None
+    modes, held = {module: module.training for module in model.modules()}, Kept(model)
+    kept = Checkpoint.of(checkpoint)
+    parts: dict[str, Part] = {"tuner": tuner, "optimizer": optimiser}
+    if scheduler is not None:
+        parts["scheduler"] = scheduler
+    made = {"n_data": n_data, "keep": keep, "optimizer": type(optimiser).__name__}
+    made["scheduler"] = type(scheduler).__name__
     try:
         model.train()
-        for epoch in trange(1, n_epochs + 1, disable=not progress_bar, desc="marglik training"):
-            losses.append(_train_epoch(tuner, train_loader, optimiser, scheduler, ranks))
-            record = tuner.step(train_loader, epoch)
-            if keep == "best" and record is not None and record is tuner.best:
-                best = {
-                    "model": copy.deepcopy(model.state_dict()),
-                    "tuner": copy.deepcopy(tuner.state_dict()),
-                }
+        with Training(kept, model, parts, made, train_loader) as training:
+            reached = training.reached
+            for epoch in tqdm(
+                training.epochs(n_epochs), disable=not progress_bar, desc="marglik training"
+            ):
+                _train_epoch(tuner, training, optimiser, scheduler)
+                record = tuner.step(training.data(), epoch)
+                if keep == "best" and record is not None and record is tuner.best:
+                    training.best = {
+                        "model": copy.deepcopy(dict(model.state_dict())),
+                        "tuner": copy.deepcopy(tuner.state_dict()),
+                    }
+                reached.end(ranks)
     finally:
-        for module, training in modes.items():
-            module.training = training
-        kept.release()
+        for module, mode in modes.items():
+            module.training = mode
+        held.release()
         if isinstance(optimiser, KFAC):
             optimiser.close()
+    losses, best = reached.losses, training.best
     margliks = [-record.evidence for record in tuner.history]
     if best is not None:
         model.load_state_dict(best["model"])
         tuner.load_state_dict(best["tuner"])
-    return tuner.laplace(train_loader), model, margliks, losses
+    la = tuner.laplace(train_loader)
+    if kept is not None:
+        kept.ended()
+    return la, model, margliks, losses
 
 
 def _optimiser(of: type[Optimizer], tuner: MarglikTuner, options: Mapping[str, Any]) -> Optimizer:
@@ -206,14 +233,12 @@ def _optimiser(of: type[Optimizer], tuner: MarglikTuner, options: Mapping[str, A
 
 def _train_epoch(
     tuner: MarglikTuner,
-    loader: Iterable[Any],
+    training: Training,
     optimiser: Optimizer,
     scheduler: LRScheduler | None,
-    ranks: Ranks | None,
-) -> float:
-    """One pass over the data; the mean of the per-example losses, over all processes."""
-    total, seen = 0.0, 0
-    for batch in loader:
+) -> None:
+    """One pass over the data, or what is left of it."""
+    for batch in training.new_batches():
         output, y = tuner.forward(batch)
         loss = tuner.loss(output, y)
         if not bool(torch.isfinite(loss)):
@@ -228,10 +253,7 @@ def _train_epoch(
         optimiser.step()
         if scheduler is not None:
             scheduler.step()
-        total += float(loss.detach()) * len(output)
-        seen += len(output)
-    told = [(total, seen)] if ranks is None else ranks.gathered(lambda: (total, seen))
-    return sum(loss for loss, _ in told) / max(1, sum(n for _, n in told))
+        training.reached.add(float(loss.detach()), len(output))
 
 
 def _count_all(loader: Iterable[Any], key_y: str, options: CurvatureOptions) -> int:

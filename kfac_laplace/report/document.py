@@ -12,6 +12,7 @@ from kfac_laplace.report import page
 from kfac_laplace.report.bootstrap import Bootstrap, Difference, Interval
 from kfac_laplace.report.panels import Panel
 from kfac_laplace.report.tables import Row, as_html, as_html_by_row, as_text
+from kfac_laplace.states.files import write_text
 from kfac_laplace.summary import Line
 
 if TYPE_CHECKING:
@@ -165,10 +166,10 @@ class Report:
         if kind in PICTURES:
             self.figure().savefig(path, dpi=120)
         elif kind == ".html":
-            path.write_text(self.html(), encoding="utf-8")
+            write_text(self.html(), path)
         else:
             text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-            path.write_text(text + "\n", encoding="utf-8")
+            write_text(text + "\n", path)
 
 
 def check_suffix(path: str | Path) -> str:

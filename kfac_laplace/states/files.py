@@ -79,8 +79,7 @@ def _put(fill: Callable[[BinaryIO], object], file: str | Path) -> None:
 
 def write_text(text: str, path: str | Path) -> None:
     """Write a text so that a path holds all of it or what it held before; errors as of `write`."""
-    with replacing(path) as fresh:
-        fresh.write(text.encode("utf-8"))
+    write_bytes(text.encode("utf-8"), path)
 
 
 @contextmanager
@@ -89,6 +88,29 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     real = os.path.realpath(path)
     with _replacing(real, _mode_of(real)) as fresh:
         yield fresh
+
+
+def rewrite(state: Any, path: str | Path) -> None:
+    """As `write` in torch's format, for what is written again and again by work that may be killed.
+
+    The new file beside the path has a name that depends on the path alone, so that a process which
+    is killed in the middle leaves one at most, and the next one writes over it.
+    """
+    check_plain(state)
+    real = os.path.realpath(path)
+    with _replacing(real, _mode_of(real), beside(real)) as fresh:
+        _save(state, fresh)
+
+
+def beside(path: str | Path) -> str:
+    """Where `rewrite` puts what is to take a path's place."""
+    folder, name = os.path.split(os.path.realpath(path))
+    return os.path.join(folder, f".{name}.tmp")
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise `OSError` where `rewrite` could not put a file: no such folder, a read-only file."""
+    _mode_of(os.path.realpath(path))
 
 
 def _mode_of(path: str) -> int | None:
@@ -111,12 +133,16 @@ def _mode_of(path: str) -> int | None:
 
 
 @contextmanager
-def _replacing(path: str, mode: int | None) -> Iterator[BinaryIO]:
-    """A new file that takes a path's place at the end, or vanishes at an error."""
+def _replacing(path: str, mode: int | None, passing: str | None = None) -> Iterator[BinaryIO]:
+    """A new file that takes a path's place at the end, or vanishes at an error.
+
+    Its name is one that nobody has, or `passing`, at which a file is written over.
+    """
     folder = os.path.dirname(path)
-    passing = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
+    once = os.O_TRUNC if passing else os.O_EXCL
+    passing = passing or os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
     # Created as `open` creates files, with what the umask leaves.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    flags = os.O_WRONLY | os.O_CREAT | once | getattr(os, "O_BINARY", 0)
     descriptor = os.open(passing, flags, 0o666)
     try:
         with open(descriptor, "wb") as fresh:

@@ -21,6 +21,8 @@ MARKS = {
     "a Laplace posterior": {"mode", "posterior_scale"},
     "a tuner": {"history", "adam"},
     "a curvature": {"ggn", "draws"},
+    "a checkpoint of a fit": {"pass", "bound"},
+    "a checkpoint of training": {"parts", "made"},
 }
 REMEDY = "The state is damaged or was changed: use another copy, or fit and save again"
 

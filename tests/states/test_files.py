@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.states import files
 from kfac_laplace.states.files import read, write
 
 GOOD = {"good": torch.arange(5.0)}
@@ -279,3 +280,54 @@ def test_errors_of_opening_come_as_they_are(tmp_path):
         read(tmp_path / "none.pt")
     with pytest.raises(IsADirectoryError):
         read(tmp_path)
+
+
+# --- written again and again ---------------------------------------------------------------------
+
+
+def test_what_is_rewritten_is_whole_and_leaves_one_name_at_most(tmp_path, monkeypatch):
+    """A kill in the middle leaves a file of a known name, which the next write takes."""
+    path = tmp_path / "state"
+    files.rewrite({"a": torch.ones(3)}, path)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(os, "unlink", killed)  # a dead process cleans nothing
+        for _ in range(3):
+            with pytest.raises(Killed):
+                files.rewrite({"a": torch.zeros(300)}, path)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ".state.tmp", path]
+    assert str(tmp_path / ".state.tmp") == files.beside(path)
+    assert torch.equal(files.read(path)["a"], torch.ones(3))
+    files.rewrite({"a": torch.zeros(2)}, path)
+    assert [*tmp_path.iterdir()] == [path]
+    assert torch.equal(files.read(path)["a"], torch.zeros(2))
+
+
+def test_a_link_stays_one_when_rewritten(tmp_path):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "there" / "state")
+    files.rewrite([1], link)
+    assert link.is_symlink()
+    assert files.read(tmp_path / "there" / "state") == [1]
+
+
+def test_what_cannot_be_rewritten_is_said(tmp_path):
+    with pytest.raises(InvalidType, match="not plain"):
+        files.rewrite({"a": object()}, tmp_path / "state")
+    for path, error in [
+        (tmp_path / "none" / "state", FileNotFoundError),
+        (tmp_path, IsADirectoryError),
+    ]:
+        with pytest.raises(error):
+            files.rewrite({}, path)
+        with pytest.raises(error):
+            files.check_writable(path)
+    assert [*tmp_path.iterdir()] == []

@@ -47,6 +47,27 @@ class RandomStates:
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 
+    def to_plain(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        key = torch.from_numpy(self.numpy["state"]["key"].astype(np.int64))
+        version, words, gauss = self.python
+        return {
+            "cpu": self.cpu,
+            "other": self.other,
+            "numpy": {**self.numpy, "state": {**self.numpy["state"], "key": key}},
+            "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], device: torch.device) -> "RandomStates":
+        """The inverse; on another kind of device than CUDA's without that device's state."""
+        state = plain["numpy"]["state"]
+        state = {**state, "key": state["key"].numpy().astype(np.uint32)}
+        version, words, gauss = plain["python"]
+        other = plain["other"] if device.type == "cuda" else None
+        python = (version, tuple(words.tolist()), gauss)
+        return cls(device, plain["cpu"], other, {**plain["numpy"], "state": state}, python)
+
     def same(self, other: "RandomStates") -> bool:
         """Whether nothing was drawn between the two."""
         mine, theirs = self.numpy["state"], other.numpy["state"]
