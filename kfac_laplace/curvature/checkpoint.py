@@ -46,12 +46,14 @@ class Checkpoint:
     """Where a fit keeps what it has counted, so that a process that died loses next to nothing.
 
     Called again with the same model, data and options, the fit goes on after the last batch in the
-    file, and its result is bit by bit that of the fit without interruption.
+    file, and its result is bit by bit that of the fit without interruption. `marglik_training` goes
+    on after the last step in it.
 
     Args:
         path: of the file, which is replaced as a whole.
-        every: batches from one write to the next. None: by the clock, after ten seconds or fifty
-            times what a write takes, whichever is longer: writing costs 2 % at most.
+        every: batches (of training: steps) from one write to the next. None: by the clock, after
+            ten seconds or fifty times what a write takes, whichever is longer: writing costs 2 % at
+            most.
         keep: leave the file when the fit has ended; by default it is removed.
 
     Raises:

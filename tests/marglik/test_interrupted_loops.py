@@ -74,7 +74,10 @@ KINDS = {
 
 
 @pytest.mark.parametrize("own", [None, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow) if k in ("schedule", "ekfac") else k for k in KINDS],
+)
 def test_interrupted_before_any_batch_of_steps_and_rounds(kind, own, tmp_path):
     options = KINDS[kind]
     model, loader = made(own)

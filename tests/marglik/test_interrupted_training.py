@@ -12,13 +12,15 @@ from marglik.stored_runs import EPOCHS, Run
 MOVES = {"n_epochs_burnin": 1, "tune": "all"}
 RUNS = [
     ("mlp-regression", "damped", MOVES),
-    ("mlp-regression", "adam", MOVES),
     ("mlp-regression", "kfac", {**MOVES, "fisher": "mc"}),
     ("mlp-tanh", "shared", MOVES),
+    ("masked", "adam", MOVES),
+]
+MORE = [  # longer together than a few seconds
+    ("mlp-regression", "adam", MOVES),
     ("cnn", "kfac", {}),
     ("cnn", "shared", {**MOVES, "prior_structure": "scalar"}),
     ("transformer", "adam", MOVES),
-    ("masked", "adam", MOVES),
     ("masked", "shared", MOVES),
     ("mlp-binary", "adam", {**MOVES, "method": "mackay"}),
     ("mlp-regression", "adam", {**MOVES, "hessian_structure": "ekfac"}),
@@ -34,7 +36,11 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize(("name", "kind", "options"), RUNS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in MORE)],
+    ids=str,
+)
 def test_stored_anywhere_a_run_ends_at_the_same_bits(name, kind, options):
     """Weights, moments, factors, hyperparameters and history; between steps and before rounds."""
     whole = Run(name, kind, options)
