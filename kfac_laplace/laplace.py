@@ -33,6 +33,9 @@ from kfac_laplace.migration.arguments import chosen_subset, ordered
 from kfac_laplace.migration.prior_search import Method
 from kfac_laplace.migration.words import LaplaceTorchWords
 from kfac_laplace.options import check_iterable, check_positive, check_text, check_whole
+from kfac_laplace.planning.asked import asked
+from kfac_laplace.planning.making import make_plan
+from kfac_laplace.planning.plan import Plan
 from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate.choice import Choice
 from kfac_laplace.posterior.calibrate.choice import Method as CalibrationMethod
@@ -361,6 +364,40 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         except BaseException:  # held-out data may be wrong
             vars(self).update(before)
             raise
+
+    def plan(
+        self,
+        x: Any,
+        y: Tensor | None = None,
+        *,
+        n_data: int | None = None,
+        rate: float | None = None,
+    ) -> Plan:
+        """What a fit will take: passes, operations, bytes, seconds; nothing is fitted or changed.
+
+        Operations and bytes are counted by running one batch through the code of a fit on shapes
+        alone, without memory or numbers. Seconds are those of each part on a few examples, here
+        and now; on the meta device, or with a rate, they are operations over a rate. docs/scale.md
+        says how far they have been from what came then.
+
+        Args:
+            x: inputs of one batch; or, without y, a batch as a loader yields it, or a loader,
+                whose first batch counts.
+            y: targets of the batch.
+            n_data: examples that the fit will have; by default those of the loader's data set, or
+                of the batch.
+            rate: floating-point operations a second in float32, of another device than this one;
+                those in float64 count twice. None: measured.
+
+        Raises:
+            InvalidValue: an empty batch or loader, or one that can be read only once; n_data or a
+                rate below what there can be; a batch without numbers for a model with them.
+            UnsupportedUse: as `fit`; on the meta device also a model that asks for values.
+        """
+        found = asked(x, y, n_data, self.dict_key_y, self.options.batch_fn)
+        if rate is not None:
+            check_positive("rate", rate)
+        return make_plan(self._afresh(), found.x, found.y, found.n_data, rate)
 
     def _afresh(self) -> Curvature:
         """A curvature of no data, which knows of the model's rows what the last one knew."""

@@ -62,6 +62,7 @@ posterior/predict
 posterior/calibrate
 posterior/state
 summary
+planning
 pretrained
 report
 migration

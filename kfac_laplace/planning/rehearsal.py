@@ -1,0 +1,241 @@
+"""One batch of a fit on shapes alone, by the very code of a fit, counted part by part."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Generator, Tensor
+
+from kfac_laplace.curvature.estimate.blocks import Bases, Block
+from kfac_laplace.curvature.estimate.choice import choose_settings
+from kfac_laplace.curvature.estimate.estimator import Estimand, estimate, vectors_at_once
+from kfac_laplace.curvature.estimate.fisher import Exact
+from kfac_laplace.curvature.estimate.settings import Setting
+from kfac_laplace.curvature.estimate.structures import LowRank
+from kfac_laplace.curvature.ggn import GGN
+from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
+from kfac_laplace.curvature.gradients.knowledge import Knowledge
+from kfac_laplace.curvature.gradients.network import Network, learn_groups
+from kfac_laplace.curvature.linalg.dtypes import SumDtype
+from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.model.unchanged import undisturbed
+from kfac_laplace.curvature.recording.backward import Backward
+from kfac_laplace.curvature.rows.row_layout import Axis
+from kfac_laplace.likelihoods import Likelihood, aligned_target, settled_axis
+from kfac_laplace.planning.counter import Count, Operations
+
+#: Parts of the work on a batch: the forward pass; making vectors, which takes eigenvectors where
+#: they begin at the head's input; their backward passes with the sums that their rows go into; sums
+#: over inputs; adding to earlier batches.
+FORWARD, ROOTS, VECTORS, INPUTS, MERGE = PARTS = ("forward", "roots", "vectors", "inputs", "merge")
+#: Vectors of which one costs what each of all does.
+FEW = 2
+#: Most vectors after which a low-rank structure has gone through all that it does.
+CYCLE = 40
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is rehearsed.
+
+    Args:
+        network: a model without numbers.
+        ggn: options, and what is known of the real model.
+        batch: inputs without numbers.
+        y: targets.
+        total: how many vectors there will be, where that is known already.
+        looks: whether the model runs again to tell which rows are read, as first batches do.
+    """
+
+    network: Network
+    ggn: GGN
+    batch: AnyBatch
+    y: Tensor
+    total: int | None = None
+    looks: bool = False
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a batch showed.
+
+    Args:
+        operations: by part; of `VECTORS` those of one.
+        peak: most bytes at one time, over the model, the batch and the blocks of earlier batches.
+        knowledge: the groups.
+        settings: expand or reduce.
+        total: number of vectors; of Hybrid the most there can be, where nothing else is known.
+        cut: whether vectors begin at the head's input.
+        blocks: of the batch, without numbers.
+        copied: whether some gradients come from copies of the parameters by example.
+    """
+
+    operations: Mapping[str, Operations]
+    peak: int
+    knowledge: Knowledge
+    settings: Mapping[str, Setting]
+    total: int
+    cut: bool
+    blocks: Mapping[str, Block]
+    copied: bool
+
+
+def rehearse(scene: Scene, earlier: Mapping[str, Block] | None = None) -> Rehearsed:
+    """Run one batch without numbers.
+
+    Args:
+        scene: what is run.
+        earlier: blocks of the batches before it.
+    """
+    count, model = Count(), scene.network.model
+    count.leave_out([*model.parameters(), *model.buffers(), *scene.batch.data, scene.y])
+    for block in (earlier or {}).values():
+        count.leave_out(block.tensors().values())
+    with undisturbed(model), count.watching():
+        count.enter(FORWARD)
+        passed, y = _recorded(scene)
+        options, settings = scene.ggn.options, scene.ggn.settings
+        if not settings:
+            settings = choose_settings(passed, options.kfac_approx, None)
+        passing = _Passing(count, scene, passed)
+        blocks = estimate(passed, _estimand(scene, passed, settings, passing), y, Generator())
+        known, copied = passed.knowledge, bool(passed.without_rules)
+        total = passing.total(y)
+        del passed, passing._passed
+        count.enter(MERGE)
+        if earlier is not None:
+            blocks = {name: block.absorb(earlier[name]) for name, block in blocks.items()}
+    operations = {part: count.of(part) for part in PARTS}
+    operations[VECTORS] *= 1 / max(1, passing.passed)
+    return Rehearsed(operations, count.peak, known, settings, total, passing.cut, blocks, copied)
+
+
+class _Passing:
+    """Lets a few vectors through, and tells the counter what is done."""
+
+    def __init__(self, count: Count, scene: Scene, passed: ForwardPass):
+        self._count, self._scene, self._passed = count, scene, passed
+        self._limit = _limit(scene, passed)
+        self.passed, self.cut, self._width = 0, False, 0
+
+    def __call__(self, vectors: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The first few."""
+        self._count.enter(ROOTS)
+        held: Tensor | None = None
+        for vector in islice(vectors, self._limit):
+            self.cut, self._width = vector.ndim == 2, vector.shape[-1]
+            if held is None and not self.cut:  # so many are made before the first goes back
+                at_once = min(vectors_at_once(self._passed), self._scene.total or FEW)
+                held = vector.new_empty(max(0, at_once - 1), *vector.shape)
+            self._count.enter(VECTORS)
+            yield vector
+            del vector
+            self.passed += 1
+            self._count.enter(ROOTS)
+        del held
+        self._count.enter(INPUTS)
+        if self._scene.looks and self._passed.seen.watches:
+            self._look_again()
+
+    def total(self, y: Tensor) -> int:
+        """How many there are in all."""
+        if self._scene.total is not None:
+            return self._scene.total
+        f, likelihood = self._passed.outputs.detach(), self._passed.likelihood
+        fisher = self._scene.ggn.options.fisher
+        if self.cut:
+            return self._width
+        if type(fisher) is Exact:
+            return fisher.count(likelihood, f, y)
+        named = getattr(fisher, "samples", None) or getattr(fisher, "passes", None)
+        if named:
+            return int(named)
+        return Exact().count(likelihood, f[:, :1], y[:, :1]) if hasattr(fisher, "tolerance") else 1
+
+    def _look_again(self) -> None:
+        """A second pass, while the first is there."""
+        known = self._passed.knowledge
+        again = self._scene.network.record(self._scene.batch, known)
+        used = sorted({u for uses in self._passed.uses.values() for u in uses})
+        f = again.outputs
+        Backward(again.recording, f, used)(torch.empty_like(f), lambda u, rows: None)
+
+
+def _recorded(scene: Scene) -> tuple[ForwardPass, Tensor]:
+    """The forward pass with class axis, weights of outputs and groups; aligned targets."""
+    ggn, network = scene.ggn, scene.network
+    passed = network.record(scene.batch, ggn.knowledge)
+    known, output, likelihood = passed.knowledge, passed.recording.output, passed.likelihood
+    axis = settled_axis(likelihood, output, scene.y, ggn.options.class_axis, known.axis)
+    passed = passed.knowing(known.with_axis(axis, output.ndim))
+    f = passed.output_rows.detach()
+    y = passed.by_example(aligned_target(likelihood, scene.y, output.shape, f, axis))
+    passed = passed.weighted(likelihood.importance(y))
+    passed = passed.knowing(_with_likely_layouts(passed))
+    if passed.knowledge.groups:
+        return passed, y
+    known = learn_groups(passed, ggn.options.subset_of_weights, ggn.options.joint_bias)
+    if ggn.options.uncovered_stay_out:
+        known = replace(known, groups=tuple(group for group in known.groups if group.covered))
+    return passed.knowing(known), y
+
+
+def _with_likely_layouts(passed: ForwardPass) -> Knowledge:
+    """Rows of uses that no real pass has shown: on the first axis that is as long as the batch."""
+    layouts = dict(passed.knowledge.row_layouts)
+    for u, use in enumerate(passed.recording.uses):
+        lead = use.layer.inputs.lead
+        if passed.key(u) not in layouts and not passed.batch.segments and passed.n in lead:
+            layouts[passed.key(u)] = Axis(lead.index(passed.n))
+    return replace(passed.knowledge, row_layouts=layouts)
+
+
+def _estimand(
+    scene: Scene, passed: ForwardPass, settings: Mapping[str, Setting], passing: _Passing
+) -> Estimand:
+    """What is wanted of a batch, of which a few vectors are sent back."""
+    options = scene.ggn.options
+    return Estimand(
+        options.hessian_structure,
+        settings,
+        options.fisher if type(options.fisher) is Exact else _Blank(),
+        SumDtype(options.factor_dtype),
+        bases=_bases(passed) if options.hessian_structure == "ekfac" else {},
+        passing=passing,
+        foreseen=scene.total or FEW,
+    )
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """Vectors without numbers, in place of those that are drawn or observed."""
+
+    def vectors(
+        self, likelihood: Likelihood, f: Tensor, y: Tensor, generator: Generator
+    ) -> Iterator[Tensor]:
+        """As many as are wanted."""
+        while True:
+            yield torch.empty_like(f)
+
+
+def _bases(passed: ForwardPass) -> dict[str, Bases]:
+    """Eigenvectors without numbers."""
+    found: dict[str, Bases] = {}
+    for group in passed.knowledge.groups:
+        if group.treatment == "kron":
+            b, o, i = group.layout.matrix
+            like = passed.outputs.detach().double()
+            right = None if group.diagonal else like.new_empty(b, i, i)
+            found[group.name] = like.new_empty(b, o, o), right
+    return found
+
+
+def _limit(scene: Scene, passed: ForwardPass) -> int:
+    """How many vectors to send back: a low-rank structure compresses after some of them."""
+    structure = scene.ggn.options.hessian_structure
+    few = FEW
+    if isinstance(structure, LowRank):
+        size = passed.knowledge.full_layout.size
+        few = min(CYCLE, 1 + 2 * min(structure.rank, size) // max(1, passed.n))
+    return few if scene.total is None else min(few, scene.total)
