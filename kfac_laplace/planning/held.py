@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kfac_laplace.curvature.estimate.blocks import Block, KroneckerBlock
+from kfac_laplace.curvature.estimate.cancellation import EXAMPLES
+from kfac_laplace.curvature.estimate.eigen_block import EigenBlock
 from kfac_laplace.curvature.linalg.gram import most_rows
 from kfac_laplace.curvature.linalg.packed import packed_zeros
 
@@ -57,12 +59,19 @@ def _of_sum(packed: Tensor, rows: Tensor, batches: int) -> Held:
     square = b * packed_zeros(i, packed.new_empty(0)).numel() * packed.element_size()
     if not k:
         return Held(square, square)
-    first = room // k  # batches whose rows are kept together
-    if batches <= first:
-        size = batches * k * row
-        return Held(size, size) if not packed.numel() else Held(size + square, size + square)
-    left = batches % (first + 1) * k  # every further one turns all into products
-    return Held(square + first * k * row, square + left * row)
+    left, late = _kept(packed, rows, batches)
+    most = min(batches, room // k) * k * row
+    summed = square if late or packed.numel() else 0
+    return Held(summed + most, summed + left * row)
+
+
+def _kept(packed: Tensor, rows: Tensor, batches: int) -> tuple[int, int]:
+    """How many rows are left as they are after so many batches, and how many became products."""
+    k, together = rows.shape[1], most_rows(rows) // max(1, rows.shape[1])
+    if batches <= together:
+        return batches * k, 0
+    left = batches % (together + 1) * k  # one batch more turns all into products
+    return left, batches * k - left
 
 
 def few_rows(packed: Tensor, rows: Tensor, batches: int) -> int | None:
@@ -83,11 +92,39 @@ def late_products(blocks: Mapping[str, Block], batches: int) -> float:
     total = 0.0
     for block in blocks.values():
         if isinstance(block, KroneckerBlock):
-            for rows in (block.input_rows, block.output_rows):
+            for packed, rows in (
+                (block.input_sum, block.input_rows),
+                (block.output_sum, block.output_rows),
+            ):
                 b, k, i = rows.shape
-                if k and batches * k > most_rows(rows):
-                    total += float(b * batches * k * i * (i + 1))
+                late = _kept(packed, rows, batches)[1] if k else 0
+                total += float(b * late * i * (i + 1))
     return total
+
+
+def more_products(blocks: Mapping[str, Block], few: Mapping[str, Block], n: int) -> float:
+    """Operations of sums over the inputs of n examples, where fewer examples' rows are kept.
+
+    Args:
+        blocks: of n examples, with or without numbers.
+        few: of fewer.
+        n: number of examples.
+    """
+    total = 0.0
+    for name, block in blocks.items():
+        other = few.get(name)
+        if isinstance(block, KroneckerBlock) and isinstance(other, KroneckerBlock):
+            b, k, i = other.input_rows.shape
+            if k and not block.input_rows.numel():
+                rows = n * k / max(1, min(n, EXAMPLES))
+                total += b * rows * i * (i + 1)
+    return total
+
+
+def eigenbases_in(blocks: Mapping[str, Block]) -> int:
+    """Bytes of the eigenvectors that blocks hold."""
+    own = [block for block in blocks.values() if isinstance(block, EigenBlock)]
+    return sum(_bytes(block.output_basis) + _bytes(block.input_basis) for block in own)
 
 
 def _bytes(tensor: Tensor) -> int:

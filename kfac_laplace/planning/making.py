@@ -21,9 +21,9 @@ from kfac_laplace.planning.decompositions import (
 )
 from kfac_laplace.planning.held import late_products
 from kfac_laplace.planning.plan import Memory, Part, Plan
-from kfac_laplace.planning.rehearsal import FORWARD, INPUTS, MERGE, ROOTS, VECTORS
+from kfac_laplace.planning.rehearsal import FORWARD, INPUTS, ROOTS, VECTORS
 from kfac_laplace.planning.stages import Data, Learned, Stage, learn, stage
-from kfac_laplace.planning.timing import Seconds, eigen_seconds, product_rate
+from kfac_laplace.planning.timing import Seconds, eigen_seconds, gram_rate, product_rate
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Pace:
             cubes = sum(side.cubes for side in sides)
             return 2 * (EIGENVECTORS if vectors else EIGENVALUES) * cubes / self.rate
         sizes = {side.size for side in sides}
-        each = {size: eigen_seconds(size, self.device, vectors) for size in sizes}
+        each = eigen_seconds(sizes, self.device, vectors)
         return sum(side.count * each[side.size] for side in sides)
 
     def cholesky(self, found: Decompositions) -> float:
@@ -94,7 +94,7 @@ def make_plan(
             said = f"measured, each part on {m} of {batch.n} examples"
         else:
             seconds = _at_rate(one, rate)
-        parts += _parts(one, seconds, last=k == len(stages) - 1)
+        parts += _parts(one, seconds, pace, last=k == len(stages) - 1)
         if k < len(stages) - 1:
             parts.append(_eigenbases(one, pace))
     return _plan(curvature, data, n_data or batch.n, stages, parts, pace, said)
@@ -133,16 +133,16 @@ def _at_rate(one: Stage, rate: float) -> Seconds:
         of[FORWARD].work / rate,
         of[ROOTS].work / rate,
         of[VECTORS].work / rate,
-        (of[INPUTS] + of[MERGE]).work / rate,
+        of[INPUTS].work / rate,
         one.of_first.work / rate,
     )
 
 
-def _parts(one: Stage, seconds: Seconds, last: bool) -> list[Part]:
+def _parts(one: Stage, seconds: Seconds, pace: Pace, last: bool) -> list[Part]:
     """What a pass over the data does."""
     of, n = one.operations, one.data.batches
     late = Operations(0.0, late_products(one.rehearsed.blocks, n))
-    inputs = of[INPUTS] + of[MERGE]
+    inputs = of[INPUTS]
     name = "" if last else " for eigenbases"
     made = [
         Part(f"forward{name}", n, n * of[FORWARD].total, n * seconds.forward),
@@ -152,10 +152,13 @@ def _parts(one: Stage, seconds: Seconds, last: bool) -> list[Part]:
             n * of[VECTORS].total,
             n * one.vectors * seconds.vector,
         ),
-        Part(f"sums over inputs{name}", n, n * inputs.total + late.total, n * seconds.rest),
+        Part(f"sums over inputs{name}", n, n * inputs.total, n * seconds.rest),
     ]
     if of[ROOTS].total:
         made.insert(1, Part(f"roots{name}", n, n * of[ROOTS].total, n * seconds.roots))
+    if late.total:
+        took = late.work / (pace.rate or 2 * gram_rate(pace.device))
+        made.append(Part(f"products of kept rows{name}", 1, late.total, took))
     if seconds.first:
         made.append(Part("checks of the first batch", 1, one.of_first.total, seconds.first))
     return made
@@ -195,14 +198,6 @@ def _plan(
         pace.eigen(found, vectors=True),
     )
     count = sum(group.block_layout.size for group in knowledge.groups)
-    before = 0  # of the eigenbases that a second pass holds
-    if len(stages) > 1:
-        before = last.held.end - sum(
-            tensor.numel() * tensor.element_size()
-            for block in last.rehearsed.blocks.values()
-            for name, tensor in block.tensors().items()
-            if name == "values"
-        )
     return Plan(
         head=f"Plan({type(options.likelihood).__name__}, {options.structure}, {count} parameters)",
         n_data=n_data,
@@ -214,7 +209,7 @@ def _plan(
         parts=tuple(parts),
         later=(log_det, *([bases] if found.bases else [])),
         memory=Memory(
-            peak=max(stages[0].peak, before + last.peak),
+            peak=max(one.peak for one in stages),
             factors=last.held.end,
             decompositions=found.bytes,
             bases=found.bytes_of_bases,

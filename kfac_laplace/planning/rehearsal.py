@@ -7,10 +7,10 @@ from itertools import islice
 import torch
 from torch import Generator, Tensor
 
-from kfac_laplace.curvature.estimate.blocks import Bases, Block
+from kfac_laplace.curvature.estimate.blocks import Bases, Block, KroneckerBlock
 from kfac_laplace.curvature.estimate.choice import choose_settings
 from kfac_laplace.curvature.estimate.estimator import Estimand, estimate, vectors_at_once
-from kfac_laplace.curvature.estimate.fisher import Exact
+from kfac_laplace.curvature.estimate.fisher import Exact, Hybrid, MonteCarlo
 from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.estimate.structures import LowRank
 from kfac_laplace.curvature.ggn import GGN
@@ -27,8 +27,10 @@ from kfac_laplace.planning.counter import Count, Operations
 
 #: Parts of the work on a batch: the forward pass; making vectors, which takes eigenvectors where
 #: they begin at the head's input; their backward passes with the sums that their rows go into; sums
-#: over inputs; adding to earlier batches.
-FORWARD, ROOTS, VECTORS, INPUTS, MERGE = PARTS = ("forward", "roots", "vectors", "inputs", "merge")
+#: over inputs.
+FORWARD, ROOTS, VECTORS, INPUTS = PARTS = ("forward", "roots", "vectors", "inputs")
+#: What a first batch may do beside them.
+LOOK = "look"
 #: Vectors of which one costs what each of all does.
 FEW = 2
 #: Most vectors after which a low-rank structure has gone through all that it does.
@@ -63,6 +65,7 @@ class Rehearsed:
     Args:
         operations: by part; of `VECTORS` those of one.
         peak: most bytes at one time, over the model, the batch and the blocks of earlier batches.
+        first_peak: that of a first batch.
         knowledge: the groups.
         settings: expand or reduce.
         total: number of vectors; of Hybrid the most there can be, where nothing else is known.
@@ -73,6 +76,7 @@ class Rehearsed:
 
     operations: Mapping[str, Operations]
     peak: int
+    first_peak: int
     knowledge: Knowledge
     settings: Mapping[str, Setting]
     total: int
@@ -81,52 +85,48 @@ class Rehearsed:
     copied: bool
 
 
-def rehearse(scene: Scene, earlier: Mapping[str, Block] | None = None) -> Rehearsed:
-    """Run one batch without numbers.
-
-    Args:
-        scene: what is run.
-        earlier: blocks of the batches before it.
-    """
+def rehearse(scene: Scene) -> Rehearsed:
+    """Run one batch without numbers."""
     count, model = Count(), scene.network.model
     count.leave_out([*model.parameters(), *model.buffers(), *scene.batch.data, scene.y])
-    for block in (earlier or {}).values():
-        count.leave_out(block.tensors().values())
     with undisturbed(model), count.watching():
         count.enter(FORWARD)
         passed, y = _recorded(scene)
         options, settings = scene.ggn.options, scene.ggn.settings
         if not settings:
             settings = choose_settings(passed, options.kfac_approx, None)
-        passing = _Passing(count, scene, passed)
+        passing = _Passing(count, scene, passed, y)
         blocks = estimate(passed, _estimand(scene, passed, settings, passing), y, Generator())
         known, copied = passed.knowledge, bool(passed.without_rules)
-        total = passing.total(y)
+        total = passing.total
+        blocks = {name: _of_all(block, passing, total) for name, block in blocks.items()}
         del passed, passing._passed
-        count.enter(MERGE)
-        if earlier is not None:
-            blocks = {name: block.absorb(earlier[name]) for name, block in blocks.items()}
     operations = {part: count.of(part) for part in PARTS}
     operations[VECTORS] *= 1 / max(1, passing.passed)
-    return Rehearsed(operations, count.peak, known, settings, total, passing.cut, blocks, copied)
+    peak = max(count.peaks.get(part, 0) for part in PARTS)
+    return Rehearsed(
+        operations, peak, count.peak, known, settings, total, passing.cut, blocks, copied
+    )
 
 
 class _Passing:
     """Lets a few vectors through, and tells the counter what is done."""
 
-    def __init__(self, count: Count, scene: Scene, passed: ForwardPass):
+    def __init__(self, count: Count, scene: Scene, passed: ForwardPass, y: Tensor):
         self._count, self._scene, self._passed = count, scene, passed
-        self._limit = _limit(scene, passed)
-        self.passed, self.cut, self._width = 0, False, 0
+        self.passed, self.cut, self.total = 0, False, _total(scene, passed, y)
+        self._limit = min(_limit(scene, passed), self.total)
 
     def __call__(self, vectors: Iterator[Tensor]) -> Iterator[Tensor]:
         """The first few."""
         self._count.enter(ROOTS)
         held: Tensor | None = None
         for vector in islice(vectors, self._limit):
-            self.cut, self._width = vector.ndim == 2, vector.shape[-1]
+            self.cut = vector.ndim == 2
+            if self.cut and self._scene.total is None:
+                self.total = vector.shape[-1]
             if held is None and not self.cut:  # so many are made before the first goes back
-                at_once = min(vectors_at_once(self._passed), self._scene.total or FEW)
+                at_once = min(vectors_at_once(self._passed), self.total)
                 held = vector.new_empty(max(0, at_once - 1), *vector.shape)
             self._count.enter(VECTORS)
             yield vector
@@ -134,24 +134,10 @@ class _Passing:
             self.passed += 1
             self._count.enter(ROOTS)
         del held
-        self._count.enter(INPUTS)
         if self._scene.looks and self._passed.seen.watches:
+            self._count.enter(LOOK)
             self._look_again()
-
-    def total(self, y: Tensor) -> int:
-        """How many there are in all."""
-        if self._scene.total is not None:
-            return self._scene.total
-        f, likelihood = self._passed.outputs.detach(), self._passed.likelihood
-        fisher = self._scene.ggn.options.fisher
-        if self.cut:
-            return self._width
-        if type(fisher) is Exact:
-            return fisher.count(likelihood, f, y)
-        named = getattr(fisher, "samples", None) or getattr(fisher, "passes", None)
-        if named:
-            return int(named)
-        return Exact().count(likelihood, f[:, :1], y[:, :1]) if hasattr(fisher, "tolerance") else 1
+        self._count.enter(INPUTS)
 
     def _look_again(self) -> None:
         """A second pass, while the first is there."""
@@ -181,6 +167,15 @@ def _recorded(scene: Scene) -> tuple[ForwardPass, Tensor]:
     return passed.knowing(known), y
 
 
+def _of_all(block: Block, passing: _Passing, total: int) -> Block:
+    """The block with as many rows as all vectors bring, where rows are kept."""
+    sent = max(1, passing.passed)
+    if not isinstance(block, KroneckerBlock) or not block.output_rows.numel() or total <= sent:
+        return block
+    b, k, o = block.output_rows.shape
+    return replace(block, output_rows=block.output_rows.new_empty(b, k // sent * total, o))
+
+
 def _with_likely_layouts(passed: ForwardPass) -> Knowledge:
     """Rows of uses that no real pass has shown: on the first axis that is as long as the batch."""
     layouts = dict(passed.knowledge.row_layouts)
@@ -203,7 +198,7 @@ def _estimand(
         SumDtype(options.factor_dtype),
         bases=_bases(passed) if options.hessian_structure == "ekfac" else {},
         passing=passing,
-        foreseen=scene.total or FEW,
+        foreseen=passing.total,
     )
 
 
@@ -231,11 +226,23 @@ def _bases(passed: ForwardPass) -> dict[str, Bases]:
     return found
 
 
+def _total(scene: Scene, passed: ForwardPass, y: Tensor) -> int:
+    """How many vectors there are, or at most, unless they begin at the head's input."""
+    f, fisher = passed.outputs.detach(), scene.ggn.options.fisher
+    if scene.total is not None:
+        return scene.total
+    if type(fisher) is Exact:
+        return fisher.count(passed.likelihood, f, y)
+    if isinstance(fisher, Hybrid):
+        most = Exact().count(passed.likelihood, f[:, :1], y[:, :1])
+        return min(fisher.passes or most, most)
+    return fisher.samples if isinstance(fisher, MonteCarlo) else 1
+
+
 def _limit(scene: Scene, passed: ForwardPass) -> int:
     """How many vectors to send back: a low-rank structure compresses after some of them."""
     structure = scene.ggn.options.hessian_structure
-    few = FEW
     if isinstance(structure, LowRank):
         size = passed.knowledge.full_layout.size
-        few = min(CYCLE, 1 + 2 * min(structure.rank, size) // max(1, passed.n))
-    return few if scene.total is None else min(few, scene.total)
+        return min(CYCLE, 1 + 2 * min(structure.rank, size) // max(1, passed.n))
+    return FEW

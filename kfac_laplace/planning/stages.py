@@ -16,13 +16,12 @@ from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch
 from kfac_laplace.planning.counter import Count, Operations
-from kfac_laplace.planning.held import Held, held
+from kfac_laplace.planning.held import Held, eigenbases_in, held, more_products
 from kfac_laplace.planning.rehearsal import (
     CYCLE,
     FEW,
     FORWARD,
     INPUTS,
-    MERGE,
     PARTS,
     ROOTS,
     VECTORS,
@@ -31,12 +30,12 @@ from kfac_laplace.planning.rehearsal import (
     rehearse,
 )
 from kfac_laplace.planning.shapes import Shapes, some_targets
-from kfac_laplace.planning.timing import Rehearsal, Seconds, Watch, product_rate
+from kfac_laplace.planning.timing import Rehearsal, Seconds, Watch, gram_rate
 
-#: Work of the examples that a timed pass takes.
+#: Work of the examples that a timed pass takes; they are no fewer than a first batch looks at.
 TIMED = 5e9
-#: Fewest examples of a timed pass.
-LEAST = 8
+#: Seconds of a first batch in which what a process does once is lost.
+LONG = 2.0
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,13 @@ class Learned:
         ggn: of them: groups, settings, blocks.
         total: number of vectors; None where their number does not depend on values.
         cut: whether vectors begin at the head's input.
+        seconds: that it took.
     """
 
     ggn: GGN
     total: int | None
     cut: bool
+    seconds: float
 
 
 def learn(network: Network, ggn: GGN, data: Data, generator: Generator) -> Learned:
@@ -81,8 +82,10 @@ def learn(network: Network, ggn: GGN, data: Data, generator: Generator) -> Learn
     by_values = type(fisher) not in (Exact, MonteCarlo, Empirical)
     watch = Watch(FEW, FEW, network.device, counts_all=by_values)
     few = data.first(EXAMPLES)
+    start = watch.now()
     found = Rehearsal(network, ggn, few, generator).run(ggn, watch)
-    return Learned(found, watch.total if by_values or watch.cut else None, watch.cut)
+    total = watch.total if by_values or watch.cut else None
+    return Learned(found, total, watch.cut, watch.now() - start)
 
 
 @dataclass(frozen=True)
@@ -134,38 +137,37 @@ class Stage:
         few = _few(ggn, self.data.batch.n)
         m = self._timed_examples(few)
         n = self.data.batch.n
-        rehearsal = Rehearsal(self.network, ggn, self.data.first(m), generator)
-        first = None if bases else self.start
-        found = rehearsal.seconds(few, ceil(self.vectors * n / m), first)
+        some, foreseen = self.data.first(m), ceil(self.vectors * n / m)
+        found = Rehearsal(self.network, ggn, some, generator).seconds(few, foreseen)
+        if not bases:
+            took, sent = self.learned.seconds, FEW
+            if m > EXAMPLES or took < LONG:  # there what is done once a process would tell
+                start = Rehearsal(self.network, self.start, some, generator)
+                took, sent = start.first(few, foreseen), few
+            found = replace(found, first=max(0.0, took - found.of(sent)))
         return (found if m == n else self._scaled(found, m)), m
 
     def _timed_examples(self, few: int) -> int:
         one, n = self.rehearsed.operations, self.data.batch.n
         work = one[FORWARD].work + few * one[VECTORS].work + one[INPUTS].work + one[ROOTS].work
-        m = max(LEAST, int(TIMED / max(1.0, work / n)))
-        whole = 2 * m >= n or not isinstance(self.data.batch, Batch) or len(self.data.y) != n
+        m = max(EXAMPLES, int(TIMED / max(1.0, work / n)))
+        whole = m >= n or not isinstance(self.data.batch, Batch) or len(self.data.y) != n
         return n if whole else m
 
     def _scaled(self, found: Seconds, m: int) -> Seconds:
         """Seconds of m examples as those of all: in proportion, and products that do not go so."""
+        assert self.learned is not None
         n = self.data.batch.n
         ratio = n / m
-        few = rehearse(_scene(self.network, self.start, self.learned, self.data, m))
-        rate = product_rate(self.network.device, torch.float32)
-
-        def beyond(part: str) -> float:
-            more = self.rehearsed.operations[part].work - ratio * few.operations[part].work
-            return more / rate
-
+        later = more_products(self.rehearsed.blocks, self.learned.ggn.blocks, n)
         # The first batch repeats parts of itself, and looks at a few examples beside.
         again = min(found.first, found.forward / 2 + 4 * found.vector)
-        looked = (found.first - again) * min(n, EXAMPLES) / min(m, EXAMPLES)
         return Seconds(
             ratio * found.forward,
             ratio * found.roots,
-            max(ratio * found.vector + beyond(VECTORS), found.vector),
-            max(ratio * found.rest + beyond(INPUTS), found.rest),
-            ratio * again + looked,
+            ratio * found.vector,
+            ratio * found.rest + later / gram_rate(self.network.device),
+            ratio * again + found.first - again,
         )
 
 
@@ -176,34 +178,29 @@ def stage(network: Network, start: GGN, learned: Learned | None, data: Data) -> 
     """
     try:
         scene, on = _scene(network, start, learned, data), "shapes"
-        first = rehearse(scene)
-        known = replace(scene.ggn, knowledge=first.knowledge, settings=first.settings)
-        scene = replace(scene, ggn=known, total=first.total, looks=False)
-        one = rehearse(scene, first.blocks) if data.batches > 1 else first
+        one = rehearse(scene)
     except Exception:  # models raise what they like at tensors without numbers
         if learned is None:
             raise
         on = "numbers"
-        first = one = _on_numbers(network, learned, data)
-    blocks = held(first.blocks, data.batches)
-    before = blocks.most if data.batches > 1 else 0
-    peak = max(first.peak, before + one.peak)
+        one = _on_numbers(network, learned, data)
+    blocks = held(one.blocks, data.batches)
+    # A batch counts eigenbases itself.
+    before = blocks.most - eigenbases_in(one.blocks) if data.batches > 1 else 0
+    peak = max(one.first_peak, before + one.peak)
     return Stage(network, start, learned, data, one, peak, blocks, on)
 
 
-def _scene(
-    network: Network, start: GGN, learned: Learned | None, data: Data, m: int | None = None
-) -> Scene:
-    """The stand-ins of a model and its batch, or of m examples."""
+def _scene(network: Network, start: GGN, learned: Learned | None, data: Data) -> Scene:
+    """The stand-ins of a model and its batch."""
     shapes = Shapes()
     ggn = start if learned is None else replace(learned.ggn, blocks={}, bases={})
     standing = replace(network, model=shapes.model(network.model))
-    batch, y = data.first(m or data.batch.n)
-    x = shapes.inputs(batch.x)
-    own = standing.batch(x, batch.n, ggn.knowledge.interface)
+    x = shapes.inputs(data.batch.x)
+    own = standing.batch(x, data.batch.n, ggn.knowledge.interface)
     total = None if learned is None else learned.total
     looks = learned is None or bool(learned.ggn.knowledge.unread)
-    return Scene(standing, ggn, own, some_targets(y), total, looks)
+    return Scene(standing, ggn, own, some_targets(data.y), total, looks)
 
 
 def _on_numbers(network: Network, learned: Learned, data: Data) -> Rehearsed:
@@ -223,6 +220,7 @@ def _on_numbers(network: Network, learned: Learned, data: Data) -> Rehearsed:
     total = learned.total or _total(learned, network, data)
     return Rehearsed(
         operations,
+        count.peak,
         count.peak,
         found.knowledge,
         found.settings,
@@ -246,6 +244,3 @@ def _few(ggn: GGN, n: int) -> int:
     """How many vectors show what all of them take."""
     structure = ggn.options.hessian_structure
     return min(CYCLE, 1 + 2 * structure.rank // n) if isinstance(structure, LowRank) else FEW + 1
-
-
-__all__ = ["MERGE", "Data", "Learned", "Stage", "learn", "stage"]

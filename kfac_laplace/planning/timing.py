@@ -1,6 +1,6 @@
 """Seconds of a batch's parts, by passes over a few examples on the device itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean, median
@@ -11,14 +11,19 @@ import torch
 from torch import Generator, Tensor
 
 from kfac_laplace.curvature.accumulate import with_batch
+from kfac_laplace.curvature.estimate.blocks import KroneckerBlock
 from kfac_laplace.curvature.estimate.estimator import Estimand
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.network import Network
+from kfac_laplace.curvature.linalg.dtypes import SumDtype
+from kfac_laplace.curvature.linalg.gram import GramSum
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.planning.rehearsal import INPUTS, ROOTS, VECTORS
 
 #: Passes of which the median counts.
 PASSES = 3
+#: Seconds after which no other pass is made.
+ENOUGH = 3.0
 #: Vectors of so many are not alike.
 SOME = 4
 
@@ -77,6 +82,16 @@ class Watch:
         self.last = self.now()
         self._tell(INPUTS)
 
+    def parts(self, start: float) -> tuple[float, ...]:
+        """What `Seconds` has, of a pass that began at `start` and is over now."""
+        end = self.now()
+        # Where vectors are many, a structure does more after some of them: the mean counts.
+        usual = median if self.few < SOME else mean
+        sending = usual(self.sending[1:] or self.sending)
+        drawing = median(self.drawing[1:] or self.drawing)
+        roots = max(0.0, self.drawing[0] - drawing) if self.cut else 0.0
+        return self.first - start, roots, sending + drawing, end - self.last
+
     def _tell(self, part: str) -> None:
         if self.enter is not None:
             self.enter(part)
@@ -129,36 +144,48 @@ class Rehearsal:
         finally:
             self.generator.set_state(draws)
 
-    def seconds(self, few: int, foreseen: int, first: GGN | None) -> Seconds:
-        """Medians over some passes.
+    def seconds(self, few: int, foreseen: int) -> Seconds:
+        """Medians over some passes, fewer where one takes long.
 
         Args:
             few: how many vectors to send back.
             foreseen: how many a fit sends.
-            first: a GGN that knows nothing, to see what the first batch takes beyond others.
         """
-        device = self.network.device
-        parts, ends, ggn = [], [], self.ggn
-        for _ in range(PASSES + 1):
-            watch = Watch(few, foreseen, device)
+        parts: list[tuple[float, ...]] = []
+        ggn, begin = self.ggn, perf_counter()
+        while len(parts) <= PASSES and (len(parts) < 2 or perf_counter() - begin < ENOUGH):
+            watch = Watch(few, foreseen, self.network.device)
             start = watch.now()
-            ggn = self.run(ggn, watch)
-            end = watch.now()
-            # Of many a structure does more after some of them: the mean counts.
-            usual = median if few < SOME else mean
-            sending = usual(watch.sending[1:] or watch.sending)
-            drawing = median(watch.drawing[1:] or watch.drawing)
-            roots = max(0.0, watch.drawing[0] - drawing) if watch.cut else 0.0
-            parts.append((watch.first - start, roots, sending + drawing, end - watch.last))
-            ends.append(sum(parts[-1]) + (few - 1) * (sending + drawing))
-        found = [median(each) for each in zip(*parts[1:], strict=True)]
-        extra = 0.0
-        if first is not None:
-            watch = Watch(few, foreseen, device)
-            start = watch.now()
-            self.run(first, watch)
-            extra = max(0.0, watch.now() - start - median(ends[1:]))
-        return Seconds(found[0], found[1], found[2], found[3], extra)
+            found = self.run(ggn, watch)
+            parts.append(watch.parts(start))
+            if len(parts) == 1 and not _keeps_rows(found):  # whose products come once in a while
+                ggn = found
+        return Seconds(*(median(each) for each in zip(*parts[1:], strict=True)))
+
+    def first(self, few: int, foreseen: int) -> float:
+        """Seconds of a first batch, by one pass; arguments as for `seconds`."""
+        watch = Watch(few, foreseen, self.network.device)
+        start = watch.now()
+        self.run(self.ggn, watch)
+        return watch.now() - start
+
+
+def _keeps_rows(ggn: GGN) -> bool:
+    """Whether some factor is rows as they are."""
+    kronecker = [block for block in ggn.blocks.values() if isinstance(block, KroneckerBlock)]
+    return any(block.input_rows.numel() or block.output_rows.numel() for block in kronecker)
+
+
+def gram_rate(device: torch.device, rows: int = 256, columns: int = 1100) -> float:
+    """Operations a second of products of rows with themselves, summed in float64."""
+    some = torch.ones(1, rows, columns, device=device)
+
+    def work() -> None:
+        total = GramSum(1, columns, some, SumDtype())
+        total.foresee(columns * rows)
+        total.add(some)
+
+    return rows * columns * (columns + 1) / timed(work, device)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int = 512) -> float:
@@ -167,18 +194,24 @@ def product_rate(device: torch.device, dtype: torch.dtype, size: int = 512) -> f
     return 2 * size**3 / timed(lambda: a @ a, device)
 
 
-def eigen_seconds(size: int, device: torch.device, vectors: bool) -> float:
-    """Seconds for a symmetric matrix in float64, by one of at most `LARGEST` rows, as d³ grows."""
-    some = min(size, LARGEST)
-    a = torch.linspace(0, 1, some * some, dtype=torch.float64, device=device).reshape(some, some)
-    a = (37.0 * a) % 1
-    a = a + a.mT
-    work = partial(torch.linalg.eigh if vectors else torch.linalg.eigvalsh, a)
-    return timed(work, device, 1 if some > 256 else PASSES) * (size / some) ** 3
+def eigen_seconds(sizes: Iterable[int], device: torch.device, vectors: bool) -> dict[int, float]:
+    """Seconds for symmetric matrices in float64, by size.
+
+    Those beyond `LARGEST` rows are taken from one of so many, as d³ grows.
+    """
+    found: dict[int, float] = {}
+    for some in {min(size, LARGEST) for size in sizes}:
+        a = torch.linspace(0, 1, some * some, dtype=torch.float64, device=device)
+        a = ((37.0 * a) % 1).reshape(some, some)
+        work = partial(torch.linalg.eigh if vectors else torch.linalg.eigvalsh, a + a.mT)
+        found[some] = timed(work, device, 1 if some > MIDDLE else PASSES)
+    return {size: found[min(size, LARGEST)] * (size / min(size, LARGEST)) ** 3 for size in sizes}
 
 
 #: Rows of the largest matrix that is decomposed to see how long it takes.
 LARGEST = 384
+#: Matrices with more rows are decomposed once.
+MIDDLE = 128
 
 
 def timed(work: Callable[[], Any], device: torch.device, times: int = PASSES) -> float:
