@@ -205,7 +205,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         self._mean = checked_mean(prior_mean)
         check_text("dict_key_y", dict_key_y)
         self.dict_key_y = dict_key_y
-        device = self.curvature.network.device
+        device = self.curvature.network.device_of_numbers
         delta, self._patterns = starting_precision(prior_precision, device)
         self._start = self._patterns or delta.detach()  # of groups that a later fit finds new
         self._hyper = Hyperparameters(
@@ -1045,7 +1045,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
     # --- checks ----------------------------------------------------------------------------
 
     def _checked_sigma(self, value: float | Tensor) -> Tensor:
-        return checked_sigma(value, self.likelihood, self.curvature.network.device)
+        return checked_sigma(value, self.likelihood, self.curvature.network.device_of_numbers)
 
     def _starts_at(self, given: Tensor | dict[str, float]) -> None:
         """Where later fits start new groups: at one number, or patterns, that the user gave."""

@@ -96,6 +96,10 @@ class Count(TorchDispatchMode):
         """What was counted for a part."""
         return self._operations.get(part, Operations())
 
+    def of_peak(self, part: str) -> int:
+        """Most bytes at one time in a part."""
+        return self.peaks.get(part, 0)
+
     @property
     def live(self) -> int:
         """Bytes of the tensors made inside that exist now."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.estimate.blocks import Bases
+from kfac_laplace.curvature.model.tensors import tensors_in
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.planning.counter import Operations
 from kfac_laplace.planning.decompositions import (
@@ -69,15 +70,15 @@ def make_plan(
         rate: operations a second in float32; None: measured.
     """
     network, ggn = curvature.network, curvature.ggn
-    batch = network.batch(x, len(y) if y.ndim else None, ggn.knowledge.interface)
     on_meta = network.device.type == "meta"
-    if not on_meta and (y.is_meta or any(tensor.is_meta for tensor in batch.data)):
+    if not on_meta and (y.is_meta or any(tensor.is_meta for tensor in tensors_in(x))):
         raise InvalidValue(
             "a batch without numbers for a model with them",
             where="x",
             got="tensors on the meta device",
             remedy="Give a real batch, or make the model under torch.device('meta') as well",
         )
+    batch = network.batch(x, len(y) if y.ndim else None, ggn.knowledge.interface)
     data = Data(batch, y, ceil((n_data or batch.n) / batch.n))
     stages, bases = _stages(curvature, data, on_meta)
     said = ""

@@ -18,7 +18,7 @@ from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network, learn_groups
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
-from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.model.batches import AnyBatch, Batch
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.recording.backward import Backward
 from kfac_laplace.curvature.rows.row_layout import Axis
@@ -31,6 +31,8 @@ from kfac_laplace.planning.counter import Count, Operations
 FORWARD, ROOTS, VECTORS, INPUTS = PARTS = ("forward", "roots", "vectors", "inputs")
 #: What a first batch may do beside them.
 LOOK = "look"
+#: What comes after one that is not the first.
+MERGE = "merge"
 #: Vectors of which one costs what each of all does.
 FEW = 2
 #: Most vectors after which a low-rank structure has gone through all that it does.
@@ -47,7 +49,9 @@ class Scene:
         batch: inputs without numbers.
         y: targets.
         total: how many vectors there will be, where that is known already.
-        looks: whether the model runs again to tell which rows are read, as first batches do.
+        looks: whether parts of the batch run again, as those of first batches do.
+        moves: whether the model runs again to tell which rows are read.
+        batches: how many such batches there are.
     """
 
     network: Network
@@ -55,7 +59,9 @@ class Scene:
     batch: AnyBatch
     y: Tensor
     total: int | None = None
-    looks: bool = False
+    looks: bool = True
+    moves: bool = False
+    batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -95,18 +101,23 @@ def rehearse(scene: Scene) -> Rehearsed:
         options, settings = scene.ggn.options, scene.ggn.settings
         if not settings:
             settings = choose_settings(passed, options.kfac_approx, None)
+        if scene.looks and isinstance(scene.batch, Batch):
+            count.enter(LOOK)
+            half = torch.arange((scene.batch.n + 1) // 2)
+            with torch.no_grad():  # outputs of half the batch are compared
+                passed.forward(scene.batch.select(half).x)
         passing = _Passing(count, scene, passed, y)
         blocks = estimate(passed, _estimand(scene, passed, settings, passing), y, Generator())
         known, copied = passed.knowledge, bool(passed.without_rules)
-        total = passing.total
+        total = passing.total if passing.passed else 0
         blocks = {name: _of_all(block, passing, total) for name, block in blocks.items()}
         del passed, passing._passed
+        merging = _peak_of_merging(count, blocks) if scene.batches > 1 else 0
     operations = {part: count.of(part) for part in PARTS}
     operations[VECTORS] *= 1 / max(1, passing.passed)
-    peak = max(count.peaks.get(part, 0) for part in PARTS)
-    return Rehearsed(
-        operations, peak, count.peak, known, settings, total, passing.cut, blocks, copied
-    )
+    peak = max(merging, *(count.peaks.get(part, 0) for part in PARTS))
+    first = max(peak, count.of_peak(LOOK))
+    return Rehearsed(operations, peak, first, known, settings, total, passing.cut, blocks, copied)
 
 
 class _Passing:
@@ -134,7 +145,7 @@ class _Passing:
             self.passed += 1
             self._count.enter(ROOTS)
         del held
-        if self._scene.looks and self._passed.seen.watches:
+        if self._scene.moves and self._passed.seen.watches:
             self._count.enter(LOOK)
             self._look_again()
         self._count.enter(INPUTS)
@@ -165,6 +176,22 @@ def _recorded(scene: Scene) -> tuple[ForwardPass, Tensor]:
     if ggn.options.uncovered_stay_out:
         known = replace(known, groups=tuple(group for group in known.groups if group.covered))
     return passed.knowing(known), y
+
+
+def _peak_of_merging(count: Count, blocks: Mapping[str, Block]) -> int:
+    """Most bytes while blocks are added to those of earlier batches, which do not count."""
+    before = count.live
+    earlier = {
+        name: type(block).from_tensors(
+            block.layout, {key: tensor.clone() for key, tensor in block.tensors().items()}
+        )
+        for name, block in blocks.items()
+    }
+    theirs = count.live - before
+    count.enter(MERGE)
+    merged = {name: block.absorb(earlier[name]) for name, block in blocks.items()}
+    del merged
+    return count.of_peak(MERGE) - theirs
 
 
 def _of_all(block: Block, passing: _Passing, total: int) -> Block:

@@ -15,6 +15,7 @@ from kfac_laplace.curvature.estimate.structures import LowRank
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch
+from kfac_laplace.errors import KfacLaplaceError, UnsupportedUse
 from kfac_laplace.planning.counter import Count, Operations
 from kfac_laplace.planning.held import Held, eigenbases_in, held, more_products
 from kfac_laplace.planning.rehearsal import (
@@ -179,9 +180,16 @@ def stage(network: Network, start: GGN, learned: Learned | None, data: Data) -> 
     try:
         scene, on = _scene(network, start, learned, data), "shapes"
         one = rehearse(scene)
-    except Exception:  # models raise what they like at tensors without numbers
+    except Exception as error:  # models raise what they like at tensors without numbers
         if learned is None:
-            raise
+            if isinstance(error, KfacLaplaceError):
+                raise
+            raise UnsupportedUse(
+                "the model does not run on tensors without numbers",
+                where="model",
+                got=f"{type(error).__name__}: {error}",
+                remedy="Plan with a smaller model that has numbers, or let it ask for no values",
+            ) from error
         on = "numbers"
         one = _on_numbers(network, learned, data)
     blocks = held(one.blocks, data.batches)
@@ -199,8 +207,11 @@ def _scene(network: Network, start: GGN, learned: Learned | None, data: Data) ->
     x = shapes.inputs(data.batch.x)
     own = standing.batch(x, data.batch.n, ggn.knowledge.interface)
     total = None if learned is None else learned.total
-    looks = learned is None or bool(learned.ggn.knowledge.unread)
-    return Scene(standing, ggn, own, some_targets(data.y), total, looks)
+    moves = learned is None or bool(learned.ggn.knowledge.unread)
+    looks = not start.bases
+    return Scene(
+        standing, ggn, own, some_targets(data.y), total, looks, moves and looks, data.batches
+    )
 
 
 def _on_numbers(network: Network, learned: Learned, data: Data) -> Rehearsed:

@@ -87,6 +87,8 @@ class Watch:
         end = self.now()
         # Where vectors are many, a structure does more after some of them: the mean counts.
         usual = median if self.few < SOME else mean
+        if not self.sending:
+            return self.first - start, 0.0, 0.0, end - self.last
         sending = usual(self.sending[1:] or self.sending)
         drawing = median(self.drawing[1:] or self.drawing)
         roots = max(0.0, self.drawing[0] - drawing) if self.cut else 0.0

@@ -144,10 +144,10 @@ def _add_cut(
     """Add vectors from the head's input; the sums, with the head's own among them."""
     with without_autocast(cut.passed.device):
         made = cut.with_head(made)
-    if cut.h is not None:
-        backward = Backward(cut.passed.recording, cut.h, cut.below)
-        for root in roots:
-            _add_vector(backward, root, made, {})
+    backward = None if cut.h is None else Backward(cut.passed.recording, cut.h, cut.below)
+    for root in roots:  # none where nothing is below
+        assert backward is not None
+        _add_vector(backward, root, made, {})
     return made
 
 
