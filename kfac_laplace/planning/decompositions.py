@@ -1,8 +1,7 @@
 """What log-determinants and predictions take of finished blocks: operations and bytes.
 
-Decompositions of symmetric matrices are counted as LAPACK's algorithms have them: reduction to
-tridiagonal form takes 4/3 d³, and the eigenvectors by divide and conquer with their way back up to
-23/3 d³ more [GVL13, §8.3]: 9 d³ in all. A Cholesky factor takes d³/3.
+Decompositions of symmetric matrices are counted as textbooks do: eigenvalues take 4/3 d³, almost
+all of it for the tridiagonal form, eigenvectors about 9 d³ in all, and a Cholesky factor d³/3.
 """
 
 from collections.abc import Iterable, Mapping

