@@ -44,12 +44,13 @@ def of_plans() -> str:
                 f"**{row['tensors_ratio']:.2f}**",
                 f"{row['resident_mib']:.0f} MiB",
                 f"{row['resident_ratio']:.2f}",
+                f"{row['planned_mib'] / row['returned_mib']:.2f}",
                 f"{row['planned_factors_mib'] / row['factors_mib']:.3f}",
             ]
         )
     headings = [
         "network", "structure, vectors", "fit took", "time, plan/fit", "peak planned",
-        "plan/tensors", "resident peak", "plan/resident", "factors, plan/fit",
+        "plan/tensors", "resident peak", "plan/resident", "… all returned", "factors, plan/fit",
     ]  # fmt: skip
     return markdown(headings, rows)
 

@@ -7,11 +7,13 @@ seconds are compared turn by turn; the median of the ratios counts, with the lea
 In the second there is one fit, which is watched from outside: the most resident memory over what
 the process held before (after a fit of two batches, so that libraries and their buffers are
 there), and
-the most bytes of tensors that torch's dispatcher saw, another fit later.
+the most bytes of tensors that torch's dispatcher saw, another fit later. A third process tells the
+resident memory of an allocator that gives back at once what is freed.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -181,6 +183,7 @@ def main() -> None:
         row: dict[str, Any] = {"case": name, **CASES[name].options}
         for part in ("seconds", "memory"):
             row |= _own_process(name, part, options.rounds)
+        row["returned_mib"] = _own_process(name, "memory", 1, RETURNING)["resident_mib"]
         row["resident_ratio"] = row["planned_mib"] / row["resident_mib"]
         row["tensors_ratio"] = row["planned_mib"] / row["tensors_mib"]
         print(json.dumps(row), flush=True)
@@ -190,10 +193,20 @@ def main() -> None:
         options.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def _own_process(name: str, part: str, rounds: int) -> dict[str, Any]:
+#: Has the allocator of the GNU C library give back all but small pieces at once.
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def _own_process(
+    name: str, part: str, rounds: int, variables: dict[str, str] | None = None
+) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.plans", "--cases", name, "--part", part]
     done = subprocess.run(
-        [*command, "--rounds", str(rounds)], capture_output=True, text=True, check=True
+        [*command, "--rounds", str(rounds)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | (variables or {}),
     )
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
