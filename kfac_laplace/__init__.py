@@ -39,6 +39,7 @@ from kfac_laplace.likelihoods import Poisson as Poisson
 from kfac_laplace.likelihoods import StudentT as StudentT
 from kfac_laplace.marglik.training import marglik_training as marglik_training
 from kfac_laplace.marglik.tuner import MarglikTuner as MarglikTuner
+from kfac_laplace.planning.plan import Plan as Plan
 from kfac_laplace.posterior.objectives import Bracket as Bracket
 from kfac_laplace.posterior.objectives import Columns as Columns
 from kfac_laplace.posterior.objectives import Evidence as Evidence

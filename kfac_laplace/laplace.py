@@ -35,6 +35,9 @@ from kfac_laplace.migration.arguments import chosen_subset, ordered
 from kfac_laplace.migration.prior_search import Method
 from kfac_laplace.migration.words import LaplaceTorchWords
 from kfac_laplace.options import check_iterable, check_positive, check_text, check_whole
+from kfac_laplace.planning.asked import asked
+from kfac_laplace.planning.making import make_plan
+from kfac_laplace.planning.plan import Plan
 from kfac_laplace.posterior import state
 from kfac_laplace.posterior.calibrate.choice import Choice
 from kfac_laplace.posterior.calibrate.choice import Method as CalibrationMethod
@@ -208,7 +211,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         self._mean = checked_mean(prior_mean)
         check_text("dict_key_y", dict_key_y)
         self.dict_key_y = dict_key_y
-        device = self.curvature.network.device
+        device = self.curvature.network.device_of_numbers
         delta, self._patterns = starting_precision(prior_precision, device)
         self._start = self._patterns or delta.detach()  # of groups that a later fit finds new
         self._hyper = Hyperparameters(
@@ -380,6 +383,40 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         if kept is not None:
             kept.ended()
         return self
+
+    def plan(
+        self,
+        x: Any,
+        y: Tensor | None = None,
+        *,
+        n_data: int | None = None,
+        rate: float | None = None,
+    ) -> Plan:
+        """What a fit will take: passes, operations, bytes, seconds; nothing is fitted or changed.
+
+        Operations and bytes are counted by running one batch through the code of a fit on shapes
+        alone, without memory or numbers. Seconds are those of each part on a few examples, here
+        and now; on the meta device, or with a rate, they are operations over a rate. docs/scale.md
+        says how far they have been from what came then.
+
+        Args:
+            x: inputs of one batch; or, without y, a batch as a loader yields it, or a loader,
+                whose first batch counts.
+            y: targets of the batch.
+            n_data: examples that the fit will have; by default those of the loader's data set, or
+                of the batch.
+            rate: floating-point operations a second in float32, of another device than this one;
+                those in float64 count twice. None: measured.
+
+        Raises:
+            InvalidValue: an empty batch or loader, or one that can be read only once; n_data or a
+                rate below what there can be; a batch without numbers for a model with them.
+            UnsupportedUse: as `fit`; on the meta device also a model that asks for values.
+        """
+        found = asked(x, y, n_data, self.dict_key_y, self.options.batch_fn)
+        if rate is not None:
+            check_positive("rate", rate)
+        return make_plan(self._afresh(), found.x, found.y, found.n_data, rate)
 
     def _afresh(self) -> Curvature:
         """A curvature of no data, which knows of the model's rows what the last one knew."""
@@ -1034,7 +1071,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
     # --- checks ----------------------------------------------------------------------------
 
     def _checked_sigma(self, value: float | Tensor) -> Tensor:
-        return checked_sigma(value, self.likelihood, self.curvature.network.device)
+        return checked_sigma(value, self.likelihood, self.curvature.network.device_of_numbers)
 
     def _starts_at(self, given: Tensor | dict[str, float]) -> None:
         """Where later fits start new groups: at one number, or patterns, that the user gave."""

@@ -71,6 +71,7 @@ posterior/predict
 posterior/calibrate
 posterior/state
 summary
+planning
 pretrained
 report
 migration

@@ -1,7 +1,7 @@
 """One batch more: a GGN, a model and a batch give the GGN of both."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from kfac_laplace.curvature.estimate.choice import choose_settings, first_examples, idle_examples
-from kfac_laplace.curvature.estimate.estimator import Plan, estimate
+from kfac_laplace.curvature.estimate.estimator import Estimand, estimate
 from kfac_laplace.curvature.estimate.structures import FACTORED
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.effect import effective
@@ -32,6 +32,9 @@ from kfac_laplace.likelihoods import aligned_target, check_finite, settled_axis
 
 log = logging.getLogger("kfac_laplace")
 
+#: takes what is estimated to what is estimated instead
+Amend = Callable[[Estimand], Estimand]
+
 
 def with_batch(
     ggn: GGN,
@@ -39,6 +42,7 @@ def with_batch(
     data: tuple[Any, Tensor],
     generator: Generator,
     parameters: Mapping[str, Tensor] | None = None,
+    amend: Amend | None = None,
 ) -> GGN:
     """A GGN and one batch more.
 
@@ -48,6 +52,7 @@ def with_batch(
         data: inputs and targets.
         generator: source of labels and signs.
         parameters: weights by name at which to take the curvature; the model's own by default.
+        amend: changes what is estimated, for who watches.
     """
     x, y = data
     with undisturbed(network.model):
@@ -57,7 +62,7 @@ def with_batch(
         passes = [network.record(batch, ggn.knowledge, parameters)]
         reordered = passes[0].reordered
         try:
-            return _of_pass(ggn, network, passes.pop(), y, generator, parameters).after(ggn)
+            return _of_pass(ggn, network, passes.pop(), y, generator, parameters, amend).after(ggn)
         except RuntimeError as error:
             # A backward pass of the model's own may mean the order in memory as well.
             if not reordered or isinstance(error, KfacLaplaceError) or ran_out_of_memory(error):
@@ -65,7 +70,7 @@ def with_batch(
         generator.set_state(draws)
         ggn = replace(ggn, knowledge=replace(ggn.knowledge, reorders=False))
         passes = [network.record(batch, ggn.knowledge, parameters)]
-        return _of_pass(ggn, network, passes.pop(), y, generator, parameters).after(ggn)
+        return _of_pass(ggn, network, passes.pop(), y, generator, parameters, amend).after(ggn)
 
 
 def _of_pass(
@@ -75,6 +80,7 @@ def _of_pass(
     y: Tensor,
     generator: Generator,
     parameters: Mapping[str, Tensor] | None,
+    amend: Amend | None,
 ) -> GGN:
     """The GGN of one batch, by what is known and what this batch teaches."""
     batch = passed.batch
@@ -102,8 +108,9 @@ def _of_pass(
         passed = passed.weighted(ggn.likelihood.importance(targets))
     options = ggn.options
     dtype = SumDtype(options.factor_dtype)
-    plan = Plan(options.hessian_structure, settings, options.fisher, dtype, bases=ggn.bases)
-    blocks = estimate(passed, plan, targets, generator)
+    estimand = Estimand(options.hessian_structure, settings, options.fisher, dtype, bases=ggn.bases)
+    estimand = estimand if amend is None else amend(estimand)
+    blocks = estimate(passed, estimand, targets, generator)
     if bool(idle.all()):
         blocks = {name: block.zero() for name, block in blocks.items()}
     for name, block in blocks.items():

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from kfac_laplace.curvature.estimate.estimator import Plan
+from kfac_laplace.curvature.estimate.estimator import Estimand
 from kfac_laplace.curvature.estimate.fisher import Empirical
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
@@ -222,9 +222,9 @@ class Capture:
         rows = passed.output_rows
         self.outputs_per_example = (len(rows) / passed.n, rows.numel() / passed.n)
         dtype, widest = SumDtype(torch.float32), self._estimate.largest
-        plan = Plan("kron", learned.settings, self._fisher, dtype, widest)
+        estimand = Estimand("kron", learned.settings, self._fisher, dtype, widest)
         read, looks = learned.all_read, not self._seen
-        TrainingPass(passed, plan, self._generator, read, self._receive, looks)
+        TrainingPass(passed, estimand, self._generator, read, self._receive, looks)
 
     def _receive(self, blocks: Blocks, n: int) -> None:
         """Add the blocks of a pass whose backward pass has ended."""

@@ -12,7 +12,7 @@ from torch.autograd import Variable
 from torch.autograd.graph import Node, get_gradient_edge
 
 from kfac_laplace.curvature.estimate.blocks import Block, KroneckerBlock
-from kfac_laplace.curvature.estimate.estimator import Plan, accumulators, estimate, finished
+from kfac_laplace.curvature.estimate.estimator import Estimand, accumulators, estimate, finished
 from kfac_laplace.curvature.estimate.fisher import Empirical
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.linalg.dtypes import accumulable
@@ -35,7 +35,7 @@ class TrainingPass:
 
     Args:
         passed: the pass, its groups those to be captured; at least one.
-        plan: what is wanted.
+        estimand: what is wanted.
         generator: source of labels and signs.
         all_read: whether outputs depend on every row, as far as is known.
         receive: a method that takes the blocks, held weakly.
@@ -45,7 +45,7 @@ class TrainingPass:
     def __init__(
         self,
         passed: ForwardPass,
-        plan: Plan,
+        estimand: Estimand,
         generator: Generator,
         all_read: bool,
         receive: Receive,
@@ -55,10 +55,10 @@ class TrainingPass:
         self._n, self._done, self._task = passed.n, False, -1
         self._finish: Callable[[], Blocks] | None
         self._leaves = _leaves(passed)
-        if isinstance(plan.fisher, Empirical):
-            self._finish = _listening(passed, plan, all_read, partial(_reaches, self._leaves))
+        if isinstance(estimand.fisher, Empirical):
+            self._finish = _listening(passed, estimand, all_read, partial(_reaches, self._leaves))
         else:
-            blocks = _estimated(passed, plan, generator)
+            blocks = _estimated(passed, estimand, generator)
             self._finish = lambda: blocks
         recording = passed.recording
         top = get_gradient_edge(recording.output)
@@ -119,16 +119,16 @@ def _checking_loss(
     return check
 
 
-def _estimated(passed: ForwardPass, plan: Plan, generator: Generator) -> Blocks:
+def _estimated(passed: ForwardPass, estimand: Estimand, generator: Generator) -> Blocks:
     """Blocks from vectors of our own, on the caller's graph, which stays as it is."""
     f = passed.outputs.detach()
     y = passed.likelihood.stand_in_targets(f, generator)
     passed = passed.weighted(passed.likelihood.importance(y))
-    return _kronecker(estimate(passed, plan, y, generator))
+    return _kronecker(estimate(passed, estimand, y, generator))
 
 
 def _listening(
-    passed: ForwardPass, plan: Plan, all_read: bool, counts: Callable[[], bool]
+    passed: ForwardPass, estimand: Estimand, all_read: bool, counts: Callable[[], bool]
 ) -> Callable[[], Blocks]:
     """Blocks of the caller's own gradient rows r: B = Σ r rᵀ; call the result when they came.
 
@@ -137,7 +137,7 @@ def _listening(
     """
     if not all_read:
         _ = passed.reachable  # afterwards the graph is gone
-    made = accumulators(passed, plan)
+    made = accumulators(passed, estimand)
     came: set[int] = set()
 
     def receive(u: int, rows: Tensor) -> None:

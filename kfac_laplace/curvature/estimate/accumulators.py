@@ -47,6 +47,9 @@ class Accumulator(ABC):
             generic: per-example gradients (1, n, b, o, i) of the groups without a layer rule.
         """
 
+    def foresee(self, vectors: int) -> None:  # noqa: B027 - most sums do not ask
+        """Say how many vectors there were to come, where fewer do: few rows are not kept then."""
+
     @abstractmethod
     def block(self) -> Block:
         """The finished block."""
@@ -117,6 +120,14 @@ class KroneckerAccumulator(Accumulator):
                 self._grams.want(key)
             if _may_drop(term, passed.n):
                 passed.seen.watch(term.use)
+
+    def foresee(self, vectors: int) -> None:
+        """Multiply rows of B from the first on if so many vectors will bring many."""
+        n = self._passed.n
+        each = sum(
+            t.inputs.count if self._settings[t.start] == "expand" else n for t in self._terms
+        )
+        self._outputs.foresee(vectors * each // self._group.layout.parts)
 
     def _shared(self, term: Term) -> bool:
         """Whether examples have several rows at a use."""
@@ -282,6 +293,10 @@ class DenseAccumulator(WholeGradients):
         flat = flat_gradients(self._passed, self._layout, (rows, generic))  # (v, n, p)
         if flat is not None:
             self._sum.add(flat.flatten(0, 1)[None])
+
+    def foresee(self, vectors: int) -> None:
+        """Multiply from the first row on if so many vectors will bring many."""
+        self._sum.foresee(vectors * self._passed.n)
 
     def block(self) -> DenseBlock:
         """The matrix."""

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from kfac_laplace.curvature.estimate.blocks import KroneckerBlock
-from kfac_laplace.curvature.estimate.estimator import Plan, estimate
+from kfac_laplace.curvature.estimate.estimator import Estimand, estimate
 from kfac_laplace.curvature.estimate.exact_blocks import DiagonalBlock
 from kfac_laplace.curvature.estimate.settings import PartSetting, Setting
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
@@ -141,12 +141,14 @@ def shares(passed: ForwardPass, groups: Sequence[Group]) -> dict[str, Shares]:
     roots = Unsaturated(passed.weights)
     exact = {
         name: block.values.double().sum((-2, -1))
-        for name, block in _blocks(few, Plan("diag", {}, roots)).items()
+        for name, block in _blocks(few, Estimand("diag", {}, roots)).items()
         if isinstance(block, DiagonalBlock)
     }
     reduce, expand = (
-        {name: _traces(block) for name, block in _blocks(few, plan).items()}
-        for plan in (Plan("kron", dict.fromkeys(exact, setting), roots) for setting in SETTINGS)
+        {name: _traces(block) for name, block in _blocks(few, estimand).items()}
+        for estimand in (
+            Estimand("kron", dict.fromkeys(exact, setting), roots) for setting in SETTINGS
+        )
     )
     noise = 30 * torch.finfo(passed.recording.output.dtype).eps ** 2
     sure = max(CANCELS_SURELY, noise)
@@ -171,8 +173,8 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part / whole.where(whole > 0, 1), 1)
 
 
-def _blocks(passed: ForwardPass, plan: Plan) -> Mapping[str, object]:
-    return estimate(passed, plan, passed.outputs.detach(), Generator().manual_seed(0))
+def _blocks(passed: ForwardPass, estimand: Estimand) -> Mapping[str, object]:
+    return estimate(passed, estimand, passed.outputs.detach(), Generator().manual_seed(0))
 
 
 def _traces(block: object) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The blocks of one batch: sums over backward vectors, group by group."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -27,9 +27,12 @@ from kfac_laplace.curvature.linalg.dtypes import SumDtype, without_autocast
 from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.curvature.recording.backward import Backward
 
+#: takes vectors to those that are sent back
+Passing = Callable[[Iterator[Tensor]], Iterator[Tensor]]
+
 
 @dataclass(frozen=True)
-class Plan:
+class Estimand:
     """What is estimated, and how.
 
     Args:
@@ -39,6 +42,10 @@ class Plan:
         dtype: the precision of products and sums.
         widest: of input factors with more columns only the diagonal is wanted; None: of none.
         bases: eigenvectors of the factors by group, for "ekfac".
+        passing: what the vectors pass through on their way, one by one: who counts or times them,
+            or lets some of them through alone.
+        foreseen: how many vectors were to come where `passing` lets fewer through: sums then
+            multiply few rows from the first on if many were to come.
     """
 
     structure: Structure
@@ -47,39 +54,46 @@ class Plan:
     dtype: SumDtype = SumDtype()
     widest: int | None = None
     bases: Mapping[str, Bases] = field(default_factory=dict)
+    passing: Passing | None = None
+    foreseen: int = 0
 
 
-def estimate(passed: ForwardPass, plan: Plan, y: Tensor, generator: Generator) -> dict[str, Block]:
+def estimate(
+    passed: ForwardPass, estimand: Estimand, y: Tensor, generator: Generator
+) -> dict[str, Block]:
     """The blocks of a recorded pass, by name of their groups, or one block "full" or "lowrank".
 
     Args:
         passed: the forward pass, with the groups of its parameters known.
-        plan: what is wanted.
+        estimand: what is wanted.
         y: aligned targets.
         generator: source of labels and signs.
     """
-    made = accumulators(passed, plan)
-    cut = find_cut(passed, plan.dtype) if _may_cut(plan) else None
+    made = accumulators(passed, estimand)
+    for part in made.values() if estimand.foreseen else ():
+        part.foresee(estimand.foreseen)
+    cut = find_cut(passed, estimand.dtype) if _may_cut(estimand) else None
     if cut is None:
-        vectors = plan.fisher.vectors(passed.likelihood, passed.outputs.detach(), y, generator)
-        _add_vectors(passed, vectors, made)
+        vectors = estimand.fisher.vectors(passed.likelihood, passed.outputs.detach(), y, generator)
+        at_a_time = vectors_at_once(passed) if estimand.passing is None else 1
+        _add_vectors(passed, _sent_back(estimand, vectors), at_a_time, made)
     else:
-        made = _add_cut(cut, made)
+        made = _add_cut(cut, _sent_back(estimand, cut.roots()), made)
     return finished(passed, made)
 
 
-def accumulators(passed: ForwardPass, plan: Plan) -> dict[str, Accumulator]:
+def accumulators(passed: ForwardPass, estimand: Estimand) -> dict[str, Accumulator]:
     """An empty sum for each block; arguments as for `estimate`."""
     groups = passed.knowledge.groups
     with without_autocast(passed.device):
-        if plan.structure == "full":
+        if estimand.structure == "full":
             layout = passed.knowledge.full_layout
-            return {"full": DenseAccumulator(groups, layout, passed, plan.dtype)}
-        if isinstance(plan.structure, LowRank):
-            layout, rank = passed.knowledge.full_layout, plan.structure.rank
-            return {"lowrank": LowRankAccumulator(groups, layout, passed, plan.dtype, rank)}
+            return {"full": DenseAccumulator(groups, layout, passed, estimand.dtype)}
+        if isinstance(estimand.structure, LowRank):
+            layout, rank = passed.knowledge.full_layout, estimand.structure.rank
+            return {"lowrank": LowRankAccumulator(groups, layout, passed, estimand.dtype, rank)}
         shared = SharedGrams()
-        return {group.name: _accumulator(passed, plan, group, shared) for group in groups}
+        return {group.name: _accumulator(passed, estimand, group, shared) for group in groups}
 
 
 def finished(passed: ForwardPass, made: dict[str, Accumulator]) -> dict[str, Block]:
@@ -89,40 +103,51 @@ def finished(passed: ForwardPass, made: dict[str, Accumulator]) -> dict[str, Blo
         return {name: made.pop(name).block() for name in list(made)}
 
 
-def _accumulator(passed: ForwardPass, plan: Plan, group: Group, shared: SharedGrams) -> Accumulator:
+def _accumulator(
+    passed: ForwardPass, estimand: Estimand, group: Group, shared: SharedGrams
+) -> Accumulator:
     """The sum for a group's block, by its structure."""
-    treatment = group.treatment if plan.structure in FACTORED else "diag"
-    if treatment == "kron" and plan.structure == "ekfac":
-        return EigenAccumulator(group, passed, plan.bases[group.name])
+    treatment = group.treatment if estimand.structure in FACTORED else "diag"
+    if treatment == "kron" and estimand.structure == "ekfac":
+        return EigenAccumulator(group, passed, estimand.bases[group.name])
     if treatment == "kron":
-        setting = plan.settings[group.name]
-        return KroneckerAccumulator(group, passed, setting, plan.dtype, plan.widest, shared)
+        setting = estimand.settings[group.name]
+        return KroneckerAccumulator(group, passed, setting, estimand.dtype, estimand.widest, shared)
     if treatment == "dense":
-        return DenseAccumulator([group], group.layout, passed, plan.dtype)
+        return DenseAccumulator([group], group.layout, passed, estimand.dtype)
     return DiagonalAccumulator(group, passed)
 
 
+def _sent_back(estimand: Estimand, vectors: Iterator[Tensor]) -> Iterator[Tensor]:
+    return vectors if estimand.passing is None else estimand.passing(vectors)
+
+
 def _add_vectors(
-    passed: ForwardPass, vectors: Iterator[Tensor], made: Mapping[str, Accumulator]
+    passed: ForwardPass,
+    vectors: Iterator[Tensor],
+    at_a_time: int,
+    made: Mapping[str, Accumulator],
 ) -> None:
     """Add the estimator's vectors, from the outputs."""
     wanted = frozenset[int]().union(*(part.uses for part in made.values()))
     backward = Backward(passed.recording, passed.outputs, sorted(wanted))
-    for piece in _pieces(vectors, _vectors_at_once(passed)):
+    for piece in _pieces(vectors, at_a_time):
         copied = copied_gradients(passed, piece)
         for k, vector in enumerate(piece):
             one = {name: gradients[k : k + 1] for name, gradients in copied.items()}
             _add_vector(backward, vector, made, one)
 
 
-def _add_cut(cut: Cut, made: dict[str, Accumulator]) -> dict[str, Accumulator]:
+def _add_cut(
+    cut: Cut, roots: Iterator[Tensor], made: dict[str, Accumulator]
+) -> dict[str, Accumulator]:
     """Add vectors from the head's input; the sums, with the head's own among them."""
     with without_autocast(cut.passed.device):
         made = cut.with_head(made)
-    if cut.h is not None:
-        backward = Backward(cut.passed.recording, cut.h, cut.below)
-        for root in cut.roots():
-            _add_vector(backward, root, made, {})
+    backward = None if cut.h is None else Backward(cut.passed.recording, cut.h, cut.below)
+    for root in roots:  # none where nothing is below
+        assert backward is not None
+        _add_vector(backward, root, made, {})
     return made
 
 
@@ -148,12 +173,12 @@ def _add_vector(
             part.finish_vector(copied)
 
 
-def _may_cut(plan: Plan) -> bool:
+def _may_cut(estimand: Estimand) -> bool:
     """Whether all that is wanted of the head is its B, by the exact Λ."""
-    return plan.structure == "kron" and type(plan.fisher) is Exact
+    return estimand.structure == "kron" and type(estimand.fisher) is Exact
 
 
-def _vectors_at_once(passed: ForwardPass) -> int:
+def vectors_at_once(passed: ForwardPass) -> int:
     """How many vectors to hold at a time, by the size of the copied gradients they yield."""
     copied = sum(
         group.layout.size for group in passed.knowledge.groups if group.name in passed.without_rules

@@ -55,6 +55,14 @@ class Exact:
             for now in range(1, last + 1):
                 yield weighted.where(turn == now, 0)
 
+    def count(self, likelihood: Likelihood, f: Tensor, y: Tensor) -> int:
+        """How many vectors these are."""
+        _, last = _turns(f, likelihood.importance(y))
+        row = torch.zeros(1, 1, f.shape[-1])
+        softmax = likelihood.softmax_probabilities(row) is not None
+        roots = f.shape[-1] - 1 if softmax else sum(1 for _ in likelihood.roots(row))
+        return max(1, last * roots)
+
 
 @dataclass(frozen=True)
 class MonteCarlo:
@@ -226,6 +234,9 @@ def _weighted(root: Tensor, importance: Tensor | None) -> Tensor:
 
 def _turns(f: Tensor, importance: Tensor | None) -> tuple[Tensor, int]:
     """When each position of an example has its turn, 1, 2, … or 0 for never, and the last turn."""
+    if importance is None:
+        turn = torch.arange(1, f.shape[1] + 1, device=f.device).expand(f.shape[:2])
+        return turn[..., None], f.shape[1]
     every = torch.ones(f.shape[:2], dtype=torch.bool, device=f.device)
     counts = every if importance is None else (importance != 0).any(-1)
     turn = counts.cumsum(1) * counts  # (n, t)

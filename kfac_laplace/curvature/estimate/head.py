@@ -18,6 +18,7 @@ from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
 from kfac_laplace.curvature.linalg.gram import Gram
 from kfac_laplace.curvature.model.budget import at_once
+from kfac_laplace.curvature.model.tensors import has_values
 from kfac_laplace.likelihoods import Likelihood
 
 #: Matrix products by autograd node, and which of their operands is h (n, d).
@@ -57,8 +58,11 @@ class Cut:
         # Eigenvalues up to the matrix's own rounding errors are zeros: its rank may be below d.
         noise = values[:, -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
         scaled = vectors * values.where(values > noise, 0).sqrt()[:, None]
-        used = (values > noise).any(0)
-        used[-1] = True  # sums take their dtype from a vector
+        if has_values(values):
+            used = (values > noise).any(0)
+            used[-1] = True  # sums take their dtype from a vector
+        else:
+            used = torch.ones(values.shape[-1], dtype=torch.bool)
         for k in used.nonzero()[:, 0].flip(0):
             yield scaled[..., k].to(self.weight.dtype)
 
@@ -128,7 +132,7 @@ def find_cut(passed: ForwardPass, dtype: SumDtype) -> Cut | None:
     if node is None or node.name() not in PRODUCTS or output.device.type == "mps":
         return None
     f = passed.outputs.detach()
-    if f.shape[:2] != (passed.n, 1) or not torch.equal(f[:, 0], accumulable(output.detach())):
+    if f.shape[:2] != (passed.n, 1) or not _same(f[:, 0], accumulable(output.detach())):
         return None
     use = next((u for u, use in enumerate(passed.recording.uses) if use.edge.node is node), None)
     head = [group for group in groups if use in passed.uses[group.name]]
@@ -168,8 +172,13 @@ def _is_plain(passed: ForwardPass, node: Node, use: int, head: Sequence[Group]) 
         and all(passed.uses[group.name] == [use] for group in head)
         and all(group.layout.matrix[0] == 1 for group in head)
         and rows.shape == (1, 1, *output.shape)
-        and torch.equal(rows[0, 0], output)
+        and _same(rows[0, 0], output)
     )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, or of one shape where they have no values."""
+    return torch.equal(one, other) if has_values(one) else one.shape == other.shape
 
 
 def _pulled_back(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.failures import ran_out_of_memory
+from kfac_laplace.curvature.model.tensors import has_values
 from kfac_laplace.errors import KfacLaplaceError, UnsupportedUse
 
 #: takes parameters by name and inputs to aligned outputs (rows, t, c)
@@ -64,6 +65,8 @@ class ExampleGraph:
             eps: machine precision of the model; half its digits must agree.
         """
         fits = self.outputs.shape == expected.shape
+        if fits and not has_values(expected):
+            return
         difference: Tensor | float = torch.inf
         if fits:
             change = (self.outputs.detach() - expected).abs()
@@ -84,6 +87,8 @@ class ExampleGraph:
         Raises:
             UnsupportedUse: an output that counts does.
         """
+        if not has_values(outputs):
+            return
         counts = self.padding[..., None].to(outputs.dtype)
         if weights is not None:
             counts = counts * (weights != 0)

@@ -85,6 +85,11 @@ class Network:
         """Device of the parameters."""
         return device_of(self.model)
 
+    @property
+    def device_of_numbers(self) -> torch.device:
+        """The same, and the CPU for parameters that have no numbers."""
+        return torch.device("cpu") if self.device.type == "meta" else self.device
+
     def select(self, subset: Subset, complex_stay_out: bool = False) -> tuple[str, ...]:
         """Names of the trainable parameters that `subset_of_weights` admits, in model order.
 

@@ -6,6 +6,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.model.tensors import has_values
 from kfac_laplace.curvature.recording.live_rows import SMALLEST, is_nonzero
 from kfac_laplace.curvature.rows.row_layout import Axis, RowLayout
 
@@ -26,6 +27,11 @@ class SeenRows:
         """Look at the rows of a use from now on."""
         self._masks.setdefault(use, None)
 
+    @property
+    def watches(self) -> bool:
+        """Whether any use is watched."""
+        return bool(self._masks)
+
     def note(self, use: int, rows: Tensor) -> None:
         """Remember which of the gradient rows (1, b, *lead, o) are not zero, until all were.
 
@@ -34,6 +40,9 @@ class SeenRows:
             rows: of one vector.
         """
         if use not in self._masks or use in self._complete:
+            return
+        if not has_values(rows):
+            self._complete.add(use)
             return
         known, seen = self._masks[use], _nonzero_rows(rows)
         seen = seen if known is None else known | seen

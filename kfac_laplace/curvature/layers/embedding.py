@@ -60,10 +60,9 @@ class OneHot(Inputs):
 
     def gram(self, dtype: SumDtype, budget: Budget) -> Tensor:
         """How often each entry is looked up, shape (1, V)."""
-        counts = torch.bincount(
-            self.index.flatten(), self.live.flatten().double(), minlength=self.size
-        )
-        return counts[None]
+        counts = torch.zeros(self.size, dtype=torch.float64, device=self.index.device)
+        live = self.live.flatten().double()
+        return counts.scatter_add_(0, self.index.flatten().long(), live)[None]
 
     def example_sums(self, row_layout: RowLayout, n: int) -> Tensor:
         """How often each example looks each entry up, shape (1, n, V)."""

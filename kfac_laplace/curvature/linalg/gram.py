@@ -10,9 +10,11 @@ import scipy  # loads its parts when they are used
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.linalg.dtypes import SumDtype
+from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
+from kfac_laplace.curvature.linalg.operations import note
 from kfac_laplace.curvature.linalg.packed import diagonals, pack, packed_zeros, unpack
 from kfac_laplace.curvature.linalg.spectrum import eigenvalues
+from kfac_laplace.curvature.model.tensors import has_values
 from kfac_laplace.errors import UnsupportedUse
 
 #: Symmetric products are halved down to so many columns where BLAS has no call for half of one.
@@ -130,16 +132,23 @@ class GramSum:
         self._b, self._i = b, i
         self._sum_like = like.new_empty(0, dtype=dtype.sums(like))
         self._product_like = like.new_empty(0, dtype=dtype.products(like))
+        self._rows_dtype = accumulable(like.new_empty(0)).dtype
         self._rows: Tensor | None = None  # room for rows as long as they are few
         self._kept = 0  # how many there are
         self._products: Tensor | None = None  # not yet in the sums
         self._multiplied = 0  # rows in these products
         self._packed: Tensor | None = None  # sums of products
         self._ended = False
+        self._many = False  # more rows will come than are kept
 
     def __len__(self) -> int:
         """Number of stacks."""
         return self._b
+
+    def foresee(self, rows: int) -> None:
+        """Multiply from the first row on if so many rows are more than are kept."""
+        like = self._product_like.new_empty(0, self._i)
+        self._many = rows > most_rows(like.to(self._rows_dtype))
 
     def add(self, rows: Tensor, start: int = 0) -> None:
         """Add rows (b', *lead, i) to the stacks from `start` on."""
@@ -163,7 +172,7 @@ class GramSum:
         b, *lead, i = rows.shape
         k, room = prod(lead), most_rows(rows)
         has_products = self._products is not None or self._packed is not None
-        if b < len(self) or self._kept + k > room or has_products:
+        if b < len(self) or self._kept + k > room or has_products or self._many:
             return False
         if self._rows is None:
             # In one piece: many small ones between large temporary ones would scatter the memory.
@@ -293,7 +302,11 @@ def _add_whole(total: Tensor, rows: Tensor) -> None:
 
 def _add_rank_k(total: Tensor, rows: Tensor) -> None:
     """Add Σ row rowᵀ to one matrix (i, i), or to one that is packed, on the CPU."""
-    columns = rows.contiguous().numpy().T
+    note(len(rows) * rows.shape[-1] * (rows.shape[-1] + 1), total.dtype)
+    rows = rows.contiguous()
+    if not has_values(rows):
+        return
+    columns = rows.numpy().T
     to_square, to_packed = _rank_k(total.dtype)
     if total.shape[-1] == rows.shape[-1]:
         # In the memory order of Fortran our lower triangle is the upper one.

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.model.tensors import has_values
 from kfac_laplace.errors import InvalidValue
 
 #: Entries that are converted to another precision at a time.
@@ -40,7 +41,7 @@ def leading(parts: Sequence[Tensor], count: int, dtype: torch.dtype) -> tuple[Te
     for columns in _columns(m, p):
         rows = _converted(parts, columns, dtype)
         gram.addmm_(rows, rows.mT)
-    if not bool(torch.isfinite(gram.sum())):
+    if has_values(gram) and not bool(torch.isfinite(gram.sum())):
         raise InvalidValue(
             "non-finite curvature",
             where="lowrank",

@@ -1,9 +1,10 @@
-"""Tensors in nested arguments."""
+"""Tensors in nested arguments, and tensors that are shapes alone."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def tensors_in(nested: Any) -> Iterator[Tensor]:
@@ -15,3 +16,8 @@ def tensors_in(nested: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
     elif isinstance(nested, dict):
         yield from tensors_in(list(nested.values()))
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers in it: not on the meta device, nor where shapes alone are run."""
+    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)

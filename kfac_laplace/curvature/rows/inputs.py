@@ -112,7 +112,8 @@ class Rows(Inputs):
     def key(self) -> Hashable:
         """Where they lie in memory, and how."""
         t = self.tensor
-        return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
+        place = t.untyped_storage()._cdata, t.storage_offset()
+        return *place, t.shape, t.stride(), t.dtype, t.device
 
     @property
     def lead(self) -> tuple[int, ...]:
