@@ -122,6 +122,17 @@ def test_a_failure_ends_all_with_its_message(kind, failing, says, ranks):
 
 
 @pytest.mark.slow
+def test_interrupted_ranks_go_on_to_the_same_bits(tmp_path):
+    """Whichever rank fails, in whichever pass; files are gone at the end."""
+    found = on_ranks(3, tmp_path, parted.all_resumed, ENDS)
+    for structure, cases in parted.INTERRUPTED.items():
+        for k in range(len(cases)):
+            told = [each[structure][k] for each in found]
+            assert any("the disk is gone" in said for said, _, _ in told)
+            assert all(said and equal and not left for said, equal, left in told), told
+
+
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others(tmp_path):
     found = survivors(3, tmp_path, parted.killed, ENDS)
     assert found.keys() == {0, 2}
