@@ -116,7 +116,11 @@ def bridge(mean: Tensor, covariance: Tensor) -> Tensor:
     variance = (covariance - gain[..., :, None] * ones[..., None, :]).diagonal(dim1=-2, dim2=-1)
     c = mean.shape[-1]
     log_scale = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2 * math.log(c)
-    certain = (variance <= 0).any(-1, keepdim=True)  # κ = 0: the probabilities at the mean
+    # κ = 0, or logits that their sum determines, as those along one direction: the probabilities at
+    # the mean. Of these variances rounding is left, whose ratios mean nothing.
+    largest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    rounding = 8 * c * torch.finfo(covariance.dtype).eps * largest
+    certain = (variance <= rounding).any(-1, keepdim=True)
     alpha = (1 - 2 / c + log_scale.exp()) / variance.where(~certain, 1.0)
     spread = alpha.sum(-1, keepdim=True)
     certain = certain | ~torch.isfinite(spread)

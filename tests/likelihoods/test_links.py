@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfac_laplace.likelihoods.links import MODERATE, averaged, centred, probit
+from kfac_laplace.likelihoods.links import MODERATE, averaged, bridge, centred, probit
 
 
 def gaussians(c: int, variance: float, n: int = 40) -> tuple[Tensor, Tensor]:
@@ -106,3 +106,28 @@ def test_no_variance_leaves_the_mode():
     mean, _ = gaussians(3, 1.0)
     nothing = torch.zeros(len(mean), 3, 3, dtype=torch.float64)
     torch.testing.assert_close(averaged(mean, nothing, 10, 0), mean.softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("c", [2, 3, 5])
+def test_the_bridge_of_one_direction_of_logits_is_certain(c, dtype):
+    """Σ = v w wᵀ: their sum determines all logits. What is left of variances is rounding alone."""
+    draw = torch.Generator().manual_seed(c)
+    w = torch.randn(50, c, dtype=torch.float64, generator=draw)
+    h = torch.randn(50, 1, dtype=torch.float64, generator=draw)
+    mean = h * w + torch.linspace(-1, 1, c, dtype=torch.float64)  # adds up to h Σ w
+    want = (mean - h * w).softmax(-1).to(dtype)
+    covariance = (0.7 * w[:, :, None] * w[:, None, :]).to(dtype)
+    got = bridge(mean.to(dtype), covariance)
+    well = (w.sum(-1).abs() > 0.3).nonzero()[:, 0]  # where Σ w is no difference of large numbers
+    assert len(well) > 30
+    near = {"rtol": 0, "atol": 1e-3 if dtype == torch.float32 else 1e-12}
+    torch.testing.assert_close(got[well], want[well], **near)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bridge_does_not_know_the_order_of_classes(seed):
+    mean, covariance = gaussians(5, 2.0)
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    got = bridge(mean[:, order], covariance[:, order][:, :, order])
+    torch.testing.assert_close(got, bridge(mean, covariance)[:, order])
