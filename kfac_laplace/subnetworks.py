@@ -16,6 +16,7 @@ from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
+from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted
@@ -254,7 +255,8 @@ class LastLayerSubnetMask(SubnetMask):
                 got=None,
                 remedy="Pass training data to select, or last_layer_name",
             )
-        batch = next(iter(train_loader))
+        with draws_kept():
+            batch = next(iter(train_loader))
         x, _ = split_batch(batch, "labels", self._batch_fn)
         network = Network.of(self.model, resolve("regression"), self._forward_fn)
         with undisturbed(network.model):

@@ -27,6 +27,7 @@ from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
+from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
 from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.curvature.shards import own_part
@@ -308,7 +309,7 @@ class Curvature:
         bar = tqdm(loader, desc="curvature", disable=not progress, leave=False)
         batches = (split_batch(raw, key_y, self.options.batch_fn) for raw in kept.uncounted(bar))
         ranks = self.options.ranks
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+        with draws_kept():
             if ranks is not None:
                 self._read_part(ranks, Source(batches, kept, phase), check)
                 return

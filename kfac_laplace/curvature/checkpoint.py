@@ -18,7 +18,7 @@ from kfac_laplace.curvature.batch_digest import digest
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.live_state import live_from_plain, live_to_plain
 from kfac_laplace.curvature.model.draws import Draws, generators_of
-from kfac_laplace.curvature.model.random_states import RandomStates
+from kfac_laplace.curvature.model.random_states import RandomStates, draws_kept
 from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.curvature.same_fit import REMEDY, Counting, bound_to, check_bound
 from kfac_laplace.curvature.termination import Termination
@@ -179,7 +179,7 @@ class Keeping:
         self._bound = bound_to(self._of, self._key_y)
         found = self._opened(path) if os.path.exists(path) else None
         with contextlib.ExitStack() as around:
-            around.enter_context(torch.random.fork_rng(devices=[]))
+            around.enter_context(draws_kept())
             if found is not None:
                 self._before = Draws(self._of.network.device, self._loader)
                 with refusing_damage("checkpoint"):

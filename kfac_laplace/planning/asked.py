@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Generator, Tensor
 
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.graphs import is_graph
+from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.options import check_whole
 
@@ -103,7 +103,7 @@ def _draws_kept(loader: Any) -> Iterator[None]:
     generators = [g for g in found.values() if isinstance(g, Generator)]
     states = [generator.get_state() for generator in generators]
     try:
-        with torch.random.fork_rng(devices=[]):
+        with draws_kept():
             yield
     finally:
         for generator, state in zip(generators, states, strict=True):

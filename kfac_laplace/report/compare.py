@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.model.batches import split_batch
+from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import aligned_target
 from kfac_laplace.options import check_iterable
@@ -94,14 +95,15 @@ def _tested(
     parts: list[list[Any]] = [[] for _ in compared]
     scores: list[list[dict[str, Tensor]]] = [[] for _ in compared]
     n = 0
-    for raw in loader:
-        outputs, y = _predicted(choice, raw)
-        example = torch.arange(n, n + len(outputs.mean))
-        n += len(example)
-        for turn, way in enumerate(compared):
-            parts[turn].append(rows(way, choice, outputs, y, example))
-            if with_scores:
-                scores[turn].append(way.strangeness(choice, outputs))
+    with draws_kept():
+        for raw in loader:
+            outputs, y = _predicted(choice, raw)
+            example = torch.arange(n, n + len(outputs.mean))
+            n += len(example)
+            for turn, way in enumerate(compared):
+                parts[turn].append(rows(way, choice, outputs, y, example))
+                if with_scores:
+                    scores[turn].append(way.strangeness(choice, outputs))
     _check_read(parts[0], "loader")
     if isinstance(parts[0][0], ClassRows):
         joined: list[ClassRows | ValueRows] = [joined_classes(part) for part in parts]
@@ -115,11 +117,14 @@ def _tested(
 def _strange(choice: Choice, loader: Iterable[Any], compared: list[Way]) -> list[dict[str, Tensor]]:
     """Scores of strange inputs by each way."""
     scores: list[list[dict[str, Tensor]]] = [[] for _ in compared]
-    for raw in loader:
-        x = inputs_alone(raw, choice.posterior.ggn.options.batch_fn, "ood_loader")
-        outputs = output_gaussian(choice.posterior, inputs_of(choice.posterior, x, choice.key_y))
-        for way, found in zip(compared, scores, strict=True):
-            found.append(way.strangeness(choice, outputs.double()))
+    with draws_kept():
+        for raw in loader:
+            x = inputs_alone(raw, choice.posterior.ggn.options.batch_fn, "ood_loader")
+            outputs = output_gaussian(
+                choice.posterior, inputs_of(choice.posterior, x, choice.key_y)
+            )
+            for way, found in zip(compared, scores, strict=True):
+                found.append(way.strangeness(choice, outputs.double()))
     _check_read(scores[0], "ood_loader")
     return [joined_scores(found) for found in scores]
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,16 @@ class RandomStates:
         if self.other is not None and other.other is not None:
             return torch.equal(self.cpu, other.cpu) and torch.equal(self.other, other.other)
         return torch.equal(self.cpu, other.cpu)
+
+
+def draws_kept(device: torch.device | None = None) -> AbstractContextManager[None]:
+    """Torch's global random states are put back after; from its own a `DataLoader` draws a seed.
+
+    Args:
+        device: whose state it is, beside that of the CPU.
+    """
+    devices = [device] if device is not None and device.type == "cuda" else []
+    return torch.random.fork_rng(devices=devices)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_laplace.curvature.model.kept import Kept
+from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.errors import InvalidType, UnsupportedUse
 
 
@@ -67,8 +68,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     kept = Kept(model)
     modes = {module: module.training for module in model.modules()}
-    device = device_of(model)
-    devices = [device] if device.type == "cuda" else []
     fastpath = torch.backends.mha.get_fastpath_enabled()
     stand_ins = _StandIns(model)
     try:
@@ -79,7 +78,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         # would decide which positions count, and they have no forward-mode derivative.
         with (
             sdpa_kernel(SDPBackend.MATH),
-            torch.random.fork_rng(devices=devices),
+            draws_kept(device_of(model)),
             torch.inference_mode(False),
             torch.enable_grad(),
         ):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.options import check_choice, check_iterable
 from kfac_laplace.posterior.calibrate.held_out import HeldOut, validation_points
 from kfac_laplace.posterior.calibrate.same_data import likeness
@@ -55,7 +56,8 @@ class Choice:
         if method == "loo" or (method == "auto" and self.training.has(loader)):
             return self._left_out(loader)
         if isinstance(loader, Iterator):  # it can be read once, and may be wanted again
-            loader = list(loader)
+            with draws_kept():
+                loader = list(loader)
         return self._validated(loader) if method == "validation" else self._by_content(loader)
 
     def again(self) -> "Choice":

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.model.batches import split_batch
+from kfac_laplace.curvature.model.random_states import draws_kept
+from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.curvature.shards import own_part, ranks_reading
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Latent, Likelihood, aligned_target
@@ -108,12 +110,31 @@ def validation_points(
         InvalidValue: there is no batch.
     """
     ranks = ranks_reading(posterior.ggn.options.process_group, loader)
+    part = loader if ranks is None else own_part(loader, ranks)
+    return points_of_parts(posterior, part, key_y, ranks, where)
+
+
+def points_of_parts(
+    posterior: Posterior,
+    part: Iterable[Any],
+    key_y: str,
+    ranks: Ranks | None,
+    where: str = "loader",
+) -> HeldOut:
+    """The same of this process's part, and of those of all others where there are some.
+
+    Args:
+        posterior: as for `validation_points`, like what is not named here.
+        part: batches.
+        key_y: name of the targets in mappings.
+        ranks: the processes that read parts; None: the part is all data.
+        where: what errors call the loader.
+    """
     if ranks is None:
-        parts = _points(posterior, loader, key_y)
+        parts = _points(posterior, part, key_y)
     else:
-        own = own_part(loader, ranks)
-        told = ranks.gathered(lambda: [p.to("cpu") for p in _points(posterior, own, key_y)])
-        parts = [part.to(posterior.device) for every in told for part in every]
+        told = ranks.gathered(lambda: [p.to("cpu") for p in _points(posterior, part, key_y)])
+        parts = [own.to(posterior.device) for every in told for own in every]
     if not parts:
         raise InvalidValue(
             "the loader yielded no batch",
@@ -128,13 +149,14 @@ def _points(posterior: Posterior, loader: Iterable[Any], key_y: str) -> list[Hel
     """The points of each batch."""
     network, likelihood = posterior.network, posterior.ggn.likelihood
     parts = []
-    for raw in loader:
-        x, y = split_batch(raw, key_y, posterior.ggn.options.batch_fn)
-        batch, y = counted(posterior, x, y), y.to(network.device)
-        outputs = output_gaussian(posterior, batch).double()
-        axis = posterior.ggn.knowledge.class_axis
-        target = aligned_target(likelihood, y, outputs.shape, outputs.mean, axis)
-        parts.append(HeldOut(outputs.mean, outputs.covariance, target))
+    with draws_kept():
+        for raw in loader:
+            x, y = split_batch(raw, key_y, posterior.ggn.options.batch_fn)
+            batch, y = counted(posterior, x, y), y.to(network.device)
+            outputs = output_gaussian(posterior, batch).double()
+            axis = posterior.ggn.knowledge.class_axis
+            target = aligned_target(likelihood, y, outputs.shape, outputs.mean, axis)
+            parts.append(HeldOut(outputs.mean, outputs.covariance, target))
     return parts
 
 

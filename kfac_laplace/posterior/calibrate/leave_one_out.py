@@ -20,6 +20,7 @@ from kfac_laplace.curvature.accumulate import with_batch
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.curvature.model.budget import at_once
+from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.errors import UnsupportedUse
 from kfac_laplace.likelihoods import aligned_target
 from kfac_laplace.posterior.calibrate.held_out import HeldOut
@@ -129,26 +130,29 @@ def _divided(
     chosen = torch.zeros(n_data, dtype=torch.bool)
     chosen[torch.randperm(n_data, generator=generator)[:count]] = True
     picked, seen = [], 0
-    for raw in loader:
-        x, y = split_batch(raw, key_y, ggn.options.batch_fn)
-        batch = counted(posterior, x, y)
-        if len(y) != batch.n:
-            raise UnsupportedUse(
-                "leaving out single nodes of a graph is not built",
-                where="calibrate",
-                got=f"{len(y)} targets for {batch.n} graphs",
-                remedy="Use method='validation' with held-out graphs or labels",
-            )
-        here = chosen[seen : seen + batch.n]
-        seen += batch.n
-        if seen > n_data:
-            break
-        looked_at, others = here.nonzero()[:, 0], (~here).nonzero()[:, 0]
-        if len(looked_at):
-            picked.append((batch.select(looked_at), y[looked_at.to(y.device)].to(network.device)))
-        if len(others):
-            part = batch.select(others), y[others.to(y.device)]
-            rest = with_batch(rest, network, part, draws, posterior.mode_for_model)
+    with draws_kept():
+        for raw in loader:
+            x, y = split_batch(raw, key_y, ggn.options.batch_fn)
+            batch = counted(posterior, x, y)
+            if len(y) != batch.n:
+                raise UnsupportedUse(
+                    "leaving out single nodes of a graph is not built",
+                    where="calibrate",
+                    got=f"{len(y)} targets for {batch.n} graphs",
+                    remedy="Use method='validation' with held-out graphs or labels",
+                )
+            here = chosen[seen : seen + batch.n]
+            seen += batch.n
+            if seen > n_data:
+                break
+            looked_at, others = here.nonzero()[:, 0], (~here).nonzero()[:, 0]
+            if len(looked_at):
+                picked.append(
+                    (batch.select(looked_at), y[looked_at.to(y.device)].to(network.device))
+                )
+            if len(others):
+                part = batch.select(others), y[others.to(y.device)]
+                rest = with_batch(rest, network, part, draws, posterior.mode_for_model)
     if seen != n_data:
         raise other_data(f"{seen} examples where the fit saw {n_data}")
     return picked, rest

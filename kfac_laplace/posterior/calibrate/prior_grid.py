@@ -1,7 +1,7 @@
 """The prior precision of least validation loss, on a grid."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kfac_laplace.curvature.model.random_states import draws_kept
+from kfac_laplace.curvature.shards import own_part, ranks_reading
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_iterable
 from kfac_laplace.posterior.calibrate.choice import Choice
 from kfac_laplace.posterior.calibrate.held_out import (
     negative_log_likelihood,
-    validation_points,
+    points_of_parts,
 )
 from kfac_laplace.posterior.hyperparameters import positive
 from kfac_laplace.posterior.predict.scaling import Scaling
@@ -39,7 +41,7 @@ def grid_search(
     Args:
         choice: the posterior, whose prior precisions are all replaced by each candidate, with κ
             and τ of its predictions.
-        loader: validation data.
+        loader: validation data; read once.
         grid: candidates.
         link: by which predictions are scored; "auto" is theirs.
         progress: show a progress bar.
@@ -57,13 +59,19 @@ def grid_search(
     check_iterable("val_loader", loader)
     posterior = choice.posterior
     candidates = _candidates(grid, posterior.device)
-    batches = list(loader) if isinstance(loader, Iterator) else loader
+    ranks = ranks_reading(posterior.ggn.options.process_group, loader)
+    with draws_kept():  # read once: what shuffles or augments is the same for all candidates
+        if ranks is None:
+            batches = list(loader)
+        else:
+            part = own_part(loader, ranks)
+            batches = ranks.together(lambda: list(part))
     hyper, likelihood = posterior.hyperparameters.detached(), posterior.ggn.likelihood
     kappa, tau, link = _showing(choice.scaling, likelihood, link)
     losses = []
     for delta in tqdm(candidates, desc="prior precision", disable=not progress, leave=False):
         moved = posterior.at(replace(hyper, prior_precision=posterior.prior.full(delta)))
-        points = validation_points(moved, batches, choice.key_y, "val_loader").at(kappa, tau)
+        points = points_of_parts(moved, batches, choice.key_y, ranks, "val_loader").at(kappa, tau)
         loss = negative_log_likelihood(
             likelihood, points, hyper.sigma_noise, 1.0, link=link, seed=choice.seed
         )

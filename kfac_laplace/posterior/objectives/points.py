@@ -10,6 +10,7 @@ from kfac_laplace.curvature.estimate.fisher import Fisher
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.curvature.model.graphs import GraphBatch
+from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import aligned_target
@@ -69,14 +70,15 @@ def chosen_points(posterior: Posterior, data: Data, count: int | None = None) ->
         chosen[torch.randperm(n_data, generator=generator)[:count]] = True
     found: list[Points] = []
     seen = 0
-    for k, raw in enumerate(data.batches()):
-        x, y = split_batch(raw, data.key_y, ggn.options.batch_fn)
-        batch = counted(posterior, x, y)
-        here = chosen[seen : seen + batch.n]
-        seen += batch.n
-        if seen > n_data:
-            break
-        found += _picked(batch, y, here, data.seed + 7919 * (k + 1))
+    with draws_kept():
+        for k, raw in enumerate(data.batches()):
+            x, y = split_batch(raw, data.key_y, ggn.options.batch_fn)
+            batch = counted(posterior, x, y)
+            here = chosen[seen : seen + batch.n]
+            seen += batch.n
+            if seen > n_data:
+                break
+            found += _picked(batch, y, here, data.seed + 7919 * (k + 1))
     if seen != n_data:
         raise InvalidValue(
             "this objective looks at the training data once more, and finds others",

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.curvature.shards import indices, own_part, ranks_reading
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.options import check_iterable
@@ -81,7 +82,7 @@ def _predicted(
 
     def own() -> list[Any]:
         bar = tqdm(part, desc="predict", disable=not progress, leave=False)
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+        with draws_kept():
             return [predicted(inputs_alone(raw, options.batch_fn, WHERE)) for raw in bar]
 
     order: Tensor | None = None
