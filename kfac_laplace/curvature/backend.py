@@ -405,7 +405,8 @@ class Curvature:
         if (ranks := self.options.ranks) is None:
             self._add(x, y, parameters)
         else:
-            own = [(x, y)] if y.ndim and len(y) else []
+            none = isinstance(y, Tensor) and y.ndim > 0 and not len(y)
+            own = [] if none else [(x, y)]
             self._read_part(ranks, Source(iter(own)), parameters=parameters)
         try:
             check_effect(self.ggn.knowledge)

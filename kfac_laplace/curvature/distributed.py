@@ -128,7 +128,7 @@ def read_parts(
 
     agreed = settled(ranks.gathered(open_), own.ggn)
     parts = ranks.gathered(go_on)
-    return before + summed(ranks, own.ggn, parts, sums)
+    return before + summed(ranks, own.ggn, parts, sums, of.network.device)
 
 
 # --- what is added -------------------------------------------------------------------------------
@@ -164,9 +164,8 @@ class Part:
         counts = ggn.n_data, ggn.n_rows, ggn.n_outputs
         return cls(ggn.knowledge, blocks, ggn.statistic.cpu(), counts, ggn.targets.cpu())
 
-    def counted(self, own: GGN) -> GGN:
-        """As a GGN without blocks, on the device of one's own."""
-        device = own.statistic.device
+    def counted(self, own: GGN, device: torch.device) -> GGN:
+        """As a GGN without blocks, on a device, with the options and bases of one's own."""
         return GGN(
             own.options,
             self.knowledge,
@@ -180,7 +179,11 @@ class Part:
 
 
 def summed(
-    ranks: Ranks, own: GGN, parts: Sequence[Part], sums: dict[str, dict[str, Tensor]]
+    ranks: Ranks,
+    own: GGN,
+    parts: Sequence[Part],
+    sums: dict[str, dict[str, Tensor]],
+    device: torch.device,
 ) -> GGN:
     """The GGN of all ranks' data; every rank has to call it, and gets the same bits.
 
@@ -189,24 +192,26 @@ def summed(
         own: the GGN of this rank's part.
         parts: what each rank tells.
         sums: this rank's by block, which are taken over; none without data.
+        device: of the model here; a GGN of no data does not tell.
 
     Raises:
         InvalidValue: the ranks have blocks of different shapes.
     """
     filled = [(rank, part) for rank, part in enumerate(parts) if part.blocks]
     counted = reduce(
-        lambda one, other: one.joined({}, other), (part.counted(own) for _, part in filled)
+        lambda one, other: one.joined({}, other),
+        (part.counted(own, device) for _, part in filled),
     )
     structure = own.options.hessian_structure
     if isinstance(structure, LowRank):
-        return counted.with_blocks(_leading(ranks, structure, parts, own, sums))
+        return counted.with_blocks(_leading(ranks, structure, parts, sums, device))
     (start, first), *others = filled
     for rank, other in others:
         if not same(first.blocks, other.blocks):
             raise _different_blocks((start, first), (rank, other))
     for name, (_, _, forms) in first.blocks.items():
         if name not in sums:
-            sums[name] = _zeros(forms, own.statistic.device)
+            sums[name] = _zeros(forms, device)
     sent = ranks.add_([tensor for name in first.blocks for tensor in sums[name].values()])
     log.debug("curvature of %d ranks: %d bytes of sums", ranks.size, sent)
     blocks = {
@@ -220,14 +225,14 @@ def _leading(
     ranks: Ranks,
     structure: LowRank,
     parts: Sequence[Part],
-    own: GGN,
     sums: Mapping[str, Mapping[str, Tensor]],
+    device: torch.device,
 ) -> dict[str, Block]:
     """The block of the leading directions of all ranks' rows, which do not add entry by entry."""
     total: LowRankBlock | None = None
     for rank, part in enumerate(parts):
         for name, (_, layout, forms) in part.blocks.items():
-            mine = sums[name] if rank == ranks.rank else _zeros(forms, own.statistic.device)
+            mine = sums[name] if rank == ranks.rank else _zeros(forms, device)
             tensors = {field: ranks.sent(tensor, rank) for field, tensor in mine.items()}
             block = LowRankBlock.from_tensors(layout, tensors, structure.rank)
             total = block if total is None else total + block
@@ -266,6 +271,7 @@ def eigenbases(ranks: Ranks, ggn: GGN) -> dict[str, Bases]:
     made = ranks.shared_out(
         [partial(_bases, block) for block in blocks.values()],
         [_cost(block) for block in blocks.values()],
+        ggn.statistic.device,
     )
     return {
         name: (own[0], own[1] if len(own) > 1 else None)
@@ -282,6 +288,7 @@ def decomposed(ranks: Ranks, ggn: GGN) -> GGN:
     made = ranks.shared_out(
         [partial(_sides, block) for block in blocks.values()],
         [_cost(block) for block in blocks.values()],
+        ggn.statistic.device,
     )
     known = {
         name: block.with_sides(own[0], own[1])

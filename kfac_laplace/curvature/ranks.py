@@ -1,6 +1,5 @@
 """The processes of a group, and what they tell each other: objects, sums, and that one failed."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,9 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kfac_laplace.errors import InvalidType, InvalidValue, OtherRankFailed, UnsupportedUse
-
-log = logging.getLogger("kfac_laplace")
+from kfac_laplace.errors import InvalidType, InvalidValue, OtherRankFailed
 
 WORLD = "world"
 #: Bytes that are sent at a time: a copy of so much is made.
@@ -105,13 +102,17 @@ class Ranks:
         return sent
 
     def shared_out(
-        self, jobs: Sequence[Callable[[], Sequence[Tensor]]], costs: Sequence[float]
+        self,
+        jobs: Sequence[Callable[[], Sequence[Tensor]]],
+        costs: Sequence[float],
+        device: torch.device,
     ) -> list[list[Tensor]]:
         """What each job makes, each made on one rank and sent to the others.
 
         Args:
             jobs: make tensors, which have to be of the same shapes on all ranks.
             costs: of the jobs, by which they are shared out; the same numbers on all ranks.
+            device: of the tensors here; a rank may have no job of its own.
         """
         owners = shared_jobs(costs, self.size)
         forms: list[Any] = [None] * len(jobs)
@@ -123,7 +124,6 @@ class Ranks:
             return {k: [(each.dtype, each.shape) for each in forms[k]] for k in mine}
 
         told = {k: form for part in self.gathered(own) for k, form in part.items()}
-        device = next((t.device for made in forms if made for t in made), None)
         return [self._from(owner, forms[k], told[k], device) for k, owner in enumerate(owners)]
 
     def _from(
@@ -131,7 +131,7 @@ class Ranks:
         owner: int,
         made: list[Tensor] | None,
         form: Sequence[tuple[torch.dtype, torch.Size]],
-        device: torch.device | None,
+        device: torch.device,
     ) -> list[Tensor]:
         """One rank's tensors on all."""
         if made is None:
@@ -211,15 +211,11 @@ def ranks_of(group: Any) -> Ranks | None:
     return found if found.size > 1 else None
 
 
-def check_data_parallel(model: nn.Module) -> None:
-    """Raise `UnsupportedUse` unless processes that train a model average its gradients."""
+def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """The wrapper by which processes average a model's gradients, if it has one."""
     while not isinstance(model, DistributedDataParallel):
         inner = getattr(model, "_orig_mod", None)
         if inner is None:
-            raise UnsupportedUse(
-                "processes that train on their own have other weights after a step",
-                where="model",
-                got=type(model).__name__,
-                remedy="Pass torch.nn.parallel.DistributedDataParallel(model)",
-            )
+            return None
         model = inner
+    return model

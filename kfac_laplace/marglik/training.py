@@ -18,7 +18,7 @@ from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.kept import Kept
 from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
-from kfac_laplace.curvature.ranks import check_data_parallel
+from kfac_laplace.curvature.ranks import data_parallel
 from kfac_laplace.curvature.shards import own_part
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.laplace import Laplace
@@ -133,7 +133,13 @@ def marglik_training(
     blank = Laplace(model, likelihood, hessian_structure=hessian_structure, **curvature)
     ranks = blank.options.ranks
     if ranks is not None:
-        check_data_parallel(model)
+        if data_parallel(model) is None:
+            raise UnsupportedUse(
+                "processes that train on their own have other weights after a step",
+                where="model",
+                got=type(model).__name__,
+                remedy="Pass torch.nn.parallel.DistributedDataParallel(model)",
+            )
         if checkpoint is not None:
             raise UnsupportedUse(
                 "processes that train together would go on from different steps",

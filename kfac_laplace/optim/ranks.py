@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from kfac_laplace.curvature.estimate.blocks import KroneckerBlock
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.packed import packed_zeros
-from kfac_laplace.curvature.ranks import Ranks, ranks_of
+from kfac_laplace.curvature.ranks import Ranks, data_parallel, ranks_of
 from kfac_laplace.optim.averages import Sums
 
 
@@ -27,12 +26,8 @@ def training_ranks(model: nn.Module, group: Any) -> Ranks | None:
     """
     if group is not None:
         return ranks_of(group)
-    while not isinstance(model, DistributedDataParallel):
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None:
-            return None
-        model = inner
-    return ranks_of(model.process_group)
+    wrapper = data_parallel(model)
+    return None if wrapper is None else ranks_of(wrapper.process_group)
 
 
 def summed(ranks: Ranks, sums: Sums, groups: Sequence[Group], like: Tensor, widest: int) -> Sums:

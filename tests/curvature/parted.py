@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from kfac_laplace import Checkpoint, Curvature, Laplace
-from kfac_laplace.errors import KfacLaplaceError, OtherRankFailed, UnsupportedUse
+from kfac_laplace import Curvature, Laplace, MonteCarlo
+from kfac_laplace.errors import KfacLaplaceError, UnsupportedUse
+from kfac_laplace.likelihoods import Likelihood
 
 STRUCTURES = ("kron", "ekfac", "diag", "full", "lowrank")
 N, CLASSES = 23, 3
@@ -97,6 +94,40 @@ def batchwise(ends: tuple[int, ...]) -> list[Tensor]:
     for step in (0.0, 1.0):
         curvature.accumulate(x[own] + step, y[own])
     return [block.dense() for block in curvature.blocks.values()]
+
+
+class Seen(MonteCarlo):
+    """Labels that are drawn, and the seeds of the sources that they are drawn from."""
+
+    seeds: ClassVar[list[int]] = []
+
+    def vectors(
+        self, likelihood: Likelihood, f: Tensor, y: Tensor, generator: Generator
+    ) -> Iterator[Tensor]:
+        """Those of Monte Carlo."""
+        self.seeds.append(generator.initial_seed())
+        return super().vectors(likelihood, f, y, generator)
+
+
+def seeds(ends: tuple[int, ...]) -> set[int]:
+    """Of what this rank draws from in two fits."""
+    curvature = Curvature(network(), "classification", fisher=Seen(), process_group="world")
+    for _ in range(2):
+        curvature.fit(part(ends, dist.get_rank()))
+    return {*Seen.seeds}
+
+
+def unlike(ends: tuple[int, ...]) -> tuple[str, str]:
+    """What is said where one rank's targets are no tensor, whatever those of the others."""
+    rank, curvature = dist.get_rank(), Curvature(network(), "classification", process_group="world")
+    x, y = (torch.cat(each) for each in zip(*whole(ends), strict=True))
+    try:
+        curvature.accumulate(x[rank:5], y[rank:5] if rank else y[:5].tolist())
+    except KfacLaplaceError as error:
+        return type(error).__name__, str(error)
+    except Exception as error:
+        return "not ours", repr(error)
+    return "", ""
 
 
 def drawn(fisher: str, ends: tuple[int, ...]) -> dict[str, Tensor]:
@@ -208,80 +239,6 @@ def failing(kind: str) -> tuple[str, str, int, bool]:
     return "", "", curvature.n_data, False
 
 
-def resumed(ends: tuple[int, ...], structure: str) -> list[tuple[str, bool, list[str]]]:
-    """Fits that a rank's error interrupts before one of its batches, and that go on.
-
-    Returns:
-        For each the error on this rank, whether the end has the bits of a fit without interruption,
-        and what is left in the folder.
-    """
-    options: dict[str, Any] = {"hessian_structure": structure, "process_group": "world"}
-    own = part(ends, dist.get_rank())
-
-    def curvature() -> Curvature:
-        return Curvature(network(), "classification", fisher="mc", **options)
-
-    want, found = curvature().fit(own).state_dict(), []
-    for failing, at in INTERRUPTED[structure]:
-        names = [tempfile.mkdtemp()]
-        dist.broadcast_object_list(names)
-        kept, said = Checkpoint(Path(names[0]) / "fit", every=1), ""
-        loader: Any = Dying(own, at) if dist.get_rank() == failing else own
-        try:
-            curvature().fit(loader, checkpoint=kept)
-        except (OSError, OtherRankFailed) as error:
-            said = f"{type(error).__name__}: {error}"
-        dist.barrier()
-        again = curvature().fit(own, checkpoint=kept)
-        dist.barrier()
-        equal = again.state_dict()["checksum"] == want["checksum"]
-        found.append((said, equal, sorted(os.listdir(names[0]))))
-    return found
-
-
-class Dying:
-    """Batches of which some can be read, over all passes, and then none.
-
-    Args:
-        batches: all.
-        left: how many can be read.
-    """
-
-    def __init__(self, batches: list[Any], left: int):
-        self.batches, self.left = batches, left
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches."""
-        for batch in self.batches:
-            self.left -= 1
-            if self.left < 0:
-                raise OSError("the disk is gone")
-            yield batch
-
-
-def all_resumed(ends: tuple[int, ...]) -> dict[str, list[tuple[str, bool, list[str]]]]:
-    """Those of each structure."""
-    return {structure: resumed(ends, structure) for structure in INTERRUPTED}
-
-
-def killed(ends: tuple[int, ...]) -> tuple[str, int]:
-    """What a fit raises while rank 1 is killed, and how many examples it left."""
-    rank = dist.get_rank()
-
-    def loader() -> Iterator[tuple[Tensor, Tensor]]:
-        for k, batch in enumerate(part(ends, rank)):
-            if rank == 1 and k == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield batch
-
-    curvature = Curvature(network(), "classification", process_group="world")
-    try:
-        curvature.fit(loader())
-    except RuntimeError as error:
-        return str(error), curvature.n_data
-    return "", curvature.n_data
-
-
 def base(ends: tuple[int, ...]) -> dict[str, Any]:
     """All that the quick tests look at, in processes that start once."""
     return {
@@ -294,17 +251,12 @@ def base(ends: tuple[int, ...]) -> dict[str, Any]:
             for n, size in ((N, 4), (7, 1), (2, 5))
         },
         "predicted": predicted(),
+        "seeds": seeds(ends),
+        "unlike": unlike(ends),
         "failing": {kind: failing(kind) for kind in FAILURES},
     }
 
 
-#: Which rank fails, and after how many batches: the first has 3, the second 4, and "ekfac" reads
-#: them twice.
-INTERRUPTED = {
-    "kron": ((0, 0), (0, 1), (1, 2), (1, 3)),
-    "ekfac": ((1, 1), (0, 3), (1, 5), (0, 5)),
-    "lowrank": ((0, 2), (1, 1)),
-}
 FAILURES = (
     "nan on rank 1",
     "bad loader on rank 0",

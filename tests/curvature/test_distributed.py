@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from curvature import parted
+from curvature import parted, parted_ends
 from processes import on_ranks, survivors
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -69,10 +69,17 @@ def test_ranks_that_draw_have_the_same_bits(fisher, ranks):
 
 
 def test_ranks_draw_apart(ranks):
-    """Were labels drawn by the same numbers, rank by rank, their errors would not average out."""
-    curvature = Curvature(parted.network(), "classification", fisher="mc").fit(parted.whole(ENDS))
-    mine = {name: block.dense() for name, block in curvature.blocks.items()}
-    assert any(not torch.allclose(mine[name], ranks[0]["drawn"]["mc"][name]) for name in mine)
+    """Were labels drawn by the same numbers on each rank, their errors would not average out."""
+    first, second, empty = (each["seeds"] for each in ranks)
+    assert len(first) == len(second) == 2 and not empty  # another one for each fit
+    assert first.isdisjoint(second)
+
+
+def test_targets_that_are_none_end_all(ranks):
+    """On one rank alone: the others do not wait for it."""
+    (own, says), *others = (each["unlike"] for each in ranks)
+    assert own and own != "OtherRankFailed"
+    assert all(error == "OtherRankFailed" for error, _ in others)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -124,8 +131,8 @@ def test_a_failure_ends_all_with_its_message(kind, failing, says, ranks):
 @pytest.mark.slow
 def test_interrupted_ranks_go_on_to_the_same_bits(tmp_path):
     """Whichever rank fails, in whichever pass; files are gone at the end."""
-    found = on_ranks(3, tmp_path, parted.all_resumed, ENDS)
-    for structure, cases in parted.INTERRUPTED.items():
+    found = on_ranks(3, tmp_path, parted_ends.all_resumed, ENDS)
+    for structure, cases in parted_ends.INTERRUPTED.items():
         for k in range(len(cases)):
             told = [each[structure][k] for each in found]
             assert any("the disk is gone" in said for said, _, _ in told)
@@ -134,7 +141,7 @@ def test_interrupted_ranks_go_on_to_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others(tmp_path):
-    found = survivors(3, tmp_path, parted.killed, ENDS)
+    found = survivors(3, tmp_path, parted_ends.killed, ENDS)
     assert found.keys() == {0, 2}
     for message, n_data in found.values():
         assert message and n_data == 0

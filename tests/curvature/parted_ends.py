@@ -1,0 +1,99 @@
+"""What ranks do in the tests of ends that come too early; new processes import it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from curvature.parted import network, part
+from torch import Tensor
+
+from kfac_laplace import Checkpoint, Curvature
+from kfac_laplace.errors import OtherRankFailed
+
+#: Which rank fails, and after how many batches: the first has 3, the second 4, and "ekfac" reads
+#: them twice.
+INTERRUPTED = {
+    "kron": ((0, 0), (0, 1), (1, 2), (1, 3)),
+    "ekfac": ((1, 1), (0, 3), (1, 5), (0, 5)),
+    "lowrank": ((0, 2), (1, 1)),
+}
+
+
+def resumed(ends: tuple[int, ...], structure: str) -> list[tuple[str, bool, list[str]]]:
+    """Fits that a rank's error interrupts before one of its batches, and that go on.
+
+    Returns:
+        For each the error on this rank, whether the end has the bits of a fit without interruption,
+        and what is left in the folder.
+    """
+    options: dict[str, Any] = {"hessian_structure": structure, "process_group": "world"}
+    own = part(ends, dist.get_rank())
+
+    def curvature() -> Curvature:
+        return Curvature(network(), "classification", fisher="mc", **options)
+
+    want, found = curvature().fit(own).state_dict(), []
+    for failing, at in INTERRUPTED[structure]:
+        names = [tempfile.mkdtemp()]
+        dist.broadcast_object_list(names)
+        kept, said = Checkpoint(Path(names[0]) / "fit", every=1), ""
+        loader: Any = Dying(own, at) if dist.get_rank() == failing else own
+        try:
+            curvature().fit(loader, checkpoint=kept)
+        except (OSError, OtherRankFailed) as error:
+            said = f"{type(error).__name__}: {error}"
+        dist.barrier()
+        again = curvature().fit(own, checkpoint=kept)
+        dist.barrier()
+        equal = again.state_dict()["checksum"] == want["checksum"]
+        found.append((said, equal, sorted(os.listdir(names[0]))))
+    return found
+
+
+class Dying:
+    """Batches of which some can be read, over all passes, and then none.
+
+    Args:
+        batches: all.
+        left: how many can be read.
+    """
+
+    def __init__(self, batches: list[Any], left: int):
+        self.batches, self.left = batches, left
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches."""
+        for batch in self.batches:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError("the disk is gone")
+            yield batch
+
+
+def all_resumed(ends: tuple[int, ...]) -> dict[str, list[tuple[str, bool, list[str]]]]:
+    """Those of each structure."""
+    return {structure: resumed(ends, structure) for structure in INTERRUPTED}
+
+
+def killed(ends: tuple[int, ...]) -> tuple[str, int]:
+    """What a fit raises while rank 1 is killed, and how many examples it left."""
+    rank = dist.get_rank()
+
+    def loader() -> Iterator[tuple[Tensor, Tensor]]:
+        for k, batch in enumerate(part(ends, rank)):
+            if rank == 1 and k == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+    curvature = Curvature(network(), "classification", process_group="world")
+    try:
+        curvature.fit(loader())
+    except RuntimeError as error:
+        return str(error), curvature.n_data
+    return "", curvature.n_data
