@@ -1,4 +1,4 @@
-"""`marglik_training` that was interrupted at any step or in any round ends at the same bits."""
+"""`marglik_training` that was interrupted in steps and in rounds ends at the same bits."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ KINDS = {
     "kind",
     [pytest.param(k, marks=pytest.mark.slow) if k in ("schedule", "ekfac") else k for k in KINDS],
 )
-def test_interrupted_before_any_batch_of_steps_and_rounds(kind, own, tmp_path):
+def test_interrupted_before_batches_of_steps_and_rounds(kind, own, tmp_path):
     options = KINDS[kind]
     model, loader = made(own)
     wanted = result(*train(model, loader, **options))
