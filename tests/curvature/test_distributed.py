@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -207,3 +207,19 @@ def test_samplers_of_other_groups_are_refused():
     loader = DataLoader(dataset, sampler=DistributedSampler(dataset, 3, 0))
     with pytest.raises(InvalidValue, match="3 parts for 2 ranks"):
         own_part(loader, Several(2))
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full", "lowrank"])
+def test_sums_lie_in_order_and_make_the_block_again(structure):
+    """Whatever the order in memory of what is added up: only so can they be sent."""
+    curvature = Curvature(parted.network(), "classification", hessian_structure=structure)
+    for block in curvature.fit(parted.whole(ENDS)).blocks.values():
+        turned = {
+            name: tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
+            for name, tensor in block.tensors().items()
+        }
+        sums = replace(block, **turned).sums()
+        assert all(tensor.is_contiguous() for tensor in sums.values())
+        bases = block.bases() if structure == "ekfac" and block.kind == "ekfac" else None
+        again = type(block).from_sums(block.layout, sums, bases)
+        torch.testing.assert_close(again.dense(), block.dense(), rtol=1e-12, atol=1e-12)

@@ -23,6 +23,11 @@ from kfac_laplace.curvature.rows.layout import Layout
 Bases = tuple[Tensor, Tensor | None]
 
 
+def own_copy(tensor: Tensor) -> Tensor:
+    """A copy whose entries lie one after another, whatever the order in memory was."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 @dataclass(frozen=True)
 class Block(ABC):
     """The GGN of one group of parameters, summed over examples.
@@ -92,8 +97,8 @@ class Block(ABC):
         return self
 
     def sums(self) -> dict[str, Tensor]:
-        """What adds entry by entry over data sets, in tensors of their own, as few as there are."""
-        return {name: tensor.clone() for name, tensor in self.tensors().items()}
+        """What adds entry by entry over data sets, in tensors of their own, entries in order."""
+        return {name: own_copy(tensor) for name, tensor in self.tensors().items()}
 
     @classmethod
     def from_sums(cls, layout: Layout, sums: Mapping[str, Tensor], bases: Bases | None) -> Self:
@@ -221,8 +226,8 @@ class KroneckerBlock(Block):
         """Σ a aᵀ and B, packed, or the diagonal of the first; and the count."""
         diagonal = self.has_diagonal_input
         return {
-            "input": self.input_sum.clone() if diagonal else self.inputs.summed(),
-            "count": self.input_count.clone(),
+            "input": own_copy(self.input_sum) if diagonal else self.inputs.summed(),
+            "count": own_copy(self.input_count),
             "output": self.outputs.summed(),
         }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from kfac_laplace.curvature.estimate.blocks import Bases, Block
+from kfac_laplace.curvature.estimate.blocks import Bases, Block, own_copy
 from kfac_laplace.curvature.linalg.spectrum import Spectrum, eigenvalues_of_diagonal
 from kfac_laplace.curvature.rows.layout import Layout
 
@@ -68,7 +68,7 @@ class EigenBlock(Block):
 
     def sums(self) -> dict[str, Tensor]:
         """The diagonal alone."""
-        return {"values": self.values.clone()}
+        return {"values": own_copy(self.values)}
 
     @classmethod
     def from_sums(cls, layout: Layout, sums: Mapping[str, Tensor], bases: Bases | None) -> Self:
