@@ -16,12 +16,12 @@ from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted
 from kfac_laplace.likelihoods import resolve
 from kfac_laplace.options import check_whole
+from kfac_laplace.process import draws_kept
 
 
 class SubnetMask(ABC):

@@ -11,6 +11,7 @@ from torch import Tensor
 from kfac_laplace.curvature.backend import Curvature
 from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
 from kfac_laplace.curvature.gradients.groups import Group
+from kfac_laplace.curvature.model.unchanged import parameters_of
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.scaling import Scaling
 
@@ -90,7 +91,7 @@ def lines(posterior: Posterior, coverage: Mapping[str, str]) -> tuple[Line, ...]
         _of_group(posterior, group, coverage, deltas[group.name], gammas[group.name])
         for group in posterior.ggn.groups
     ]
-    live = dict(posterior.network.model.named_parameters())
+    live = parameters_of(posterior.network.model)
     outside = [name for name, treated in coverage.items() if treated == "frozen"]
     return (*made, *(Line(name, live[name].numel(), "frozen") for name in outside))
 

@@ -19,6 +19,7 @@ ROOMS = """
 version
 errors
 options
+process
 states
 likelihoods
 curvature/__init__

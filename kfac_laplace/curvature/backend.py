@@ -27,7 +27,7 @@ from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.model.random_states import draws_kept
+from kfac_laplace.curvature.model.unchanged import parameters_of
 from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
 from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.curvature.shards import own_part
@@ -35,6 +35,7 @@ from kfac_laplace.curvature.state import ggn_from_state, ggn_to_state
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
 from kfac_laplace.options import check_iterable, check_text
+from kfac_laplace.process import draws_kept
 from kfac_laplace.states.plain import check_seal, sealed
 from kfac_laplace.states.stored import FORMAT, opened, refusing_damage
 
@@ -211,9 +212,7 @@ class Curvature:
             for block in self.blocks.values()
             for name in block.params
         }
-        return {
-            name: kinds.get(name, "frozen") for name, _ in self.network.model.named_parameters()
-        }
+        return {name: kinds.get(name, "frozen") for name in parameters_of(self.network.model)}
 
     # --- data --------------------------------------------------------------------------------
 

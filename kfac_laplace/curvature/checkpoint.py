@@ -18,12 +18,13 @@ from kfac_laplace.curvature.batch_digest import digest
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.live_state import live_from_plain, live_to_plain
 from kfac_laplace.curvature.model.draws import Draws, generators_of
-from kfac_laplace.curvature.model.random_states import RandomStates, draws_kept
+from kfac_laplace.curvature.model.random_states import RandomStates
 from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.curvature.same_fit import REMEDY, Counting, bound_to, check_bound
 from kfac_laplace.curvature.termination import Termination
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.options import check_whole
+from kfac_laplace.process import draws_kept
 from kfac_laplace.states.files import beside, check_writable, read, rewrite
 from kfac_laplace.states.plain import check_seal, sealed
 from kfac_laplace.states.stored import FORMAT, Stored, opened, refusing_damage

@@ -22,7 +22,7 @@ from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.model.unchanged import unwrap
+from kfac_laplace.curvature.model.unchanged import parameters_of, unwrap
 from kfac_laplace.curvature.ranks import Ranks, check_group, ranks_of
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
@@ -157,7 +157,7 @@ class CurvatureOptions:
         given = self.subset_of_weights
         if not isinstance(given, Mapping):
             return self
-        shapes = {name: p.shape for name, p in unwrap(model).named_parameters()}
+        shapes = {name: p.shape for name, p in parameters_of(unwrap(model)).items()}
         return replace(self, subset_of_weights=Subnetwork.by_name(given, shapes))
 
     @property

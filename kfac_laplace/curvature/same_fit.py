@@ -8,6 +8,7 @@ from torch import Generator
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.model.fingerprint import fingerprint
+from kfac_laplace.curvature.model.unchanged import parameters_of
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.states.plain import CHECKSUM, same, sealed
@@ -42,7 +43,7 @@ def bound_to(of: Counting, key_y: str) -> dict[str, Any]:
         "options": {**of.options.to_plain(), "key_y": key_y},
         "kinds": [type(of.options.likelihood).__name__, type(of.options.fisher).__name__],
         "model": fingerprint(model, {}),
-        "parameters": {n: [p.dtype, p.requires_grad] for n, p in model.named_parameters()},
+        "parameters": {n: [p.dtype, p.requires_grad] for n, p in parameters_of(model).items()},
         "before": sealed(before)[CHECKSUM],
     }
 

@@ -5,6 +5,7 @@ from torch import Generator, Tensor
 from torch.distributions import Distribution, Independent
 
 from kfac_laplace.errors import InvalidValue
+from kfac_laplace.process import draws_kept, own_generators
 
 
 def by_row(distribution: Distribution, f: Tensor) -> Distribution:
@@ -37,10 +38,7 @@ def draw(distribution: Distribution, generator: Generator) -> Tensor:
     put back.
     """
     seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device)
-    before = torch.get_rng_state()
-    try:
+    with own_generators(torch.device("cpu")), draws_kept():
         # Not torch.manual_seed, which would seed the other devices as well.
         torch.default_generator.manual_seed(int(seed))
         return distribution.sample()
-    finally:
-        torch.set_rng_state(before)

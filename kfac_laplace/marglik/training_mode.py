@@ -21,6 +21,7 @@ from kfac_laplace.curvature.model.batches import AnyBatch
 from kfac_laplace.curvature.model.failures import ran_out_of_memory
 from kfac_laplace.curvature.model.forward import substituted
 from kfac_laplace.curvature.model.kept import without_trace
+from kfac_laplace.curvature.model.random_states import random_states_kept
 from kfac_laplace.curvature.model.unchanged import undisturbed
 
 log = logging.getLogger("kfac_laplace")
@@ -75,7 +76,12 @@ class TrainingMode:
 def _on_few(network: Network, run: Callable[[], Found]) -> Found | None:
     """What runs of a model on a few examples find; None where it fails on them."""
     try:
-        with without_trace(network.model), undisturbed(network.model), torch.no_grad():
+        with (
+            without_trace(network.model),
+            undisturbed(network.model),
+            random_states_kept(network.device),
+            torch.no_grad(),
+        ):
             return run()
     except Exception as error:  # models raise what they like on a few examples
         if ran_out_of_memory(error):

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from threading import Thread, current_thread
 from typing import Any
 
 import torch
@@ -41,12 +42,14 @@ class Watched:
         batch: its inputs.
         params: the parameters that are tracked.
         eager: in which a compiled model is not.
+        thread: in which the model runs.
     """
 
     tape: Tape
     batch: AnyBatch
     params: Mapping[str, Tensor]
     eager: AbstractContextManager[Any]
+    thread: Thread
 
 
 class Capture:
@@ -140,6 +143,8 @@ class Capture:
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start to record a pass that counts."""
+        if self._in_another_thread:
+            return
         self._leave()  # of a pass that was interrupted
         if not self._counts(model):
             return
@@ -167,6 +172,12 @@ class Capture:
             and self.due
         )
 
+    @property
+    def _in_another_thread(self) -> bool:
+        """Whether a pass is recorded in another thread, and this call is not of it."""
+        thread = None if self._watched is None else self._watched.thread
+        return thread is not None and thread is not current_thread() and thread.is_alive()
+
     def _enter(self, batch: AnyBatch, inputs: Any) -> None:
         """Begin to record what groups with factors do; parameters frozen now are not tracked."""
         assert self.learned is not None
@@ -182,7 +193,7 @@ class Capture:
         tape.__enter__()  # type: ignore[no-untyped-call]
         eager = in_eager_mode(self._called)
         eager.__enter__()
-        self._watched = Watched(tape, batch, tracked, eager)
+        self._watched = Watched(tape, batch, tracked, eager, current_thread())
 
     def _leave(self) -> Watched | None:
         """Stop recording."""
@@ -194,7 +205,7 @@ class Capture:
 
     def _after(self, model: Any, args: Any, kwargs: Any, returned: Any) -> None:
         """Make blocks of a pass that was recorded, unless it failed."""
-        if model is not self._called or self._paused:
+        if model is not self._called or self._paused or self._in_another_thread:
             return
         watched = self._leave()
         if watched is None or returned is None:

@@ -90,8 +90,8 @@ class Lesson:
         """
         model = self.network.model
         with (
-            random_states_kept(self.network.device),
             undisturbed(model),
+            random_states_kept(self.network.device),
             without_trace(model),
         ):
             return self._learn(self._pass(inputs, known))

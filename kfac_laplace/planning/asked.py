@@ -9,9 +9,9 @@ from torch import Generator, Tensor
 
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.graphs import is_graph
-from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.options import check_whole
+from kfac_laplace.process import draws_kept
 
 
 @dataclass(frozen=True)

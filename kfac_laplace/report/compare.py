@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.model.batches import split_batch
-from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import aligned_target
 from kfac_laplace.options import check_iterable
@@ -16,6 +15,7 @@ from kfac_laplace.posterior.calibrate.choice import Choice
 from kfac_laplace.posterior.passes import counted
 from kfac_laplace.posterior.predict.glm import OutputGaussian, output_gaussian
 from kfac_laplace.posterior.predict.inputs import inputs_alone, inputs_of
+from kfac_laplace.process import draws_kept
 from kfac_laplace.report.bootstrap import Bootstrap
 from kfac_laplace.report.document import Report
 from kfac_laplace.report.found import Found

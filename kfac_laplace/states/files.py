@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from kfac_laplace.errors import InvalidType, InvalidValue
+from kfac_laplace.process import own_warnings
 from kfac_laplace.states import safetensors_file
 from kfac_laplace.states.plain import check_plain
 
@@ -228,7 +229,7 @@ def _loaded(file: Any, where: str) -> Any:
     if safetensors_file.looks_like_one(start):
         return safetensors_file.from_bytes(file.read(), where)
     try:
-        with warnings.catch_warnings():  # of scripted models, which are refused below
+        with own_warnings():  # of scripted models, which are refused below
             warnings.simplefilter("ignore")
             return torch.load(file, weights_only=True, map_location="cpu")
     except MemoryError:

@@ -32,7 +32,7 @@ from kfac_laplace.curvature.model.failures import ran_out_of_memory
 from kfac_laplace.curvature.model.forward import Forward, ForwardFn
 from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.model.parameters import check_real, check_usable
-from kfac_laplace.curvature.model.unchanged import device_of, unwrap
+from kfac_laplace.curvature.model.unchanged import device_of, parameters_of, unwrap
 from kfac_laplace.curvature.recording.autograd_graph import leaves_behind
 from kfac_laplace.curvature.recording.tape import Recording, Tape
 from kfac_laplace.errors import InvalidValue, KfacLaplaceError
@@ -104,7 +104,7 @@ class Network:
             InvalidValue: there are none.
             UnsupportedUse: complex parameters.
         """
-        params = dict(self.model.named_parameters())
+        params = parameters_of(self.model)
         trainable = [name for name, p in params.items() if p.requires_grad and p.numel()]
         shapes = {name: p.shape for name, p in params.items()}
         tracked = select_parameters(shapes, trainable, subset)
@@ -123,13 +123,13 @@ class Network:
 
     def parameters(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Some parameters as they are in the model now."""
-        params = dict(self.model.named_parameters())
+        params = parameters_of(self.model)
         return {name: params[name] for name in names}
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Shapes of all parameters, by name."""
-        return {name: p.shape for name, p in self.model.named_parameters()}
+        return {name: p.shape for name, p in parameters_of(self.model).items()}
 
     def trained(self, known: Knowledge) -> dict[str, Tensor]:
         """Parameters that earlier batches knew, which must still be there and be trainable.
@@ -152,7 +152,7 @@ class Network:
         Raises:
             InvalidValue: one is gone, or of another shape.
         """
-        params = dict(self.model.named_parameters())
+        params = parameters_of(self.model)
         for name, shape in shapes.items():
             if name not in params:
                 raise _changed(name, "no longer in the model")

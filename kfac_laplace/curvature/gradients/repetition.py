@@ -14,6 +14,7 @@ from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import with_examples
 from kfac_laplace.curvature.model.failures import ran_out_of_memory
 from kfac_laplace.curvature.model.random_states import RandomStates, seed_everywhere
+from kfac_laplace.process import own_warnings
 
 #: Other random states that a model which draws is asked in.
 SEEDS = range(100, 108)
@@ -64,7 +65,7 @@ class Repetition:
         seed_everywhere(device, seed)
         before = RandomStates.now(device)
         try:
-            with warnings.catch_warnings(), mode or nullcontext():
+            with own_warnings(), mode or nullcontext():
                 warnings.simplefilter("ignore")  # those of the model are the caller's, once
                 output = self._run(part)
         except Exception as error:  # models raise what they like at batches that they do not know

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from kfac_laplace.curvature.model.unchanged import parameters_of
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.options import check_choice
 from kfac_laplace.states.stored import Stored
@@ -108,7 +109,7 @@ def _other(name: str, what: str, got: object) -> InvalidValue:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, then buffers that a model's own state holds; each once, tied or not."""
-    yield from model.named_parameters()
+    yield from parameters_of(model).items()
     kept = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()

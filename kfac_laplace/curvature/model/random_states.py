@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from kfac_laplace.process import own_generators
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,24 +87,15 @@ class RandomStates:
         return torch.equal(self.cpu, other.cpu)
 
 
-def draws_kept(device: torch.device | None = None) -> AbstractContextManager[None]:
-    """Torch's global random states are put back after; from its own a `DataLoader` draws a seed.
-
-    Args:
-        device: whose state it is, beside that of the CPU.
-    """
-    devices = [device] if device is not None and device.type == "cuda" else []
-    return torch.random.fork_rng(devices=devices)
-
-
 @contextmanager
 def random_states_kept(device: torch.device) -> Iterator[None]:
-    """Global random states are put back after."""
-    before = RandomStates.now(device)
-    try:
-        yield
-    finally:
-        before.restore()
+    """Global random states are put back after; one thread at a time may seed them anew inside."""
+    with own_generators(device):
+        before = RandomStates.now(device)
+        try:
+            yield
+        finally:
+            before.restore()
 
 
 def seed_everywhere(device: torch.device, seed: int) -> None:

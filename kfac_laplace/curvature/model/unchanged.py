@@ -1,15 +1,15 @@
 """Leaving the caller's model as it was: modes, random states, graphs, inference tensors."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_laplace.curvature.model.kept import Kept
-from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.errors import InvalidType, UnsupportedUse
+from kfac_laplace.process import TURNS, Shared, draws_kept
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -64,30 +64,56 @@ def device_of(model: nn.Module) -> torch.device:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients on; modes and global random states are put back after.
 
-    So is what modules held, where they keep a graph of what ran inside.
+    So is what modules held, where they keep a graph of what ran inside. Other threads wait for
+    their turn with the model, and with all that share a module with it.
     """
-    kept = Kept(model)
-    modes = {module: module.training for module in model.modules()}
+    with in_turn(model), _PLAIN_ATTENTION.entered():
+        kept = Kept(model)
+        modes = {module: module.training for module in model.modules()}
+        stand_ins = _StandIns(model)
+        try:
+            evaluate_afresh(model)
+            with draws_kept(device_of(model)), torch.inference_mode(False), torch.enable_grad():
+                yield
+        finally:
+            _restore_modes(model, modes)
+            stand_ins.take_out()
+            kept.put_back()  # after `train`, in which many forget what they kept
+
+
+def in_turn(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which no other thread passes through this model by ours.
+
+    What a pass sets in a module is there for all to see: modes, and other tensors in place of
+    parameters.
+    """
+    return TURNS.of(map(id, model.modules()))
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters by name, none of them one that stands in for a pass."""
+    with in_turn(model):
+        return dict(model.named_parameters())
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by plain operations, in the whole process.
+
+    The fused attention of evaluation mode has no derivative. Fused kernels leave rounding noise
+    where gradients are zero, so that chance would decide which positions count, and they have no
+    forward-mode derivative.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    stand_ins = _StandIns(model)
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        evaluate_afresh(model)
-        # The fused attention of evaluation mode has no derivative.
-        torch.backends.mha.set_fastpath_enabled(False)
-        # Fused attention kernels leave rounding noise where gradients are zero, so that chance
-        # would decide which positions count, and they have no forward-mode derivative.
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            draws_kept(device_of(model)),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        _restore_modes(model, modes)
-        stand_ins.take_out()
-        kept.put_back()  # after `train`, in which many forget what they kept
+
+
+_PLAIN_ATTENTION = Shared(_plain_attention)
 
 
 class _StandIns:

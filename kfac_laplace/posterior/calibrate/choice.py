@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.options import check_choice, check_iterable
 from kfac_laplace.posterior.calibrate.held_out import HeldOut, validation_points
 from kfac_laplace.posterior.calibrate.same_data import likeness
@@ -14,6 +13,7 @@ from kfac_laplace.posterior.calibrate.temperature import best_scaling
 from kfac_laplace.posterior.calibrate.training_data import TrainingData
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.scaling import Scaling
+from kfac_laplace.process import draws_kept
 
 log = logging.getLogger("kfac_laplace")
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.model.batches import split_batch
-from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.curvature.shards import own_part, ranks_reading
 from kfac_laplace.errors import InvalidValue
@@ -17,6 +16,7 @@ from kfac_laplace.likelihoods import Latent, Likelihood, aligned_target
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.passes import counted
 from kfac_laplace.posterior.predict.glm import output_gaussian
+from kfac_laplace.process import draws_kept
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from kfac_laplace.curvature.accumulate import with_batch
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.curvature.model.budget import at_once
-from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.errors import UnsupportedUse
 from kfac_laplace.likelihoods import aligned_target
 from kfac_laplace.posterior.calibrate.held_out import HeldOut
@@ -29,6 +28,7 @@ from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.passes import counted
 from kfac_laplace.posterior.predict.glm import output_features, output_gaussian
 from kfac_laplace.posterior.tiles import pairs_of_tiles
+from kfac_laplace.process import draws_kept
 
 log = logging.getLogger("kfac_laplace")
 

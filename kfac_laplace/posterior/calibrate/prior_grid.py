@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.curvature.shards import own_part, ranks_reading
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import Likelihood
@@ -21,6 +20,7 @@ from kfac_laplace.posterior.calibrate.held_out import (
 )
 from kfac_laplace.posterior.hyperparameters import positive
 from kfac_laplace.posterior.predict.scaling import Scaling
+from kfac_laplace.process import draws_kept
 
 log = logging.getLogger("kfac_laplace")
 

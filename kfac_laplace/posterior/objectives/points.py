@@ -10,7 +10,6 @@ from kfac_laplace.curvature.estimate.fisher import Fisher
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.model.batches import AnyBatch, split_batch
 from kfac_laplace.curvature.model.graphs import GraphBatch
-from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods import aligned_target
@@ -18,6 +17,7 @@ from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.objectives.registry import Data
 from kfac_laplace.posterior.objectives.rows import Part, rows_of
 from kfac_laplace.posterior.passes import counted, recorded
+from kfac_laplace.process import draws_kept
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from kfac_laplace.posterior.predict.glm import (
     used_last,
 )
 from kfac_laplace.posterior.predict.products import covariance
+from kfac_laplace.process import own_warnings
 
 WHERE = "enable_backprop"
 #: Up to so many outputs in all, passes one by one cost less than a vectorised one with its check.
@@ -226,7 +227,7 @@ def _vectorised(
 
     constants = {name: value.detach() for name, value in theta.items()}
     try:
-        with without_trace(network.model), warnings.catch_warnings():
+        with without_trace(network.model), own_warnings():
             # A call without a rule of its own runs example by example, as we do then.
             warnings.filterwarnings("error", "There is a performance drop")
             every = vmap(jacrev(alone, has_aux=True), (None, *[0] * len(batch.data)))

@@ -7,7 +7,6 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from kfac_laplace.curvature.model.random_states import draws_kept
 from kfac_laplace.curvature.shards import indices, own_part, ranks_reading
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.options import check_iterable
@@ -15,6 +14,7 @@ from kfac_laplace.posterior.predict.glm import OutputGaussian
 from kfac_laplace.posterior.predict.inputs import inputs_alone
 from kfac_laplace.posterior.predict.predictive import Predictive
 from kfac_laplace.posterior.predict.predictor import Predictor
+from kfac_laplace.process import draws_kept
 
 WHERE = "loader"
 

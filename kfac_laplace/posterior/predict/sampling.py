@@ -16,6 +16,7 @@ from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.errors import UnsupportedUse
 from kfac_laplace.posterior.gaussian import Posterior
 from kfac_laplace.posterior.predict.finite import SAMPLES, finite
+from kfac_laplace.process import FORWARD_MODE, TURNS
 
 #: Weight samples are drawn so many together, block by block. No budget: it says which random
 #: number is whose.
@@ -71,7 +72,8 @@ def _linearised(
         return network.output(batch, known, params)
 
     try:
-        f, change = jvp(outputs, (dict(mode),), (tangents,))  # type: ignore[misc]  # two without aux
+        with TURNS.of([FORWARD_MODE]):
+            f, change = jvp(outputs, (dict(mode),), (tangents,))  # type: ignore[misc]  # no aux
     except RuntimeError as error:
         if not any(words in str(error) for words in NO_FORWARD_MODE):
             raise
