@@ -5,14 +5,14 @@ f(a) − f(b). Traces say so, of each layer's B and of its block beside the exac
 examples.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
 from kfac_laplace.curvature.estimate.blocks import KroneckerBlock
-from kfac_laplace.curvature.estimate.estimator import Estimand, estimate
+from kfac_laplace.curvature.estimate.estimator import Estimand, estimate_all
 from kfac_laplace.curvature.estimate.exact_blocks import DiagonalBlock
 from kfac_laplace.curvature.estimate.settings import PartSetting, Setting
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
@@ -139,17 +139,16 @@ def shares(passed: ForwardPass, groups: Sequence[Group]) -> dict[str, Shares]:
     """
     few = passed.knowing(replace(passed.knowledge, groups=tuple(groups)))
     roots = Unsaturated(passed.weights)
+    names = [group.name for group in groups]
+    factors = [Estimand("kron", dict.fromkeys(names, s), roots, widest=0) for s in SETTINGS]
+    estimands = [Estimand("diag", {}, roots), *factors]
+    diagonals, *made = estimate_all(few, estimands, roots, passed.outputs.detach())
     exact = {
         name: block.values.double().sum((-2, -1))
-        for name, block in _blocks(few, Estimand("diag", {}, roots)).items()
+        for name, block in diagonals.items()
         if isinstance(block, DiagonalBlock)
     }
-    reduce, expand = (
-        {name: _traces(block) for name, block in _blocks(few, estimand).items()}
-        for estimand in (
-            Estimand("kron", dict.fromkeys(exact, setting), roots) for setting in SETTINGS
-        )
-    )
+    reduce, expand = ({name: _traces(block) for name, block in own.items()} for own in made)
     noise = 30 * torch.finfo(passed.recording.output.dtype).eps ** 2
     sure = max(CANCELS_SURELY, noise)
     found = {}
@@ -171,10 +170,6 @@ def shares(passed: ForwardPass, groups: Sequence[Group]) -> dict[str, Shares]:
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part / whole.where(whole > 0, 1), 1)
-
-
-def _blocks(passed: ForwardPass, estimand: Estimand) -> Mapping[str, object]:
-    return estimate(passed, estimand, passed.outputs.detach(), Generator().manual_seed(0))
 
 
 def _traces(block: object) -> tuple[Tensor, Tensor]:

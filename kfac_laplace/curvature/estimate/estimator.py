@@ -1,6 +1,6 @@
 """The blocks of one batch: sums over backward vectors, group by group."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -80,6 +80,27 @@ def estimate(
     else:
         made = _add_cut(cut, _sent_back(estimand, cut.roots()), made)
     return finished(passed, made)
+
+
+def estimate_all(
+    passed: ForwardPass, estimands: Sequence[Estimand], fisher: Fisher, y: Tensor
+) -> list[dict[str, Block]]:
+    """The blocks of several estimands, of the same vectors: each is sent back once for all.
+
+    Args:
+        passed: as for `estimate`.
+        estimands: what is wanted, but for the vectors.
+        fisher: whose vectors, by a generator of its own.
+        y: aligned targets.
+    """
+    made = [accumulators(passed, estimand) for estimand in estimands]
+    every = {f"{k} {name}": part for k, own in enumerate(made) for name, part in own.items()}
+    vectors = fisher.vectors(
+        passed.likelihood, passed.outputs.detach(), y, Generator().manual_seed(0)
+    )
+    _add_vectors(passed, vectors, 1, every)
+    del every
+    return [finished(passed, own) for own in made]
 
 
 def accumulators(passed: ForwardPass, estimand: Estimand) -> dict[str, Accumulator]:
