@@ -97,3 +97,58 @@ def killed(ends: tuple[int, ...]) -> tuple[str, int]:
     except RuntimeError as error:
         return str(error), curvature.n_data
     return "", curvature.n_data
+
+
+#: Structure, and how many batches each rank reads before it is killed, over all passes; None: it
+#: outlives the others. The last has no data.
+KILLED: dict[str, tuple[str, tuple[int | None, ...]]] = {
+    "before the first batch": ("kron", (None, 0, None)),
+    "amid its own part": ("kron", (2, None, None)),
+    "in the second pass": ("ekfac", (None, 5, None)),
+    "at the end of a part": ("lowrank", (None, 3, None)),
+    "all with data, at different batches": ("ekfac", (2, 3, None)),
+}
+
+
+def _fitted(own: Any, structure: str, kept: Checkpoint | None) -> Curvature:
+    options: dict[str, Any] = {"hessian_structure": structure, "process_group": "world"}
+    return Curvature(network(), "classification", fisher="mc", **options).fit(own, checkpoint=kept)
+
+
+def fitted_until_killed(ends: tuple[int, ...], how: str, path: Path) -> str:
+    """A fit that keeps what it counts, of which ranks are killed; what the others raise."""
+    structure, at = KILLED[how]
+    rank = dist.get_rank()
+    own, until = part(ends, rank), at[rank]
+    try:
+        _fitted(own if until is None else Killing(own, until), structure, Checkpoint(path, every=1))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def gone_on(ends: tuple[int, ...], how: str, path: Path) -> bool:
+    """The same fit in new processes: whether it has the bits of one that was left alone."""
+    structure, own = KILLED[how][0], part(ends, dist.get_rank())
+    got = _fitted(own, structure, Checkpoint(path, every=1)).state_dict()
+    return bool(got["checksum"] == _fitted(own, structure, None).state_dict()["checksum"])
+
+
+class Killing:
+    """Batches at one of which the process is killed.
+
+    Args:
+        batches: all.
+        left: how many are read before it, over all passes.
+    """
+
+    def __init__(self, batches: list[Any], left: int):
+        self.batches, self.left = batches, left
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches, until then."""
+        for batch in self.batches:
+            self.left -= 1
+            if self.left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch

@@ -147,6 +147,22 @@ def test_a_killed_process_ends_the_others(tmp_path):
         assert message and n_data == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", parted_ends.KILLED)
+def test_a_fit_goes_on_after_its_processes_were_killed(how, tmp_path):
+    """In new processes, to the bits of a fit without interruption."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    _, at = parted_ends.KILLED[how]
+    raised = survivors(3, first, parted_ends.fitted_until_killed, ENDS, how, tmp_path / "fit")
+    assert raised.keys() == {rank for rank in range(3) if at[rank] is None}
+    assert all(raised.values())
+    assert how == "before the first batch" or any(tmp_path.glob("fit*"))
+    assert all(on_ranks(3, second, parted_ends.gone_on, ENDS, how, tmp_path / "fit"))
+    assert not any(tmp_path.glob("fit*"))
+
+
 # --- one process ---------------------------------------------------------------------------------
 
 
