@@ -30,7 +30,7 @@ from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.model.unchanged import parameters_of
 from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
 from kfac_laplace.curvature.ranks import Ranks
-from kfac_laplace.curvature.shards import own_part
+from kfac_laplace.curvature.shards import own_part, tell_of_a_part
 from kfac_laplace.curvature.state import ggn_from_state, ggn_to_state
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
@@ -272,6 +272,8 @@ class Curvature:
 
             def entered() -> tuple[Iterable[Any], Keeping]:
                 self._check(loader, key_y)
+                if ranks is None:
+                    tell_of_a_part(loader)
                 part = loader if ranks is None else own_part(loader, ranks)
                 return part, around.enter_context(Keeping(kept, self, part, key_y))
 

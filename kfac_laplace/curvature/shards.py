@@ -1,6 +1,7 @@
 """Each rank's part of the data, without the examples by which parts are made equally long."""
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -9,6 +10,8 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampl
 
 from kfac_laplace.curvature.ranks import Ranks, ranks_of
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
+
+log = logging.getLogger("kfac_laplace")
 
 
 class Unpadded(Sampler[int]):
@@ -75,6 +78,18 @@ def ranks_reading(group: Any, loader: Iterable[Any]) -> Ranks | None:
         loader: a part has a DistributedSampler.
     """
     return None if group is None or _sampler(loader) is None else ranks_of(group)
+
+
+def tell_of_a_part(loader: Iterable[Any]) -> None:
+    """Warn where one process reads what a DistributedSampler leaves it, and no others are told of."""
+    sampler = _sampler(loader)
+    if sampler is not None and sampler.num_replicas > 1:
+        log.warning(
+            "the loader's DistributedSampler leaves this process one of %d parts of the data, which "
+            "are then all that counts: pass process_group='world' for the parts of all processes, "
+            "or a loader of all data",
+            sampler.num_replicas,
+        )
 
 
 def check_all_data(group: Any, loader: Iterable[Any], where: str) -> None:

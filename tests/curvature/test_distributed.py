@@ -225,6 +225,17 @@ def test_samplers_of_other_groups_are_refused():
         own_part(loader, Several(2))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_part_read_by_one_process_alone_is_told(parts, caplog):
+    x, y = parted.data()
+    dataset = TensorDataset(x, y)
+    loader = DataLoader(dataset, 4, sampler=DistributedSampler(dataset, parts, 0))
+    with caplog.at_level("WARNING", "kfac_laplace"):
+        Curvature(parted.network(), "classification").fit(loader)
+    told = [record.getMessage() for record in caplog.records]
+    assert any("one of 2 parts of the data" in message for message in told) == (parts > 1)
+
+
 @pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full", "lowrank"])
 def test_sums_lie_in_order_and_make_the_block_again(structure):
     """Whatever the order in memory of what is added up: only so can they be sent."""
