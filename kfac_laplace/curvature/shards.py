@@ -81,13 +81,13 @@ def ranks_reading(group: Any, loader: Iterable[Any]) -> Ranks | None:
 
 
 def tell_of_a_part(loader: Iterable[Any]) -> None:
-    """Warn where one process reads what a DistributedSampler leaves it, and no others are told of."""
+    """Warn where one process alone reads a part of the data, as a DistributedSampler makes it."""
     sampler = _sampler(loader)
     if sampler is not None and sampler.num_replicas > 1:
         log.warning(
-            "the loader's DistributedSampler leaves this process one of %d parts of the data, which "
-            "are then all that counts: pass process_group='world' for the parts of all processes, "
-            "or a loader of all data",
+            "the loader's DistributedSampler makes one of %d parts of the data, which is then all "
+            "that counts: pass process_group='world' to add those of other processes, or a loader "
+            "of all data",
             sampler.num_replicas,
         )
 
