@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
@@ -20,3 +21,24 @@ torch.set_num_threads(1)
 def seeded():
     """Start every test from the same global RNG state."""
     torch.manual_seed(0)
+
+
+#: Cases of one test that the run without slow tests takes: a sample, the same one each time.
+SAMPLE = 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what is beyond the sample of a test's cases, in folders of rooms.
+
+    Tests beside this file look at texts and names; each of their cases counts.
+    """
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.path.parent != Path(TESTS) and not item.get_closest_marker("slow"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for name, cases in tests.items():
+        if len(cases) > SAMPLE:
+            kept = random.Random(name).sample(range(len(cases)), SAMPLE)
+            for place in {*range(len(cases))}.difference(kept):
+                cases[place].add_marker(pytest.mark.slow)

@@ -77,6 +77,7 @@ def test_version(capsys):
     assert code == 0 and __version__ in out
 
 
+@pytest.mark.slow
 def test_the_package_does_without_the_packages_of_the_demo():
     code = (
         "import sys, kfac_laplace, kfac_laplace.cli; "

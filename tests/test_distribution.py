@@ -103,6 +103,7 @@ def test_citation_release_and_package_have_one_version(release):
     assert citation["version"] == release.version() == kfac_laplace.__version__
 
 
+@pytest.mark.slow
 def test_an_import_loads_nothing_that_is_rarely_used():
     """Of scipy its top alone, and neither what draws nor what the integrations are for."""
     code = "import torch, sys; import kfac_laplace; print(*sys.modules)"

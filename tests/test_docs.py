@@ -79,6 +79,7 @@ def test_no_example_escapes(page):
     assert len(fences) == len(EXAMPLE.findall(text)) + len(SKIPPED.findall(text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if EXAMPLE.search(page.read_text("utf-8"))], ids=name
 )
@@ -188,6 +189,7 @@ def test_words_stand_where_the_page_says():
     assert not lost, "\n".join(lost)
 
 
+@pytest.mark.slow
 def test_source_keys_are_in_the_references():
     """Bracketed sources in docstrings and pages are spelled out in docs/references.md."""
     assert {"KFAC23", "ML21", "REDUX21", "MacKay 1992", "Hobbhahn et al. 2022"} <= in_docstrings()

@@ -217,6 +217,7 @@ def test_data_that_are_drawn_are_drawn_alike(structure, tmp_path):
         assert numpy.random.rand() == after
 
 
+@pytest.mark.slow
 def test_loaders_with_workers(tmp_path):
     case = build("mlp-tanh")
     options = {"num_workers": 1, "multiprocessing_context": "spawn"}

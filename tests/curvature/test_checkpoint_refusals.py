@@ -231,6 +231,7 @@ def test_bytes_that_flipped(path):
     assert refusals > 20
 
 
+@pytest.mark.slow
 def test_any_changed_value_is_refused_or_changes_nothing(path):
     state = torch.load(path, weights_only=True)
     case = build("mlp-tanh")
@@ -247,6 +248,7 @@ def test_any_changed_value_is_refused_or_changes_nothing(path):
     assert refusals > 20
 
 
+@pytest.mark.slow
 def test_with_a_right_checksum_nothing_raw_comes_either(path):
     """Nor does a refusal move a random state."""
     state = torch.load(path, weights_only=True)

@@ -79,6 +79,7 @@ def test_the_process_ends_by_the_signal_with_the_batch_at_hand_written(where, co
     assert_goes_on(tmp_path / "fit", counted)
 
 
+@pytest.mark.slow
 def test_a_handler_of_the_callers_own_is_called(tmp_path):
     ended = run(tmp_path / "fit", "model", "exits")
     assert ended.returncode == 3, ended.stderr
@@ -86,6 +87,7 @@ def test_a_handler_of_the_callers_own_is_called(tmp_path):
     assert_goes_on(tmp_path / "fit", 2)
 
 
+@pytest.mark.slow
 def test_after_one_that_returns_the_fit_goes_on(tmp_path):
     ended = run(tmp_path / "fit", "model", "returns")
     assert ended.returncode == 0, ended.stderr
@@ -93,6 +95,7 @@ def test_after_one_that_returns_the_fit_goes_on(tmp_path):
     assert not (tmp_path / "fit").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     ended = run(tmp_path / "fit", "model", "ignored")
     assert ended.returncode == 0, ended.stderr

@@ -49,6 +49,7 @@ def finished(tmp_path_factory):
     return findings, folder, console.export_text()
 
 
+@pytest.mark.slow
 def test_every_method_on_every_network(finished):
     findings, _, text = finished
     rows = [(row.model, row.method) for row in findings.outcomes]

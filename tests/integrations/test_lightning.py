@@ -76,6 +76,7 @@ def test_half_precision_is_the_loop_by_hand_in_half_precision():
     assert_same_training(module, tunes.tuner, *expected, rtol=2**-8, atol=2**-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["training", "validation"])
 def test_resumed_from_a_checkpoint_training_is_the_same_to_the_bit(at, tmp_path):
     """A checkpoint of the end of validation is older than the round of its epoch.

@@ -31,6 +31,7 @@ sys.meta_path.insert(0, Broken)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [MISSING, BROKEN], ids=["missing", "broken"])
 @pytest.mark.parametrize(("name", "hidden", "extra"), INTEGRATIONS, ids=lambda value: str(value))
 def test_the_error_names_the_extra(name, hidden, extra, state):

@@ -189,6 +189,7 @@ def test_half_precision_rounds_and_no_more(tmp_path):
     assert any(not torch.equal(one, other) for one, other in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [pytest.param("epoch", marks=pytest.mark.slow), "steps"])
 def test_resumed_from_a_checkpoint_training_is_the_same_to_the_bit(saves, tmp_path):
     """Checkpoints by steps are older than the round of their epoch; training is shuffled."""
@@ -228,6 +229,7 @@ def test_early_stopping_ends_with_a_posterior(tmp_path):
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_streams_have_rounds_as_often_as_they_end(tmp_path):
     """The trainer counts their epochs in parts of the whole training."""
 
@@ -240,6 +242,7 @@ def test_streams_have_rounds_as_often_as_they_end(tmp_path):
     assert [record.epoch for record in tunes.tuner.history] == [1, 2]  # of five steps each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -215,6 +215,7 @@ def test_the_tuners_loss_is_the_negative_log_joint(labels, make):
     torch.testing.assert_close(len(whole.y) * loss.double(), joint)
 
 
+@pytest.mark.slow
 @labelled
 def test_marglik_training(labels, caplog):
     """Trains on what it counted: no complaint about the number of examples."""

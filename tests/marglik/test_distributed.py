@@ -29,6 +29,7 @@ def assert_found(got: list[dict[str, Any]], want: dict[str, Any]) -> None:
             assert got[0][name] == got[1][name] == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", parted.KINDS)
 def test_ranks_tune_as_one_process(kind, ranks):
     assert_found([each["tuned"][kind] for each in ranks], parted.tuned(kind, 0, 1))

@@ -73,6 +73,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [None, 3])
 @pytest.mark.parametrize(
     "kind",
@@ -220,6 +221,7 @@ train(model, Sends(loader), sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("read_of", "steps"), [(3, 1), (4, 3), (5, 1)])
 def test_sigterm_in_a_step_and_in_a_round(read_of, steps, tmp_path):
     path = tmp_path / "file"

@@ -36,6 +36,7 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
     [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in MORE)],

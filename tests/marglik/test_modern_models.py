@@ -142,6 +142,7 @@ def test_recomputed_activations_change_nothing(name):
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_model_in_bfloat16():
     model, batches = made("vit")
     model.bfloat16()
@@ -189,6 +190,7 @@ def test_distributed_training_still_averages_gradients(one_process):
     assert len(buckets) >= len(batches)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's imports
 def test_a_distributed_model_has_the_curvature_of_the_model_inside(one_process):
     model, batches = made("bert")

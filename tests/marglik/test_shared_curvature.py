@@ -132,6 +132,7 @@ def digits(n=1000):
     return x + torch.randn(n, 4, generator=generator, dtype=torch.float64), y
 
 
+@pytest.mark.slow
 def test_in_training_a_round_is_near_that_of_a_pass():
     """Labels drawn in every step, seed 0: log det 0.99 to 1.03 of a pass's, δ 1.04 in the median.
 

@@ -123,6 +123,7 @@ def test_a_state_of_adam_in_a_tuner_of_mackays_and_back():
     again.step(case.batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp-tanh", "mlp-regression"])
 def test_any_changed_value_is_refused_or_changes_nothing(name):
     tuner, case = stepped(name)
@@ -264,6 +265,7 @@ def test_settings_are_kept_once_precisions_move():
     assert decided(again, loader) == kept
 
 
+@pytest.mark.slow
 def test_settings_are_decided_anew_when_precisions_begin_to_move():
     """Until then rounds keep those of the first, of a network that has not learned."""
     generator = torch.Generator().manual_seed(0)

@@ -56,6 +56,7 @@ def test_their_grid_search():
     torch.testing.assert_close(found, best.expand_as(found))
 
 
+@pytest.mark.slow
 def test_the_base_of_the_grid_and_its_defaults():
     """A hundred candidates from base^-4 to base^4, whatever of it is given."""
     two, case = fit()

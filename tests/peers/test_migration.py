@@ -15,6 +15,7 @@ def both(likelihood="classification"):
     return theirs, ours, peer.loader(*held_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"log_prior_prec_min": -2, "grid_size": 9}])
 @pytest.mark.parametrize("link", ["probit", "bridge"])
 def test_the_grid_search_of_their_readme(link, more):

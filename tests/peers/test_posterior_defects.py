@@ -120,6 +120,7 @@ def test_half_precision_weights_get_an_evidence():
     torch.testing.assert_close(got, expected, rtol=0.05, atol=0)  # bfloat16: 3 digits
 
 
+@pytest.mark.slow
 def test_function_samples_are_joint_but_not_identical_across_inputs():
     """The peer shares one noise vector across inputs: correlation 1 whatever the inputs."""
     model = peer.mlp(outputs=1)

@@ -44,12 +44,14 @@ def train(ours, temperature=1.0, structure="full"):
     return la, model, x, y
 
 
+@pytest.mark.slow
 def test_multi_output_regression_reaches_the_map_of_its_own_posterior():
     """A mean over outputs trains likelihood^(1/C)."""
     assert likelihood_power(*train(ours=False)) == pytest.approx(1 / 3, rel=1e-4)
     assert likelihood_power(*train(ours=True)) == pytest.approx(1, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_temperature_means_the_same_in_training_and_in_the_posterior():
     """Likelihood^(1/T) in both; the peer trains likelihood^T and stores likelihood^(1/T)."""
     temperature = 0.5

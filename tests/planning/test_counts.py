@@ -81,6 +81,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_bytes_are_those_of_a_fit(options: dict[str, str]) -> None:
     """Counted while a fit runs: held exactly, at the peak within a fifth."""

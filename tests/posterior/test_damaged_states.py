@@ -87,6 +87,7 @@ def test_more_changes_of_a_file(name, structure):
         assert same(answers(loaded, case.x), expected), (path, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "structure"), CASES)
 def test_with_a_right_checksum_nothing_raw_comes_either(name, structure):
     """What a checksum would have refused anyhow: the checks of each value by themselves."""

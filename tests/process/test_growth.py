@@ -157,6 +157,7 @@ def in_records(run: Round) -> list[Any]:
     return [value for record in records for value in tree_leaves(record)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ROUNDS)
 def test_rounds_leave_no_tensors(kind, n):

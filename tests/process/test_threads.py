@@ -32,6 +32,7 @@ def several(life: str, name: str, *options: Any, seeds: int) -> None:
     process.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("life", LIVES)
 def test_threads_with_objects_of_their_own(life, name):

@@ -31,7 +31,7 @@ options = st.fixed_dictionaries(
 )
 
 
-def law(few: int = 15, many: int = 300, **strategies: st.SearchStrategy) -> Callable:
+def law(few: int = 8, many: int = 300, **strategies: st.SearchStrategy) -> Callable:
     """A property as two tests: `few` examples, always the same, and `many`, under "slow".
 
     Programs take as long as they take, so there is no deadline.
@@ -86,7 +86,7 @@ def assert_same(one: Curvature, other: Curvature, tolerance: float, times: float
         assert error <= tolerance, f"{name}: {error:.2e}"
 
 
-@law(few=25, program=programs())
+@law(few=8, program=programs())
 def test_exact_structures_are_the_dense_ggn(program):
     """full and all rows: Σ JᵀΛJ; diag: its diagonal. Of what kron has no factors for as well."""
     model, x, y = made(program)

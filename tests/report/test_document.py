@@ -87,6 +87,7 @@ def test_reports_can_be_pickled():
     assert str(pickle.loads(pickle.dumps(report))) == str(report)
 
 
+@pytest.mark.slow
 def test_numbers_need_no_picture_package():
     """Importing and measuring load neither matplotlib nor torchmetrics."""
     code = """

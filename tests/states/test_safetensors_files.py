@@ -119,6 +119,7 @@ def test_without_the_package(path, monkeypatch):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_when_it_is_used():
     code = "import sys, kfac_laplace; sys.exit('safetensors' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -42,6 +42,7 @@ def test_factors_are_float32_or_better(name, dtype):
         assert block.dense().dtype in (torch.float32, torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
 def test_sums_over_many_batches_do_not_stall(structure):
     """A bfloat16 sum stops growing at 256 times its first term; float32 keeps 6 digits."""

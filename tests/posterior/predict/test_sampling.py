@@ -102,6 +102,7 @@ def test_predictive_samples_regression_add_the_noise():
     assert_moments(samples.flatten(1), case.model(case.x[:2]).detach().flatten(), covariance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_linear_samples_average_to_the_glm_mean_and_covariance(structure):
     """`pred_type="linear"` is the GLM by simulation: f + J (theta_s - theta*)."""
