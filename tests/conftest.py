@@ -24,7 +24,7 @@ def seeded():
 
 
 #: Cases of one test that the run without slow tests takes: a sample, the same one each time.
-SAMPLE = 8
+SAMPLE = 4
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -30,6 +30,7 @@ def tracked():
     return files
 
 
+@pytest.mark.slow
 def test_the_source_distribution_holds_what_is_tracked(tmp_path):
     """Tests, pages, benchmarks and the pinned set: what is unpacked can check itself."""
     pytest.importorskip("setuptools", minversion="64")

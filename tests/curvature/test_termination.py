@@ -71,6 +71,7 @@ def assert_goes_on(path, counted):
     assert_same_bits(live_to_plain(found.ggn), live_to_plain(wanted.ggn))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "counted"), [("model", 2), ("loader", 1), ("dead worker", 1)])
 def test_the_process_ends_by_the_signal_with_the_batch_at_hand_written(where, counted, tmp_path):
     ended = run(tmp_path / "fit", where)

@@ -85,6 +85,7 @@ def test_costs_of_a_step():
     )
 
 
+@pytest.mark.slow
 def test_the_command_runs_what_follows_and_nothing_twice(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from benchmarks.experiments.__main__ import main

@@ -53,9 +53,3 @@ def test_killed_at_random_moments(name, tmp_path):
     found = killed(name, KILLS[name], 0, str(tmp_path))
     assert found["killed"] == KILLS[name]
     assert found["looked"] > 0
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-def test_a_fit_is_killed_three_times(tmp_path):
-    """The campaign is among the slow tests; this one of it is not."""
-    assert killed("fit", 3, 1, str(tmp_path))["killed"] == 3

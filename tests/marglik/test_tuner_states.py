@@ -146,6 +146,7 @@ def test_any_changed_value_is_refused_or_changes_nothing(name):
     assert refused > 40
 
 
+@pytest.mark.slow
 def test_with_a_right_checksum_nothing_raw_comes_either():
     """Nor in the next round: what is taken over can be gone on from, or fails by name."""
     tuner, case = stepped()

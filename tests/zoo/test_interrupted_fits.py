@@ -25,6 +25,7 @@ def made(name):
     return Laplace(case.model, case.likelihood, **case.options), case.batches()
 
 
+@pytest.mark.slow
 @zoo_law
 def test_an_interrupted_fit_ends_at_the_same_bits(name, tmp_path):
     """Layouts of rows, unread rows and checks that the first batches taught are in the file."""

@@ -140,6 +140,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     return model, x[:64], y[:64]
 
 
+@pytest.mark.slow
 def test_errors_fall_much_faster_than_those_of_labels():
     """Mean relative errors of B over 20 seeds, as shares of those of as many label draws."""
     model, x, y = trained()
