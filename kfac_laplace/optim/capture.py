@@ -23,11 +23,13 @@ from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.curvature.recording.tape import Tape
 from kfac_laplace.optim.averages import Sums
 from kfac_laplace.optim.calls import OutputFn, data_of, in_eager_mode, inputs_of, output_of
 from kfac_laplace.optim.estimate import Estimate
 from kfac_laplace.optim.learning import Learned, Lesson, network_for_training
+from kfac_laplace.optim.ranks import ranks_of_pass
 from kfac_laplace.optim.training_pass import Blocks, TrainingPass
 
 log = logging.getLogger("kfac_laplace")
@@ -80,6 +82,8 @@ class Capture:
         self._estimate, self._generator = estimate, generator
         self._fisher = estimate.vectors
         self._output_fn = output_fn
+        #: The processes of a wrapper for parallel data in which the model has run.
+        self.ranks: Ranks | None = None
         #: Whether this step is one of those that are captured.
         self.due = True
         self.known = Knowledge(tracked, reorders=False)
@@ -148,6 +152,7 @@ class Capture:
         self._leave()  # of a pass that was interrupted
         if not self._counts(model):
             return
+        self.ranks = ranks_of_pass() or self.ranks
         with self.paused():
             inputs = inputs_of(self._network.model, args, kwargs)
             known = self.known if self.learned is None else self.learned.knowledge

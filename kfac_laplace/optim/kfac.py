@@ -28,7 +28,7 @@ from kfac_laplace.optim.loss_scale import unscale_
 from kfac_laplace.optim.memory import Numbers
 from kfac_laplace.optim.parameters import check_numbers, parameter_groups
 from kfac_laplace.optim.prior_damping import PriorDamping, TellsDamping
-from kfac_laplace.optim.ranks import summed, training_ranks
+from kfac_laplace.optim.ranks import summed, tell_of_others, training_ranks
 from kfac_laplace.optim.rules import EigenAdam, Rule, descend_
 from kfac_laplace.optim.schedule import EARLY
 from kfac_laplace.optim.shared import averaged_ggn
@@ -60,8 +60,8 @@ class KFAC(Optimizer):
 
     Args:
         model: the network; two hooks stand on its forward until `close`, or until this object ends.
-            It may be compiled; steps that are captured run it in eager mode. Pass it wrapped in
-            `DistributedDataParallel` where several ranks train it: their factors are summed.
+            It may be compiled; steps that are captured run it in eager mode. Where several ranks
+            train it in `DistributedDataParallel`, give or wrap it: their factors are summed.
         likelihood: what its outputs mean: "classification" or another name of docs/likelihoods.md,
             or a `Likelihood`. It is to be that of the loss.
         params: parameters or parameter groups, all of the model by default; they never change
@@ -320,6 +320,9 @@ class KFAC(Optimizer):
 
     def _form(self) -> None:
         """Take parameters together once their groups are known, those of the first rank."""
+        self._ranks = self._ranks or self._capture.ranks
+        if self._ranks is None and not self._updates.formed and not self._unseen:
+            tell_of_others()
         if self._ranks is not None and not self._updates.formed:
             own = self._capture.learned
             state = None if own is None else learned_to_state(own, self._options)

@@ -4,17 +4,22 @@ All ranks then have the same factors, and with the gradients that `DistributedDa
 they make the same updates.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kfac_laplace.curvature.estimate.blocks import KroneckerBlock
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.packed import packed_zeros
 from kfac_laplace.curvature.ranks import Ranks, data_parallel, ranks_of
 from kfac_laplace.optim.averages import Sums
+
+log = logging.getLogger("kfac_laplace")
 
 
 def training_ranks(model: nn.Module, group: Any) -> Ranks | None:
@@ -28,6 +33,23 @@ def training_ranks(model: nn.Module, group: Any) -> Ranks | None:
         return ranks_of(group)
     wrapper = data_parallel(model)
     return None if wrapper is None else ranks_of(wrapper.process_group)
+
+
+def ranks_of_pass() -> Ranks | None:
+    """The processes of the wrapper for parallel data whose forward pass runs now, if one does."""
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return None if wrapper is None else ranks_of(wrapper.process_group)
+
+
+def tell_of_others() -> None:
+    """Warn where other processes run, and none of them is known to train the model too."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        log.warning(
+            "%d processes run, and KFAC knows of this one alone: where the others train the model "
+            "too, their weights go apart. Train it in DistributedDataParallel, or pass "
+            "process_group='world' where the loop averages gradients itself",
+            dist.get_world_size(),
+        )
 
 
 def summed(ranks: Ranks, sums: Sums, groups: Sequence[Group], like: Tensor, widest: int) -> Sums:

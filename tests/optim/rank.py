@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,12 +23,28 @@ def network() -> nn.Module:
     ).double()
 
 
-def on_rank(fisher: str, by_hand: bool) -> dict[str, torch.Tensor]:
+def on_rank(fisher: str, by_hand: bool, given: str = "model") -> dict[str, torch.Tensor]:
     """The parameters after a few steps on this rank's part of each batch."""
-    return train(dist.get_rank(), dist.get_world_size(), fisher, by_hand)
+    return train(dist.get_rank(), dist.get_world_size(), fisher, by_hand, given)
 
 
-def train(rank: int, ranks: int, fisher: str, by_hand: bool = False) -> dict[str, torch.Tensor]:
+def told() -> list[str]:
+    """Warnings of steps on one rank of which the others are not known."""
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("kfac_laplace").addHandler(handler)
+    optimizer = KFAC(model := network())
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.ones(4, 2, 6).double()), torch.arange(4) % 3).backward()
+        optimizer.step()
+    return seen
+
+
+def train(
+    rank: int, ranks: int, fisher: str, by_hand: bool = False, given: str = "model"
+) -> dict[str, torch.Tensor]:
     """Likewise, for any number of ranks.
 
     Args:
@@ -34,13 +52,15 @@ def train(rank: int, ranks: int, fisher: str, by_hand: bool = False) -> dict[str
         ranks: how many there are.
         fisher: the estimator.
         by_hand: the loop averages the gradients itself.
+        given: what the optimiser is given: the "model" as it is called, or what is "inside" it.
     """
     inner = network()
     model = DistributedDataParallel(inner) if ranks > 1 and not by_hand else inner
     # The middle layer is wider than `largest`: of its A there is the diagonal.
     curvature = Estimate(fisher, every=2, bases_every=2, largest=10)
     group = "world" if ranks > 1 and by_hand else None
-    optimizer = KFAC(model, rule=Damped(), curvature=curvature, seed=rank, process_group=group)
+    known = model if given == "model" else inner
+    optimizer = KFAC(known, rule=Damped(), curvature=curvature, seed=rank, process_group=group)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(N, 2, 6, dtype=torch.float64, generator=generator)

@@ -27,3 +27,18 @@ def test_ranks_that_draw_other_labels_stay_together(tmp_path):
     first, second = on_ranks(2, tmp_path, rank.on_rank, "mc", False)
     for name, value in first.items():
         assert torch.equal(second[name], value), name
+
+
+@pytest.mark.slow
+def test_the_model_inside_its_wrapper_is_enough(tmp_path):
+    """As it is given before it is wrapped, or by trainers that wrap it themselves."""
+    want = rank.train(0, 1, "exact")
+    for got in on_ranks(2, tmp_path, rank.on_rank, "exact", False, "inside"):
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.slow
+def test_processes_that_are_not_known_are_told_of_once(tmp_path):
+    for seen in on_ranks(2, tmp_path, rank.told):
+        assert len([message for message in seen if "2 processes run" in message]) == 1
