@@ -316,9 +316,22 @@ def suggesting(function: Callee) -> Callee:
 def _checking(function: Callee, names: list[str]) -> Callee:
     """The function with an error of ours for keywords that are none of some names."""
     names = [name for name in names if name != "self"]
+    placed = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
+        if len(args) > len(placed):
+            known = [name for name in placed if name != "self"]
+            raise InvalidType(
+                f"takes {len(known)} values by position, {', '.join(known)}",
+                where=function.__qualname__,
+                got=f"{args[len(placed)]!r} behind them",
+                remedy="Write the rest by name, as name=value",
+            )
         for name in keywords.keys() - set(names):
             alike = difflib.get_close_matches(name, names, 1)
             raise InvalidType(

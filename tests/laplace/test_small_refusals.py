@@ -113,6 +113,22 @@ def test_a_keyword_that_is_none_suggests_the_right_one(name):
             make(zzz=1)
 
 
+def test_a_value_too_many_says_which_keyword_it_may_be():
+    """laplace-torch takes the subset and the structure by position."""
+    model = build("mlp-tanh").model
+    for make, positions in (
+        (lambda *v: Laplace(model, *v), 2),
+        (lambda *v: Curvature(model, *v), 2),
+        (lambda *v: MarglikTuner(model, *v), 3),
+    ):
+        given = ("classification", 7, "kron", "all")[:positions]
+        with pytest.raises(
+            InvalidType,
+            match=rf"takes {positions} values by position, model.*Write the rest by name",
+        ):
+            make(*given)
+
+
 class Beside(nn.Module):
     """A head, and beside it what a layer without width adds."""
 
