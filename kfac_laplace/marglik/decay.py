@@ -2,14 +2,13 @@
 
 import logging
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 log = logging.getLogger("kfac_laplace")
 
@@ -33,6 +32,38 @@ def largest_decay(optimizer: HasParamGroups, model: nn.Module, tracked: Collecti
     return max((_as_number(group.get("weight_decay")) for group in groups), default=0.0)
 
 
+class _Looks:
+    """What looks at each step of any optimiser, by one hook of torch's.
+
+    The hook stays once it is there: torch goes through its hooks at each step, and an optimiser of
+    another thread fails where they change meanwhile. Single changes of a dict are safe.
+    """
+
+    def __init__(self) -> None:
+        self._looks: dict[object, Callable[[Optimizer], None]] = {}
+        self._hooked = False
+
+    def __len__(self) -> int:
+        """How many look."""
+        return len(self._looks)
+
+    def add(self, look: Callable[[Optimizer], None]) -> Callable[[], object]:
+        """Have this called with each optimiser that is about to step; what ends it."""
+        key = object()
+        self._looks[key] = look
+        if not self._hooked:
+            self._hooked = True
+            register_optimizer_step_pre_hook(self._tell)
+        return partial(self._looks.pop, key, None)
+
+    def _tell(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for look in list(self._looks.values()):
+            look(optimizer)
+
+
+LOOKS = _Looks()
+
+
 class DecayWatch:
     """Sees the optimisers of a network at their first steps, and warns where one decays weights.
 
@@ -41,7 +72,7 @@ class DecayWatch:
     """
 
     def __init__(self) -> None:
-        self._handle: RemovableHandle | None = None
+        self._remove: Callable[[], object] | None = None
         self._ended = False
 
     def watch(self, model: nn.Module, tracked: Collection[str]) -> None:
@@ -51,19 +82,19 @@ class DecayWatch:
             model: the network.
             tracked: names of the parameters with prior precisions.
         """
-        if self._handle is not None or self._ended:
+        if self._remove is not None or self._ended:
             return
         seen = weakref.WeakSet[Optimizer]()
         look = partial(_look, weakref.ref(model), frozenset(tracked), seen)
-        self._handle = register_optimizer_step_pre_hook(look)
-        weakref.finalize(model, self._handle.remove)
+        self._remove = LOOKS.add(look)
+        weakref.finalize(model, self._remove)
 
     def end(self) -> None:
         """Watch no longer."""
         self._ended = True
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if self._remove is not None:
+            self._remove()
+            self._remove = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy begins anew: hooks of torch cannot be copied."""
@@ -75,8 +106,6 @@ def _look(
     tracked: frozenset[str],
     seen: "weakref.WeakSet[Optimizer]",
     optimizer: Optimizer,
-    args: Any,
-    kwargs: Any,
 ) -> None:
     """Warn where an optimiser that is about to step decays weights that have a prior."""
     found = model()
