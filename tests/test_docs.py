@@ -167,6 +167,12 @@ def test_relative_links_resolve(page):
         assert not anchor or anchor in anchors(path), link
 
 
+@pytest.mark.parametrize("page", LINKED, ids=name)
+def test_every_page_has_a_title_and_something_below(page):
+    title, _, rest = page.read_text().strip().partition("\n")
+    assert title.startswith("# ") and rest.split()
+
+
 def test_every_page_is_in_the_index():
     index = ROOT / "docs" / "index.md"
     linked = set(LINK.findall(prose(index)))
