@@ -135,11 +135,11 @@ def draws_kept(device: torch.device | None = None) -> Iterator[None]:
     """
     devices = _devices(device)
     with _states_kept(devices):
-        before = {one: _state(one) for one in devices}
+        before = {one: state_of(one) for one in devices}
         try:
             yield
         finally:  # where another thread has seeds of its own, the last to leave puts all back
-            TURNS.unless_taken(GENERATORS, partial(_set_states, before))
+            TURNS.unless_taken(GENERATORS, partial(set_states, before))
 
 
 def _devices(device: torch.device | None) -> list[torch.device]:
@@ -164,18 +164,20 @@ _SHARED: dict[torch.device, Shared] = {}
 
 @contextmanager
 def _kept(device: torch.device) -> Iterator[None]:
-    before = {device: _state(device)}
+    before = {device: state_of(device)}
     try:
         yield
     finally:
-        _set_states(before)
+        set_states(before)
 
 
-def _state(device: torch.device) -> Tensor:
+def state_of(device: torch.device) -> Tensor:
+    """Torch's random state on a device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _set_states(states: Mapping[torch.device, Tensor]) -> None:
+def set_states(states: Mapping[torch.device, Tensor]) -> None:
+    """Set torch's random states, by device."""
     for device, state in states.items():
         if device.type == "cuda":
             torch.cuda.set_rng_state(state, device)

@@ -321,8 +321,6 @@ class KFAC(Optimizer):
     def _form(self) -> None:
         """Take parameters together once their groups are known, those of the first rank."""
         self._ranks = self._ranks or self._capture.ranks
-        if self._ranks is None and not self._updates.formed and not self._unseen:
-            tell_of_others()
         if self._ranks is not None and not self._updates.formed:
             own = self._capture.learned
             state = None if own is None else learned_to_state(own, self._options)
@@ -341,6 +339,8 @@ class KFAC(Optimizer):
         elif not self._updates.formed:
             if self._uncovered == "error":
                 learned.check_covered()
+            if self._ranks is None and learned.captured:
+                tell_of_others()
             self._updates.form(learned.captured)
             others = [name for name, kind in self.coverage.items() if kind == "adamw"]
             if others:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from curvature.parted import network, part
-from torch import Tensor
 
 from kfac_laplace import Checkpoint, Curvature
 from kfac_laplace.errors import OtherRankFailed
@@ -43,7 +42,7 @@ def resumed(ends: tuple[int, ...], structure: str) -> list[tuple[str, bool, list
         names = [tempfile.mkdtemp()]
         dist.broadcast_object_list(names)
         kept, said = Checkpoint(Path(names[0]) / "fit", every=1), ""
-        loader: Any = Dying(own, at) if dist.get_rank() == failing else own
+        loader: Any = Ending(own, at, fail) if dist.get_rank() == failing else own
         try:
             curvature().fit(loader, checkpoint=kept)
         except (OSError, OtherRankFailed) as error:
@@ -56,24 +55,35 @@ def resumed(ends: tuple[int, ...], structure: str) -> list[tuple[str, bool, list
     return found
 
 
-class Dying:
-    """Batches of which some can be read, over all passes, and then none.
+class Ending:
+    """Batches of which some can be read, over all passes, before something happens.
 
     Args:
         batches: all.
         left: how many can be read.
+        end: what happens then.
     """
 
-    def __init__(self, batches: list[Any], left: int):
-        self.batches, self.left = batches, left
+    def __init__(self, batches: list[Any], left: int, end: Callable[[], object]):
+        self.batches, self.left, self.end = batches, left, end
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches."""
+        """The batches, until then."""
         for batch in self.batches:
             self.left -= 1
             if self.left < 0:
-                raise OSError("the disk is gone")
+                self.end()
             yield batch
+
+
+def fail() -> None:
+    """Raise what a reader of files raises."""
+    raise OSError("the disk is gone")
+
+
+def kill() -> None:
+    """End this process as a scheduler does."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def all_resumed(ends: tuple[int, ...]) -> dict[str, list[tuple[str, bool, list[str]]]]:
@@ -83,17 +93,12 @@ def all_resumed(ends: tuple[int, ...]) -> dict[str, list[tuple[str, bool, list[s
 
 def killed(ends: tuple[int, ...]) -> tuple[str, int]:
     """What a fit raises while rank 1 is killed, and how many examples it left."""
-    rank = dist.get_rank()
-
-    def loader() -> Iterator[tuple[Tensor, Tensor]]:
-        for k, batch in enumerate(part(ends, rank)):
-            if rank == 1 and k == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield batch
-
+    own: Any = part(ends, dist.get_rank())
+    if dist.get_rank() == 1:
+        own = Ending(own, 2, kill)
     curvature = Curvature(network(), "classification", process_group="world")
     try:
-        curvature.fit(loader())
+        curvature.fit(own)
     except RuntimeError as error:
         return str(error), curvature.n_data
     return "", curvature.n_data
@@ -121,7 +126,9 @@ def fitted_until_killed(ends: tuple[int, ...], how: str, path: Path) -> str:
     rank = dist.get_rank()
     own, until = part(ends, rank), at[rank]
     try:
-        _fitted(own if until is None else Killing(own, until), structure, Checkpoint(path, every=1))
+        _fitted(
+            own if until is None else Ending(own, until, kill), structure, Checkpoint(path, every=1)
+        )
     except RuntimeError as error:
         return str(error)
     return ""
@@ -132,23 +139,3 @@ def gone_on(ends: tuple[int, ...], how: str, path: Path) -> bool:
     structure, own = KILLED[how][0], part(ends, dist.get_rank())
     got = _fitted(own, structure, Checkpoint(path, every=1)).state_dict()
     return bool(got["checksum"] == _fitted(own, structure, None).state_dict()["checksum"])
-
-
-class Killing:
-    """Batches at one of which the process is killed.
-
-    Args:
-        batches: all.
-        left: how many are read before it, over all passes.
-    """
-
-    def __init__(self, batches: list[Any], left: int):
-        self.batches, self.left = batches, left
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches, until then."""
-        for batch in self.batches:
-            self.left -= 1
-            if self.left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield batch

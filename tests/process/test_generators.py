@@ -17,10 +17,11 @@ from kfac_laplace.process import draws_kept
 
 def test_seeds_of_one_thread_stay_beside_passes_of_another():
     """Who puts states back in the meantime leaves these; in the end all are as before both."""
-    seeded, left = threading.Event(), threading.Event()
+    inside, seeded, left = (threading.Event() for _ in range(3))
     device, process = torch.device("cpu"), Process()
 
     def seeding() -> Tensor:
+        assert inside.wait(LONG)
         with random_states_kept(device):
             seed_everywhere(device, 5)
             seeded.set()
@@ -28,9 +29,9 @@ def test_seeds_of_one_thread_stay_beside_passes_of_another():
             return torch.rand(3)
 
     def passing() -> None:
-        inner = draws_kept()
         with draws_kept():
-            with inner:
+            with draws_kept():
+                inside.set()
                 assert seeded.wait(LONG)
             left.set()
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kfac_laplace.process import own_generators
+from kfac_laplace.process import own_generators, set_states, state_of
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +38,15 @@ class RandomStates:
     @classmethod
     def now(cls, device: torch.device) -> "RandomStates":
         """Today's."""
-        other = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        other = state_of(device) if device.type == "cuda" else None
         numpy = np.random.get_state(legacy=False)
         assert isinstance(numpy, dict)
-        return cls(device, torch.get_rng_state(), other, numpy, random.getstate())
+        return cls(device, state_of(CPU), other, numpy, random.getstate())
 
     def restore(self) -> None:
         """Put them back."""
-        torch.set_rng_state(self.cpu)
-        if self.other is not None:
-            torch.cuda.set_rng_state(self.other, self.device)
+        other = {} if self.other is None else {self.device: self.other}
+        set_states({CPU: self.cpu, **other})
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 
