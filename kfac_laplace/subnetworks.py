@@ -16,7 +16,7 @@ from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.model.unchanged import undisturbed
+from kfac_laplace.curvature.model.unchanged import in_turn, parameters_of, undisturbed
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.errors import InvalidType, InvalidValue, NotFitted
 from kfac_laplace.likelihoods import resolve
@@ -214,10 +214,12 @@ class ModuleNameSubnetMask(SubnetMask):
 
     def __init__(self, model: nn.Module, module_names: Sequence[str]):
         super().__init__(model)
-        own = {name: {*module.parameters()} for name, module in model.named_modules()}
-        _check_names("module_names", module_names, [name for name, params in own.items() if params])
+        with in_turn(model):
+            own = {name: {*module.parameters()} for name, module in model.named_modules()}
+            params = parameters_of(model)
+        _check_names("module_names", module_names, [name for name, found in own.items() if found])
         chosen = set[nn.Parameter]().union(*(own[name] for name in module_names))
-        self._names = {name for name, p in model.named_parameters() if p in chosen}
+        self._names = {name for name, p in params.items() if p in chosen}
 
     def _mask(self, train_loader: Iterable[Any] | None) -> Tensor:
         return _whole(self.model, self._names)
@@ -265,7 +267,8 @@ class LastLayerSubnetMask(SubnetMask):
 
 
 def _trainable(model: nn.Module) -> Tensor:
-    return _whole(model, {name for name, p in model.named_parameters() if p.requires_grad})
+    params = parameters_of(model)
+    return _whole(model, {name for name, p in params.items() if p.requires_grad})
 
 
 def _whole(model: nn.Module, names: set[str]) -> Tensor:

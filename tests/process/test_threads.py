@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kfac_laplace import Laplace
 from kfac_laplace.optim import KFAC, Estimate
+from kfac_laplace.subnetworks import ModuleNameSubnetMask
 
 
 def several(life: str, name: str, *options: Any, seeds: int) -> None:
@@ -146,6 +147,28 @@ def test_estimators_train_by_their_seeds_in_threads():
     want, process = [call() for call in calls], Process()
     assert same(at_once(*calls), want)
     process.check(but="filters of warnings")  # scikit-learn's checks of tables leave them changed
+
+
+def test_masks_of_a_model_are_made_between_its_passes():
+    """Of its own parameters, not of the tensors that a pass puts in their place."""
+    began, chosen = threading.Event(), threading.Event()
+    # The mask waits for its turn, so that the wait inside the pass runs out.
+    model = Meeting(0, lambda: (began.set(), chosen.wait(1)))
+    la = Laplace(model, "classification").fit(rows())
+    want = ModuleNameSubnetMask(model, ["linear"]).select()
+    model.call = model.calls + 1
+
+    def predict() -> None:
+        la(rows()[0][0], pred_type="nn", n_samples=2)
+
+    def choose() -> Tensor:
+        assert began.wait(LONG)
+        found = ModuleNameSubnetMask(model, ["linear"]).select()
+        chosen.set()
+        return found
+
+    _, got = at_once(predict, choose)
+    assert torch.equal(got, want)
 
 
 def test_models_may_share_a_module():
