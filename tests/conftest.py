@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 TESTS = str(Path(__file__).parent)
 if TESTS not in sys.path:  # pytest's importlib mode does not add it
     sys.path.insert(0, TESTS)
+
+# Drawn inputs are the same ones each time; `--hypothesis-profile=fresh` draws others.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("fresh", derandomize=False)
+settings.load_profile("same")
 
 # The tests' tensors are small: threads would only wait for each other.
 torch.set_num_threads(1)
