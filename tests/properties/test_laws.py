@@ -251,12 +251,15 @@ def test_functional_variance_is_that_of_the_dense_posterior(program, structure, 
 
 @law(
     program=programs(likelihoods=("classification",)),
-    structure=structures,
+    structure=st.sampled_from([one for one in STRUCTURES if one != "ekfac"]),
     link=st.sampled_from(["probit", "bridge", "centred"]),
     seed=st.integers(0, 5),
 )
 def test_classes_may_be_renamed(program, structure, link, seed):
-    """The head's rows and the labels in another order: probabilities follow."""
+    """The head's rows and the labels in another order: probabilities follow.
+
+    Not of EKFAC, whose bases of equal eigenvalues rounding picks.
+    """
     if program.layers[-1][0] == "tied":
         return
     model, x, y = made(program)
