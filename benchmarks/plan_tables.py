@@ -62,7 +62,7 @@ def of_large() -> str:
         rows.append(
             [
                 row["network"],
-                row["fisher"],
+                f"{row['structure']}, {row['fisher']}",
                 f"{row['random_parameters'] / 1e6:.1f} M",
                 f"{row['n_data']:,} in batches of {row['batch']}",
                 f"{row['vectors']:,}",
@@ -77,8 +77,8 @@ def of_large() -> str:
             ]
         )
     headings = [
-        "network", "vectors", "random", "data", "vectors a batch", "operations", "peak", "factors",
-        "log-determinants", "predictions", "operations of these", "here", "accelerator",
+        "network", "structure, vectors", "random", "data", "vectors a batch", "operations", "peak",
+        "factors", "log-determinants", "predictions", "operations of these", "here", "accelerator",
     ]  # fmt: skip
     return markdown(headings, rows)
 

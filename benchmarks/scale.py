@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_laplace import Laplace
+from kfac_laplace import Kron, Laplace
 from kfac_laplace.planning.timing import product_rate
 
 MIB = 1024**2
@@ -251,15 +251,15 @@ def large() -> list[dict[str, Any]]:
             model = make()
             x = torch.empty(inputs, dtype=torch.float32 if len(inputs) == 4 else torch.long)
             y = torch.empty(inputs[0], dtype=torch.long)
-        for fisher in ("exact", "mc"):
-            plan = Laplace(model, "classification", fisher=fisher).plan(
-                x, y, n_data=n_data, rate=rate
-            )
+        for fisher, structure in (("exact", "kron"), ("mc", "kron"), ("mc", Kron())):
+            la = Laplace(model, "classification", fisher=fisher, hessian_structure=structure)
+            plan = la.plan(x, y, n_data=n_data, rate=rate)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             rows.append(
                 {
                     "network": name,
                     "fisher": fisher,
+                    "structure": str(structure),
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "random_parameters": trained,
                     "n_data": n_data,

@@ -25,6 +25,7 @@ from kfac_laplace.curvature.estimate.fisher import Empirical as Empirical
 from kfac_laplace.curvature.estimate.fisher import Exact as Exact
 from kfac_laplace.curvature.estimate.fisher import Hybrid as Hybrid
 from kfac_laplace.curvature.estimate.fisher import MonteCarlo as MonteCarlo
+from kfac_laplace.curvature.estimate.structures import Kron as Kron
 from kfac_laplace.curvature.estimate.structures import LowRank as LowRank
 from kfac_laplace.curvature.layers import layer_rule as layer_rule
 from kfac_laplace.errors import KfacLaplaceError as KfacLaplaceError

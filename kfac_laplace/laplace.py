@@ -23,8 +23,9 @@ from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.fingerprint import Weights, fingerprint
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
+from kfac_laplace.curvature.options import CurvatureOptions, Uncovered
 from kfac_laplace.curvature.shards import check_all_data
+from kfac_laplace.curvature.spelling import suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
 from kfac_laplace.keywords import Answer, LaplaceKeywords, MeanAndCovariance
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
@@ -98,7 +99,8 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
     Args:
         model: the network at its mode θ*; it is never changed.
         likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
-        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank" or `LowRank(rank)`.
+        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank", `LowRank(rank)`,
+            or `Kron(rank)`.
         subset_of_weights: "all", "last_layer", parameter-name patterns, or a subnetwork: a boolean
             mask or int64 indices of `parameters_to_vector(model.parameters())`, or boolean masks by
             parameter name (under "diag" or "full"). Other parameters and entries stay as they are.

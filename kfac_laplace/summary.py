@@ -2,13 +2,15 @@
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.backend import Curvature
+from kfac_laplace.curvature.estimate.blocks import Block
+from kfac_laplace.curvature.estimate.leading_block import LeadingBlock
 from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.model.unchanged import parameters_of
@@ -213,14 +215,20 @@ def _evidence(posterior: Posterior) -> list[list[str]]:
     rows = [[name, f"{float(value):.6g}"] for name, value in terms.items()]
     if not math.isnan(posterior.constant_evidence):
         rows.append(["constant predictor's", f"{posterior.constant_evidence:.6g}"])
-    block = posterior.ggn.blocks.get("lowrank")
-    if isinstance(block, LowRankBlock):
-        rows.append(["share of the trace held", f"{block.share:.4g}"])
+    if (share := _share_held(posterior.ggn.blocks.values())) is not None:
+        rows.append(["share of the trace held", f"{share:.4g}"])
     if posterior.ggn.likelihood.has_noise:
         rows.append(["σ", f"{float(hyper.sigma_noise):.4g}"])
     if float(hyper.temperature) != 1:
         rows.append(["T", f"{float(hyper.temperature):.4g}"])
     return rows
+
+
+def _share_held(blocks: Iterable[Block]) -> float | None:
+    """Share of the trace that leading directions hold; None where no block is such."""
+    kept = [block.held for block in blocks if isinstance(block, LowRankBlock | LeadingBlock)]
+    held, whole = (sum(each) for each in zip(*kept, strict=True)) if kept else (0.0, 0.0)
+    return held / whole if whole > 0 else None
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -33,10 +33,12 @@ curvature/estimate
 curvature/ranks
 curvature/shards
 curvature/options
+curvature/spelling
 curvature/ggn
 curvature/accumulate
 curvature/plain_groups
 curvature/state_checks
+curvature/block_state
 curvature/state
 curvature/live_state
 curvature/batch_digest

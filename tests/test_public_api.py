@@ -12,7 +12,7 @@ from kfac_laplace import Curvature, KfacLaplaceError, Laplace, MarglikTuner
 
 NAMES = (
     "Laplace MarglikTuner marglik_training Curvature Checkpoint Predictive "
-    "Exact Hybrid MonteCarlo Empirical LowRank Plan Evidence Columns Bracket GammaHyperprior "
+    "Exact Hybrid MonteCarlo Empirical Kron LowRank Plan Evidence Columns Bracket GammaHyperprior "
     "Categorical Gaussian Bernoulli BradleyTerry Heteroscedastic Poisson StudentT Likelihood "
     "layer_rule KfacLaplaceError __version__"
 ).split()

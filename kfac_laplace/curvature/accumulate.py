@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from kfac_laplace.curvature.estimate.choice import choose_settings, first_examples, idle_examples
 from kfac_laplace.curvature.estimate.estimator import Estimand, estimate
-from kfac_laplace.curvature.estimate.structures import FACTORED
+from kfac_laplace.curvature.estimate.structures import is_factored
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.effect import effective
 from kfac_laplace.curvature.gradients.first_pass import examined
@@ -94,7 +94,7 @@ def _of_pass(
     if first:
         passed = passed.knowing(_with_groups(passed, ggn.options))
         few = partial(first_examples, network, passed, parameters)
-        blind = few if ggn.options.hessian_structure in FACTORED else None
+        blind = few if is_factored(ggn.options.hessian_structure) else None
         layers = [g.name for g in passed.knowledge.groups if g.treatment == "kron"]
         if [*settings] != layers:
             settings = choose_settings(passed, ggn.options.kfac_approx, blind)
@@ -163,7 +163,7 @@ def _with_effects(passed: ForwardPass, options: CurvatureOptions, first: bool) -
     found = effective(passed.recording).intersection(known.tracked) - known.effective
     without_rule = [name for name in known.tracked if name in found - _covered(known)]
     known = replace(known, effective=known.effective | found)
-    if not without_rule or options.hessian_structure not in FACTORED:
+    if not without_rule or not is_factored(options.hessian_structure):
         return known
     late = [] if first else [name for name in without_rule if name in _factorable(passed)]
     if late and options.uncovered != "error":

@@ -28,9 +28,10 @@ from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.model.unchanged import parameters_of
-from kfac_laplace.curvature.options import CurvatureOptions, Uncovered, suggesting
+from kfac_laplace.curvature.options import CurvatureOptions, Uncovered
 from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.curvature.shards import own_part, tell_of_a_part
+from kfac_laplace.curvature.spelling import suggesting
 from kfac_laplace.curvature.state import ggn_from_state, ggn_to_state
 from kfac_laplace.errors import InvalidValue, NotFitted
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
@@ -51,7 +52,8 @@ class Curvature:
         kfac_approx: "auto", "expand", "reduce", or patterns of layer names to these (the first
             match counts).
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
-        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank" or `LowRank(rank)`.
+        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank", `LowRank(rank)`,
+            or `Kron(rank)`.
         subset_of_weights: "all", "last_layer", patterns of names, or a subnetwork; see `Laplace`.
         joint_bias: whether a weight and its bias share a block.
         uncovered: "diag", "error" or "freeze", for parameters without a layer rule under "kron".

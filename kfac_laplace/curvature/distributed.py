@@ -17,8 +17,8 @@ from kfac_laplace.curvature.accumulate import with_batch
 from kfac_laplace.curvature.agreement import Opening, other_ranks_went_on, settled
 from kfac_laplace.curvature.checkpoint import Keeping, Phase
 from kfac_laplace.curvature.estimate.blocks import Bases, Block, KroneckerBlock
+from kfac_laplace.curvature.estimate.leading_block import LeadingBlock
 from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
-from kfac_laplace.curvature.estimate.structures import LowRank
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
@@ -202,42 +202,57 @@ def summed(
         lambda one, other: one.joined({}, other),
         (part.counted(own, device) for _, part in filled),
     )
-    structure = own.options.hessian_structure
-    if isinstance(structure, LowRank):
-        return counted.with_blocks(_leading(ranks, structure, parts, sums, device))
     (start, first), *others = filled
     for rank, other in others:
-        if not same(first.blocks, other.blocks):
+        if not same(_added(first.blocks), _added(other.blocks)):
             raise _different_blocks((start, first), (rank, other))
-    for name, (_, _, forms) in first.blocks.items():
+    added = {name: one for name, one in first.blocks.items() if one[0].additive}
+    for name, (_, _, forms) in added.items():
         if name not in sums:
             sums[name] = _zeros(forms, device)
-    sent = ranks.add_([tensor for name in first.blocks for tensor in sums[name].values()])
+    sent = ranks.add_([tensor for name in added for tensor in sums[name].values()])
     log.debug("curvature of %d ranks: %d bytes of sums", ranks.size, sent)
-    blocks = {
-        name: kind.from_sums(layout, sums[name], own.bases.get(name))
-        for name, (kind, layout, _) in first.blocks.items()
-    }
+    blocks: dict[str, Block] = {}
+    for name, (kind, layout, _) in first.blocks.items():
+        if name in added:
+            blocks[name] = kind.from_sums(layout, sums[name], own.bases.get(name))
+        else:
+            assert own.options.rank is not None
+            blocks[name] = _leading(ranks, name, parts, sums, own.options.rank, device)
     return counted.with_blocks(blocks)
+
+
+def _added(
+    blocks: Mapping[str, tuple[type[Block], Layout, Forms]],
+) -> dict[str, tuple[type[Block], Layout, Forms | None]]:
+    """The same without shapes where sums are not added: each rank has directions of its own."""
+    return {
+        name: (kind, layout, forms if kind.additive else None)
+        for name, (kind, layout, forms) in blocks.items()
+    }
 
 
 def _leading(
     ranks: Ranks,
-    structure: LowRank,
+    name: str,
     parts: Sequence[Part],
     sums: Mapping[str, Mapping[str, Tensor]],
+    rank: int,
     device: torch.device,
-) -> dict[str, Block]:
-    """The block of the leading directions of all ranks' rows, which do not add entry by entry."""
-    total: LowRankBlock | None = None
-    for rank, part in enumerate(parts):
-        for name, (_, layout, forms) in part.blocks.items():
-            mine = sums[name] if rank == ranks.rank else _zeros(forms, device)
-            tensors = {field: ranks.sent(tensor, rank) for field, tensor in mine.items()}
-            block = LowRankBlock.from_tensors(layout, tensors, structure.rank)
-            total = block if total is None else total + block
+) -> Block:
+    """A block of leading directions of all ranks' rows, which do not add entry by entry."""
+    total: Block | None = None
+    for source, part in enumerate(parts):
+        if name not in part.blocks:
+            continue
+        kind, layout, forms = part.blocks[name]
+        assert issubclass(kind, LowRankBlock | LeadingBlock)
+        mine = sums[name] if source == ranks.rank else _zeros(forms, device)
+        tensors = {field: ranks.sent(tensor, source) for field, tensor in mine.items()}
+        block: Block = kind.from_tensors(layout, tensors, rank)
+        total = block if total is None else total + block
     assert total is not None
-    return {"lowrank": total}
+    return total
 
 
 def _different_blocks(first: tuple[int, Part], other: tuple[int, Part]) -> InvalidValue:

@@ -1,11 +1,8 @@
 """The curvature's options as one frozen object: fields, checks, plain data, and what they bind."""
 
-import difflib
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy
 from torch import Tensor, nn
@@ -15,7 +12,7 @@ from kfac_laplace.curvature.estimate import fisher as fishers
 from kfac_laplace.curvature.estimate import structures
 from kfac_laplace.curvature.estimate.fisher import Fisher, FisherName
 from kfac_laplace.curvature.estimate.settings import KfacApprox, check_kfac_approx
-from kfac_laplace.curvature.estimate.structures import FACTORED, TOGETHER, LowRank, Structure
+from kfac_laplace.curvature.estimate.structures import Kron, LowRank, Structure
 from kfac_laplace.curvature.gradients.groups import Subset
 from kfac_laplace.curvature.gradients.subnetwork import Subnetwork
 from kfac_laplace.curvature.linalg.dtypes import FACTOR_DTYPES, FactorDtype
@@ -66,7 +63,7 @@ class CurvatureOptions:
         fisher: "exact", "hybrid", "mc", "empirical" or an object such as `Hybrid(passes=4)`.
         hessian_structure: "kron", "ekfac" (K-FAC's eigenbasis with the exact diagonal in it, by a
             second pass), "diag", "full", "lowrank" (the leading directions of "full"), or
-            `LowRank(rank)`.
+            `LowRank(rank)`, or `Kron(rank)` ("kron" with few directions of wide factors).
         subset_of_weights: "all", "last_layer", parameter-name patterns, or a subnetwork: a mask
             or indices of all parameters behind one another, or masks by name.
         joint_bias: whether a weight and its bias share a block.
@@ -143,7 +140,9 @@ class CurvatureOptions:
     def _check_subnetwork(self) -> None:
         """Raise `InvalidValue` for Kronecker factors of a part of a tensor."""
         given = self.subset_of_weights
-        if isinstance(given, Subnetwork | Mapping) and self.hessian_structure in FACTORED:
+        if isinstance(given, Subnetwork | Mapping) and structures.is_factored(
+            self.hessian_structure
+        ):
             raise InvalidValue(
                 "a part of a matrix has no Kronecker factors: B ⊗ A is of all its rows and columns",
                 where="subset_of_weights",
@@ -188,14 +187,19 @@ class CurvatureOptions:
         return structures.name_of(self.hessian_structure)
 
     @property
+    def rank(self) -> int | None:
+        """How many directions the structure keeps; None where it keeps all."""
+        return getattr(self.hessian_structure, "rank", None)
+
+    @property
     def one_block(self) -> str | None:
         """Name of the one block of all parameters; None where each group has its own."""
-        return self.structure if self.structure in TOGETHER else None
+        return self.structure if self.structure in structures.TOGETHER else None
 
     @property
     def uncovered_stay_out(self) -> bool:
         """Whether parameters that no layer rule covers stay out of the posterior."""
-        return self.hessian_structure in FACTORED and self.uncovered == "freeze"
+        return self.structure in structures.FACTORED and self.uncovered == "freeze"
 
     def seeded(self, seed: int) -> "CurvatureOptions":
         """The same with another seed."""
@@ -274,7 +278,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "vectors"):
         name = _name_of(value, fishers.NAMED)
         return None if name is None else [name, asdict(value)]  # all with a name are dataclasses
-    if isinstance(value, LowRank):
+    if isinstance(value, LowRank | Kron):
         return [structures.name_of(value), asdict(value)]
     if isinstance(value, Subnetwork):
         return value.indices
@@ -287,59 +291,3 @@ def _plain(value: Any) -> Any:
 
 def _name_of(value: object, named: Mapping[str, type]) -> str | None:
     return next((name for name, kind in named.items() if type(value) is kind), None)
-
-
-Callee = TypeVar("Callee", bound=Callable[..., Any])
-
-
-def spelled(function: Callee) -> Callee:
-    """Let the keywords that `**options` stands for be shown by `help`, and check their names."""
-    signature = inspect.signature(function)
-    shown = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-    for option in fields(CurvatureOptions):
-        if option.name in signature.parameters or option.name == "likelihood":
-            continue
-        default = "exact" if option.name == "fisher" else option.default
-        annotation = CurvatureKeywords.__annotations__[option.name]
-        kind = inspect.Parameter.KEYWORD_ONLY
-        shown.append(inspect.Parameter(option.name, kind, default=default, annotation=annotation))
-    checked = _checking(function, [parameter.name for parameter in shown])
-    checked.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
-    return checked
-
-
-def suggesting(function: Callee) -> Callee:
-    """Let a keyword that a function does not have be answered with the one that was meant."""
-    return _checking(function, list(inspect.signature(function).parameters))
-
-
-def _checking(function: Callee, names: list[str]) -> Callee:
-    """The function with an error of ours for keywords that are none of some names."""
-    names = [name for name in names if name != "self"]
-    placed = [
-        parameter.name
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    ]
-
-    @functools.wraps(function)
-    def checked(*args: Any, **keywords: Any) -> Any:
-        if len(args) > len(placed):
-            known = [name for name in placed if name != "self"]
-            raise InvalidType(
-                f"takes {len(known)} values by position, {', '.join(known)}",
-                where=function.__qualname__,
-                got=f"{args[len(placed)]!r} behind them",
-                remedy="Write the rest by name, as name=value",
-            )
-        for name in keywords.keys() - set(names):
-            alike = difflib.get_close_matches(name, names, 1)
-            raise InvalidType(
-                "no such keyword",
-                where=function.__qualname__,
-                got=repr(name),
-                remedy=f"Perhaps {alike[0]} was meant" if alike else f"Choose from {names}",
-            )
-        return function(*args, **keywords)
-
-    return checked  # type: ignore[return-value]

@@ -7,17 +7,15 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.blocks import Block, KroneckerBlock
+from kfac_laplace.curvature.block_state import block_from_state, low_rank_block
+from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.estimate.eigen_block import EigenBlock
-from kfac_laplace.curvature.estimate.exact_blocks import DenseBlock, DiagonalBlock
-from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
 from kfac_laplace.curvature.estimate.settings import PartSetting, Setting
 from kfac_laplace.curvature.estimate.structures import LowRank
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
-from kfac_laplace.curvature.linalg.packed import packed_zeros
 from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.options import CurvatureOptions
 from kfac_laplace.curvature.plain_groups import (
@@ -27,21 +25,15 @@ from kfac_laplace.curvature.plain_groups import (
     rows_to_plain,
     with_rows,
 )
-from kfac_laplace.curvature.rows.layout import Layout
 from kfac_laplace.curvature.state_checks import (
     check_unused,
     checked_counts,
     checked_targets,
-    low_rank_block,
 )
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.states.plain import same
 from kfac_laplace.states.stored import Stored, shown
 
-KINDS: dict[str, type[Block]] = {
-    block.kind: block
-    for block in (KroneckerBlock, EigenBlock, DiagonalBlock, DenseBlock, LowRankBlock)
-}
 #: Gradient rows of one example hold no more: they would fill a memory of terabytes.
 MOST_ENTRIES = 2**40
 
@@ -274,65 +266,14 @@ def _blocks(
         for name, kind in found["kinds"].fields(kinds).items():
             kind.text((kinds[name],))
     diagonal = {group.name for group in known.groups if group.diagonal}
+    rank = options.rank
     if isinstance(options.hessian_structure, LowRank):
-        rank = options.hessian_structure.rank
+        assert rank is not None
         return {n: low_rank_block(stored[n], layouts[n], rank, device) for n in kinds if stored}
     return {
-        name: block_from_state(stored[name], kinds[name], layouts[name], name in diagonal, device)
+        name: block_from_state(
+            stored[name], kinds[name], layouts[name], name in diagonal, device, rank
+        )
         for name in kinds
         if stored
     }
-
-
-def block_from_state(
-    stored: Stored, kind: str, layout: Layout, diagonal: bool, device: torch.device
-) -> Block:
-    """A block whose sums have the shapes of its layout.
-
-    Args:
-        stored: what its `tensors()` were.
-        kind: "kron", "ekfac", "diag" or "dense".
-        layout: of its group.
-        diagonal: whether of A only the diagonal is there.
-        device: where it is to lie.
-
-    Raises:
-        InvalidValue: sums of other names or shapes.
-    """
-    b, o, i = layout.matrix
-    shapes: dict[str, tuple[int, ...]] = {}
-    if kind == "dense":
-        shapes["matrix"] = (layout.size, layout.size)
-    elif kind == "diag":
-        shapes["values"] = (b, o, i)
-    elif kind == "ekfac":
-        width = 0 if diagonal else i
-        shapes |= {"values": (b, o, i), "output_basis": (b, o, o)}
-        shapes["input_basis"] = (b, width, width)
-    else:
-        parts = stored.items()
-        shapes |= _gram_shapes(parts, "output", b, o) | {"input_count": (b,)}
-        shapes |= _gram_shapes(parts, "input", b, i)
-        if diagonal:
-            shapes |= {"input_sum": (b, i), "input_rows": (b, 0, i)}
-    sums = {name: one.tensor(shapes[name]) for name, one in stored.fields(shapes).items()}
-    if kind == "kron" and bool((sums["input_count"] < 0).any()):
-        raise Stored(sums["input_count"], f"{stored.where}.input_count").fault("negative counts")
-    return KINDS[kind].from_tensors(layout, {name: one.to(device) for name, one in sums.items()})
-
-
-def _gram_shapes(
-    parts: Mapping[str, Stored], side: str, b: int, width: int
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of sums and rows of `Gram`: the sums may be none yet, of rows there are any number."""
-    total, rows = (_shape_of(parts.get(f"{side}_{name}")) for name in ("sum", "rows"))
-    packed = packed_zeros(width, torch.empty(0, device="meta")).shape[1:]
-    return {
-        f"{side}_sum": (b, 0, 0) if total == (b, 0, 0) else (b, *packed),
-        f"{side}_rows": (b, rows[1] if len(rows) == 3 else 0, width),
-    }
-
-
-def _shape_of(stored: Stored | None) -> tuple[int, ...]:
-    value = stored.value if stored is not None else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.estimate.blocks import Block
-from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
 from kfac_laplace.curvature.estimate.structures import TOGETHER
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
-from kfac_laplace.curvature.rows.layout import Layout
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.states.stored import Stored
 
@@ -95,28 +93,3 @@ def check_unused(stored: Stored, known: Knowledge, blocks: Mapping[str, Block]) 
         columns = sums["matrix"] if "matrix" in sums else sums["rows"]
         if bool(columns[:, flags.to(columns.device)].any()):
             raise stored.fault("parameters without effect have curvature")
-
-
-def low_rank_block(stored: Stored, layout: Layout, rank: int, device: torch.device) -> LowRankBlock:
-    """A block of some leading directions, no more than its rank.
-
-    Args:
-        stored: its rows and the trace of what was dropped.
-        layout: of all parameters.
-        rank: how many rows there may be.
-        device: where it is to lie.
-
-    Raises:
-        InvalidValue: more rows, others than the layout's, or a negative trace.
-    """
-    found = stored.fields(("rows", "dropped"))
-    value = found["rows"].value
-    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-    if len(shape) == 2 and shape[0] > min(rank, layout.size):
-        raise found["rows"].fault(f"more directions than rank {rank} has", shape[0])
-    rows = found["rows"].tensor((shape[0] if len(shape) == 2 else 0, layout.size))
-    dropped = found["dropped"].tensor(())
-    if float(dropped) < 0:
-        raise found["dropped"].fault("a trace is not negative", float(dropped))
-    sums = {"rows": rows.to(device), "dropped": dropped.to(device)}
-    return LowRankBlock.from_tensors(layout, sums, rank)

@@ -117,7 +117,7 @@ def check_shares(
         got = "the empirical Fisher, whose trace is too low by a third and more"
         remedy = "Make the optimiser with Estimate(fisher='mc')"
     elif options.hessian_structure != "kron" or not options.joint_bias:
-        got = f"hessian_structure='{options.structure}', joint_bias={options.joint_bias}"
+        got = f"hessian_structure={options.hessian_structure!r}, joint_bias={options.joint_bias}"
         remedy = "Kronecker factors of layers with their biases are what can be shared"
     elif decays := largest_decay(optimizer, network.model, tracked):
         got = f"weight_decay={decays} in the optimiser, where the prior is the weight decay"

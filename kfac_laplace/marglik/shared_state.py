@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from kfac_laplace.curvature.block_state import block_from_state
 from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.options import CurvatureOptions
-from kfac_laplace.curvature.state import block_from_state
 from kfac_laplace.curvature.state_checks import checked_targets
 from kfac_laplace.marglik.shared import EpochFit
 from kfac_laplace.states.stored import Stored

@@ -17,9 +17,10 @@ from kfac_laplace.curvature.checkpoint import Checkpoint
 from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.kept import Kept
-from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions, spelled
+from kfac_laplace.curvature.options import CurvatureKeywords, CurvatureOptions
 from kfac_laplace.curvature.ranks import data_parallel
 from kfac_laplace.curvature.shards import own_part
+from kfac_laplace.curvature.spelling import spelled
 from kfac_laplace.errors import InvalidValue, UnsupportedUse
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName
@@ -74,7 +75,8 @@ def marglik_training(
         model: the network; trained in place, its mode is put back at the end.
         train_loader: a loader that can be read every epoch.
         likelihood: "classification" or another name of docs/likelihoods.md, or a `Likelihood`.
-        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank" or `LowRank(rank)`.
+        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank", `LowRank(rank)`,
+            or `Kron(rank)`.
         optimizer_cls: optimiser of the weights; `kfac_laplace.optim.KFAC` is given the model and
             the likelihood as well. Its own weight decay is 0, whatever its default: the prior is.
         optimizer_kwargs: its options.

@@ -21,7 +21,8 @@ from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
-from kfac_laplace.curvature.options import CurvatureKeywords, spelled
+from kfac_laplace.curvature.options import CurvatureKeywords
+from kfac_laplace.curvature.spelling import spelled
 from kfac_laplace.errors import NotFitted, UnsupportedUse
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName, settled_axis

@@ -12,7 +12,7 @@ from kfac_laplace.curvature.estimate.exact_blocks import DenseBlock
 from kfac_laplace.curvature.estimate.low_rank import LowRankBlock
 from kfac_laplace.curvature.estimate.structures import Structure, name_of
 from kfac_laplace.curvature.gradients.groups import Group
-from kfac_laplace.planning.held import few_rows
+from kfac_laplace.planning.held import few_rows, gram_sides, leading_sides
 
 #: Operations in units of d³.
 EIGENVALUES, EIGENVECTORS, CHOLESKY = 4 / 3, 9.0, 1 / 3
@@ -27,10 +27,12 @@ class Side:
     Args:
         size: rows d.
         count: how many of them.
+        width: entries of d directions, where there are more than d: their matrix is not made.
     """
 
     size: int
     count: int = 1
+    width: int = 0
 
     @property
     def cubes(self) -> int:
@@ -38,9 +40,14 @@ class Side:
         return self.count * self.size**3
 
     @property
+    def completing(self) -> int:
+        """Operations that complete d directions to a basis, beside their eigenvectors."""
+        return 8 * self.count * self.width * self.size**2
+
+    @property
     def bytes(self) -> int:
         """Of all of them in float64."""
-        return DOUBLE * self.count * self.size**2
+        return DOUBLE * self.count * self.size * max(self.size, self.width)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,12 @@ class Decompositions:
     @property
     def operations_of_bases(self) -> int:
         """Of the first prediction, beside that."""
-        return int(EIGENVECTORS * sum(side.cubes for side in self.bases))
+        return int(EIGENVECTORS * sum(side.cubes for side in self.bases)) + self.completing
+
+    @property
+    def completing(self) -> int:
+        """Operations of that beside eigenvectors, in products of matrices."""
+        return sum(side.completing for side in self.bases)
 
     @property
     def bytes(self) -> int:
@@ -108,10 +120,13 @@ def decompositions(
             eigen.append(Side(len(one.matrix)))
             bases.append(Side(len(one.matrix)))
         elif isinstance(one, KroneckerBlock):
-            sums = [(one.output_sum, one.output_rows)]
-            sums += [] if one.has_diagonal_input else [(one.input_sum, one.input_rows)]
-            for packed, rows in sums:
+            for packed, rows in gram_sides(one):
                 b, _, i = rows.shape
                 bases.append(Side(i, b))
                 eigen.append(Side(min(i, few_rows(packed, rows, batches) or i), b))
+            for rows, rank in leading_sides(one):
+                b, k, i = rows.shape
+                kept = min(rank, batches * k)
+                bases.append(Side(kept, b, i))
+                eigen.append(Side(kept, b))
     return Decompositions(size, tuple(eigen), tuple(bases))

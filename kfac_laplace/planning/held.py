@@ -8,6 +8,7 @@ from torch import Tensor
 from kfac_laplace.curvature.estimate.blocks import Block, KroneckerBlock
 from kfac_laplace.curvature.estimate.cancellation import EXAMPLES
 from kfac_laplace.curvature.estimate.eigen_block import EigenBlock
+from kfac_laplace.curvature.estimate.leading_block import LeadingBlock
 from kfac_laplace.curvature.linalg.gram import most_rows
 from kfac_laplace.curvature.linalg.packed import packed_zeros
 
@@ -38,18 +39,38 @@ def held(blocks: Mapping[str, Block], batches: int) -> Held:
     for block in blocks.values():
         kept: tuple[str, ...] = ()
         if isinstance(block, KroneckerBlock):
-            for packed, rows in (
-                (block.input_sum, block.input_rows),
-                (block.output_sum, block.output_rows),
-            ):
-                if packed.ndim == 3:
-                    own = _of_sum(packed, rows, batches)
-                    most, end = most + own.most, end + own.end
+            for packed, rows in gram_sides(block):
+                own = _of_sum(packed, rows, batches)
+                most, end = most + own.most, end + own.end
+            for rows, rank in leading_sides(block):
+                row = rows[:, :1].numel() * rows.element_size()
+                few = min(rank, batches * rows.shape[1]) * row
+                most, end = most + few, end + few
             kept = ("input_rows", "output_rows", "output_sum")
             kept += () if block.has_diagonal_input else ("input_sum",)
         plain = sum(_bytes(t) for name, t in block.tensors().items() if name not in kept)
         most, end = most + plain, end + plain
     return Held(most, end)
+
+
+def gram_sides(block: KroneckerBlock) -> list[tuple[Tensor, Tensor]]:
+    """Sums and rows of the factors that are Gram matrices."""
+    own = block if isinstance(block, LeadingBlock) else None
+    found = []
+    if not block.has_diagonal_input and not (own and own.has_wide_input):
+        found.append((block.input_sum, block.input_rows))
+    if not (own and own.has_wide_output):
+        found.append((block.output_sum, block.output_rows))
+    return found
+
+
+def leading_sides(block: KroneckerBlock) -> list[tuple[Tensor, int]]:
+    """Rows of the factors that are leading directions, and how many these may be."""
+    if not isinstance(block, LeadingBlock):
+        return []
+    found = [block.input_rows] if block.has_wide_input else []
+    found += [block.output_rows] if block.has_wide_output else []
+    return [(rows, block.rank) for rows in found]
 
 
 def _of_sum(packed: Tensor, rows: Tensor, batches: int) -> Held:
@@ -92,10 +113,7 @@ def late_products(blocks: Mapping[str, Block], batches: int) -> float:
     total = 0.0
     for block in blocks.values():
         if isinstance(block, KroneckerBlock):
-            for packed, rows in (
-                (block.input_sum, block.input_rows),
-                (block.output_sum, block.output_rows),
-            ):
+            for packed, rows in gram_sides(block):
                 b, k, i = rows.shape
                 late = _kept(packed, rows, batches)[1] if k else 0
                 total += float(b * late * i * (i + 1))

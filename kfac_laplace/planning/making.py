@@ -42,12 +42,17 @@ class Pace:
     def eigen(self, found: Decompositions, vectors: bool) -> float:
         """Seconds for eigenvalues, or for eigenvectors, of all sides."""
         sides = found.bases if vectors else found.eigen
+        completing = found.completing if vectors else 0
         if self.rate is not None:
             cubes = sum(side.cubes for side in sides)
-            return 2 * (EIGENVECTORS if vectors else EIGENVALUES) * cubes / self.rate
+            eigen = (EIGENVECTORS if vectors else EIGENVALUES) * cubes
+            return 2 * (eigen + completing) / self.rate
         sizes = {side.size for side in sides}
         each = eigen_seconds(sizes, self.device, vectors)
-        return sum(side.count * each[side.size] for side in sides)
+        seconds = sum(side.count * each[side.size] for side in sides)
+        if completing:
+            seconds += completing / product_rate(self.device, torch.float64)
+        return seconds
 
     def cholesky(self, found: Decompositions) -> float:
         """Seconds for the factors."""

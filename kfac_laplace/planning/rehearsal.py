@@ -11,8 +11,9 @@ from kfac_laplace.curvature.estimate.blocks import Bases, Block, KroneckerBlock
 from kfac_laplace.curvature.estimate.choice import choose_settings
 from kfac_laplace.curvature.estimate.estimator import Estimand, estimate, vectors_at_once
 from kfac_laplace.curvature.estimate.fisher import Exact, Hybrid, MonteCarlo
+from kfac_laplace.curvature.estimate.leading_block import LeadingBlock
 from kfac_laplace.curvature.estimate.settings import Setting
-from kfac_laplace.curvature.estimate.structures import LowRank
+from kfac_laplace.curvature.estimate.structures import Kron, LowRank
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
@@ -182,9 +183,7 @@ def _peak_of_merging(count: Count, blocks: Mapping[str, Block]) -> int:
     """Most bytes while blocks are added to those of earlier batches, which do not count."""
     before = count.live
     earlier = {
-        name: type(block).from_tensors(
-            block.layout, {key: tensor.clone() for key, tensor in block.tensors().items()}
-        )
+        name: block.with_tensors({key: one.clone() for key, one in block.tensors().items()})
         for name, block in blocks.items()
     }
     theirs = count.live - before
@@ -198,6 +197,8 @@ def _of_all(block: Block, passing: _Passing, total: int) -> Block:
     """The block with as many rows as all vectors bring, where rows are kept."""
     sent = max(1, passing.passed)
     if not isinstance(block, KroneckerBlock) or not block.output_rows.numel() or total <= sent:
+        return block
+    if isinstance(block, LeadingBlock) and block.has_wide_output:
         return block
     b, k, o = block.output_rows.shape
     return replace(block, output_rows=block.output_rows.new_empty(b, k // sent * total, o))
@@ -269,7 +270,7 @@ def _total(scene: Scene, passed: ForwardPass, y: Tensor) -> int:
 def _limit(scene: Scene, passed: ForwardPass) -> int:
     """How many vectors to send back: a low-rank structure compresses after some of them."""
     structure = scene.ggn.options.hessian_structure
-    if isinstance(structure, LowRank):
+    if isinstance(structure, LowRank | Kron):
         size = passed.knowledge.full_layout.size
         return min(CYCLE, 1 + 2 * min(structure.rank, size) // max(1, passed.n))
     return FEW

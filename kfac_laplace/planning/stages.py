@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from kfac_laplace.curvature.estimate.blocks import Bases
 from kfac_laplace.curvature.estimate.cancellation import EXAMPLES
 from kfac_laplace.curvature.estimate.fisher import Empirical, Exact, MonteCarlo
-from kfac_laplace.curvature.estimate.structures import LowRank
+from kfac_laplace.curvature.estimate.structures import Kron, LowRank
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.model.batches import AnyBatch, Batch
@@ -254,4 +254,6 @@ def _total(learned: Learned, network: Network, data: Data) -> int:
 def _few(ggn: GGN, n: int) -> int:
     """How many vectors show what all of them take."""
     structure = ggn.options.hessian_structure
-    return min(CYCLE, 1 + 2 * structure.rank // n) if isinstance(structure, LowRank) else FEW + 1
+    if isinstance(structure, LowRank | Kron):
+        return min(CYCLE, 1 + 2 * structure.rank // n)
+    return FEW + 1

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kfac_laplace.curvature.estimate.structures import FACTORED, Structure
+from kfac_laplace.curvature.estimate.structures import Structure, is_factored
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.options import unknown
 from kfac_laplace.posterior.layouts import Layouts
@@ -213,7 +213,7 @@ def check_sharing(sharing: Sharing, hessian_structure: Structure) -> None:
 
     P = τ B⊗A + P₀ keeps the eigenvectors of B⊗A only where P₀ is a multiple of the identity.
     """
-    if hessian_structure in FACTORED and not sharing.constant_on_blocks:
+    if is_factored(hessian_structure) and not sharing.constant_on_blocks:
         raise InvalidValue(
             "a prior that varies within a layer does not commute with Kronecker factors",
             where="prior_structure",

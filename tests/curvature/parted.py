@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from kfac_laplace import Curvature, Laplace, MonteCarlo
+from kfac_laplace import Curvature, Kron, Laplace, MonteCarlo
 from kfac_laplace.errors import KfacLaplaceError, UnsupportedUse
 from kfac_laplace.likelihoods import Likelihood
 
@@ -94,6 +94,12 @@ def batchwise(ends: tuple[int, ...]) -> list[Tensor]:
     for step in (0.0, 1.0):
         curvature.accumulate(x[own] + step, y[own])
     return [block.dense() for block in curvature.blocks.values()]
+
+
+def leading(ends: tuple[int, ...]) -> dict[str, Tensor]:
+    """Blocks of which wide factors keep few directions, and what follows."""
+    la = Laplace(network(), hessian_structure=Kron(3), process_group="world")
+    return found(la.fit(part(ends, dist.get_rank())))
 
 
 class Seen(MonteCarlo):
@@ -243,6 +249,7 @@ def base(ends: tuple[int, ...]) -> dict[str, Any]:
     """All that the quick tests look at, in processes that start once."""
     return {
         "fits": fits(ends, STRUCTURES),
+        "leading": leading(ends),
         "batchwise": batchwise(ends),
         "drawn": {fisher: drawn(fisher, ends) for fisher in ("mc", "hybrid")},
         "sampled": {

@@ -12,11 +12,11 @@ from bits import assert_same_bits
 from cases import KINDS, build
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from kfac_laplace import Checkpoint, Curvature, LowRank
+from kfac_laplace import Checkpoint, Curvature, Kron, LowRank
 from kfac_laplace.curvature.live_state import live_to_plain
 from kfac_laplace.errors import InvalidType, InvalidValue
 
-STRUCTURES = ("kron", "ekfac", "diag", "full", LowRank(3))
+STRUCTURES = ("kron", "ekfac", "diag", "full", LowRank(3), Kron(2))
 
 
 class Interrupted(Exception):

@@ -53,6 +53,15 @@ def test_a_fit_of_parts_is_that_of_one_process(structure, more, ranks, alone):
         torch.testing.assert_close(got[0][name], want, rtol=ROUNDING, atol=ROUNDING)
 
 
+def test_few_directions_of_parts_have_the_traces_of_all(ranks):
+    """Which are left out depends on their order, so sums do not; all have the same bits."""
+    got = [each["leading"] for each in ranks]
+    assert_same_bits(got)
+    one = Curvature(parted.network(), "classification").fit(parted.whole(ENDS))
+    for name, block in one.blocks.items():
+        torch.testing.assert_close(got[0][f"block {name}"].trace(), block.dense().trace())
+
+
 def test_batches_of_parts_are_those_of_one_process(ranks):
     x, y = parted.data()
     curvature = Curvature(parted.network(), "classification")

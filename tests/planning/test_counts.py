@@ -1,11 +1,13 @@
 """Operations and bytes against counts by hand, and against torch's own counter of the real pass."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kfac_laplace import Laplace
+from kfac_laplace import Kron, Laplace
 from kfac_laplace.planning.counter import Count
 from kfac_laplace.planning.held import held
 from kfac_laplace.planning.plan import Plan
@@ -76,6 +78,7 @@ CASES = {
     "diag": {"hessian_structure": "diag"},
     "full": {"hessian_structure": "full"},
     "lowrank": {"hessian_structure": "lowrank"},
+    "kron, few directions": {"hessian_structure": Kron(8)},
     "hybrid": {"fisher": "hybrid"},
     "last layer": {"subset_of_weights": "last_layer"},
 }
@@ -83,7 +86,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_bytes_are_those_of_a_fit(options: dict[str, str]) -> None:
+def test_bytes_are_those_of_a_fit(options: dict[str, Any]) -> None:
     """Counted while a fit runs: held exactly, at the peak within a fifth."""
     torch.manual_seed(0)
     model = nn.Sequential(

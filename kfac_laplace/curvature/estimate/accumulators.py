@@ -10,6 +10,7 @@ from torch import Tensor
 from kfac_laplace.curvature.estimate.blocks import Bases, Block, KroneckerBlock
 from kfac_laplace.curvature.estimate.eigen_block import EigenBlock
 from kfac_laplace.curvature.estimate.exact_blocks import DenseBlock, DiagonalBlock
+from kfac_laplace.curvature.estimate.leading_block import LeadingBlock
 from kfac_laplace.curvature.estimate.settings import Setting, of_part
 from kfac_laplace.curvature.estimate.shared_grams import SharedGrams
 from kfac_laplace.curvature.gradients.by_group import (
@@ -21,6 +22,8 @@ from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group, Term
 from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
 from kfac_laplace.curvature.linalg.gram import Gram, GramSum
+from kfac_laplace.curvature.linalg.leading_gram import LeadingGram, LeadingSum, is_wide
+from kfac_laplace.curvature.model.budget import Budget
 from kfac_laplace.curvature.rows.inputs import Inputs
 from kfac_laplace.curvature.rows.layout import Layout
 
@@ -89,6 +92,7 @@ class KroneckerAccumulator(Accumulator):
         dtype: the precision of products and sums.
         widest: of an A with more columns only the diagonal is summed; None: of none.
         grams: those of other layers of the pass.
+        rank: of wide factors only so many leading directions are kept; None: all are.
     """
 
     def __init__(
@@ -99,8 +103,10 @@ class KroneckerAccumulator(Accumulator):
         dtype: SumDtype,
         widest: int | None = None,
         grams: SharedGrams | None = None,
+        rank: int | None = None,
     ):
         self._grams = SharedGrams() if grams is None else grams
+        self._rank = rank
         self._group, self._passed, self._dtype = group, passed, dtype
         width = group.layout.matrix[2]
         self._diagonal = group.diagonal or (widest is not None and width > widest)
@@ -113,13 +119,24 @@ class KroneckerAccumulator(Accumulator):
         blocks = b // group.layout.parts
         self._settings = {t.start: of_part(setting, t.start // blocks) for t in self._terms}
         shared = "expand" in self._settings.values() and any(map(self._shared, self._terms))
-        self._outputs = GramSum(b, o, passed.outputs.detach(), dtype.of_rows(shared))
+        self._outputs = self._sum(b, o, passed.outputs.detach(), dtype.of_rows(shared))
         for term in self._terms:
             passed.row_layout(term.use)  # rows that sum over examples are no rows
             if self._settings[term.start] == "expand" and (key := self._key(term)) is not None:
                 self._grams.want(key)
             if _may_drop(term, passed.n):
                 passed.seen.watch(term.use)
+
+    def _sum(self, b: int, width: int, like: Tensor, dtype: SumDtype) -> GramSum | LeadingSum:
+        """A sum of rows so wide; arguments as for `GramSum`."""
+        if self._is_wide(width):
+            assert self._rank is not None
+            return LeadingSum(b, width, like, dtype, self._rank)
+        return GramSum(b, width, like, dtype)
+
+    def _is_wide(self, width: int) -> bool:
+        """Whether of factors so wide only leading directions are kept."""
+        return self._rank is not None and is_wide(width, self._rank)
 
     def foresee(self, vectors: int) -> None:
         """Multiply rows of B from the first on if so many vectors will bring many."""
@@ -173,15 +190,30 @@ class KroneckerAccumulator(Accumulator):
             found[start], number = sums(terms)
             blocks = b // self._group.layout.parts
             count[start : start + blocks] = number
-        if len(found) == 1 and self._group.layout.parts == 1:
-            return KroneckerBlock.of(self._group.layout, found[0], count, outputs)
-        # Parts that this batch does not use stay zero.
-        none = outputs.packed.new_zeros((b, i) if self._diagonal else (b, i, i))
+        whole = len(found) == 1 and self._group.layout.parts == 1
+        inputs = found[0] if whole else self._beside(found, outputs.packed.new_zeros(b, i))
+        layout = self._group.layout
+        if self._rank is not None:
+            return LeadingBlock.of(layout, inputs, count, outputs, self._rank)
+        return KroneckerBlock.of(layout, inputs, count, outputs)
+
+    def _beside(self, found: Mapping[int, Gram | Tensor], none: Tensor) -> Gram | Tensor:
+        """A of all b stacks, by the first of those that each is of; others stay zero (b, i)."""
+        b, i = none.shape
+        if not self._diagonal and self._is_wide(i):
+            own = {start: part for start, part in found.items() if isinstance(part, LeadingGram)}
+            like = next(iter(own.values()))
+            blank = LeadingGram.of_rows(like.rows[:1, :0], like.rest.new_zeros(1), like.rank)
+            stacks = [blank] * b
+            for start, leading in own.items():
+                stacks[start : start + len(leading.rows)] = leading.stacks()
+            return LeadingGram.beside(stacks)
+        if not self._diagonal:
+            none = none[..., None].expand(-1, -1, i).clone()
         for start, part in found.items():
             matrices = part.matrices() if isinstance(part, Gram) else part
             none[start : start + len(matrices)] = matrices
-        inputs = none if self._diagonal else Gram.of(none)
-        return KroneckerBlock.of(self._group.layout, inputs, count, outputs)
+        return none if self._diagonal else Gram.of(none)
 
     def _inputs(self, term: Term) -> tuple[Inputs, Tensor | None]:
         """The rows that count, and their mask; None where all do."""
@@ -198,10 +230,22 @@ class KroneckerAccumulator(Accumulator):
             dtype = self._dtype.of_rows(self._shared(term))
             whole = inputs.diagonal or not self._diagonal
             sums = inputs.gram if whole else inputs.gram_diagonal
+            if not self._diagonal and self._is_wide(self._group.layout.matrix[2]):
+                sums = partial(self._leading, inputs)
             make, key = partial(sums, dtype, self._passed.budget), self._key(term)
             grams.append(make() if key is None or live is not None else self._grams.take(key, make))
             count = count + (inputs.count if live is None else live.sum())
         return sum(grams[1:], grams[0]), count
+
+    def _leading(self, inputs: Inputs, dtype: SumDtype, budget: Budget) -> Gram:
+        """Σ a aᵀ over rows that are wide."""
+        total: GramSum | LeadingSum | None = None
+        for piece in inputs.pieces(dtype, budget):
+            if total is None:
+                total = self._sum(len(piece), piece.shape[-1], piece, dtype)
+            total.add(piece)
+        assert total is not None
+        return total.gram()
 
     def _means(self, terms: Sequence[Term]) -> tuple[Gram | Tensor, Tensor]:
         """Σ ā āᵀ over the means by example, likewise, and how many examples there are."""
@@ -221,7 +265,7 @@ class KroneckerAccumulator(Accumulator):
         if self._diagonal:
             dtype = torch.float64 if self._group.diagonal else self._dtype.sums(means)
             return means.square().sum(1, dtype=dtype), (number > 0).sum()
-        total = GramSum(len(means), means.shape[-1], means, self._dtype)
+        total = self._sum(len(means), means.shape[-1], means, self._dtype)
         total.add(means)
         return total.gram(), (number > 0).sum()
 

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from kfac_laplace.curvature.linalg.gram import Gram
 from kfac_laplace.curvature.linalg.spectrum import (
+    Rotation,
     Spectrum,
     eigenbasis,
     eigenvalues_of_diagonal,
@@ -38,6 +39,8 @@ class Block(ABC):
 
     layout: Layout
     kind: ClassVar[str]
+    #: whether blocks of two data sets add entry by entry
+    additive: ClassVar[bool] = True
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -74,20 +77,16 @@ class Block(ABC):
     def __add__(self, other: Self) -> Self:
         """The block of the two data sets together."""
         mine, theirs = self.tensors(), other.tensors()
-        return type(self)(self.layout, **{name: mine[name] + theirs[name] for name in mine})
+        return self.with_tensors({name: mine[name] + theirs[name] for name in mine})
 
     def scaled(self, weight: float) -> Self:
         """The block times a weight ≥ 0, as moving averages want it."""
-        return type(self)(
-            self.layout, **{name: weight * tensor for name, tensor in self.tensors().items()}
-        )
+        return self.with_tensors({name: weight * one for name, one in self.tensors().items()})
 
     def zero(self) -> Self:
         """The block of no data."""
-        return type(self)(
-            self.layout,
-            **{name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()},
-        )
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()}
+        return self.with_tensors(zeros)
 
     def absorb(self, other: Self) -> Self:
         """Add another block into this one's own tensors, which nobody else may hold."""
@@ -115,6 +114,10 @@ class Block(ABC):
     def from_tensors(cls, layout: Layout, tensors: Mapping[str, Tensor]) -> Self:
         """Rebuild a block from `tensors()`."""
         return cls(layout, **tensors)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The block of the same parameters with other raw sums."""
+        return self.from_tensors(self.layout, tensors)
 
     def is_finite(self) -> bool:
         """Whether every raw sum is finite."""
@@ -175,18 +178,27 @@ class KroneckerBlock(Block):
     def __add__(self, other: Self) -> Self:
         """The block of the two data sets together."""
         own = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        return type(self)(self.layout, **own).absorb(other)
+        return self.with_tensors(own).absorb(other)
 
     def scaled(self, weight: float) -> Self:
         """B times a weight; A keeps its value, and counts that much less in averages."""
-        return type(self)(
-            self.layout,
-            weight * self.input_sum,
-            weight**0.5 * self.input_rows,
-            weight * self.input_count,
-            weight * self.output_sum,
-            weight**0.5 * self.output_rows,
+        return replace(
+            self,
+            input_sum=weight * self.input_sum,
+            input_rows=weight**0.5 * self.input_rows,
+            input_count=weight * self.input_count,
+            output_sum=weight * self.output_sum,
+            output_rows=weight**0.5 * self.output_rows,
         )
+
+    def with_factors(self, inputs: Gram | Tensor, count: Tensor, outputs: Gram) -> Self:
+        """A block of the same parameters with other factors; arguments as for `of`."""
+        return self.of(self.layout, inputs, count, outputs)
+
+    def with_outputs(self, matrices: Tensor) -> Self:
+        """The block with another B (b, o, o)."""
+        outputs = Gram.of(matrices)
+        return replace(self, output_sum=outputs.packed, output_rows=outputs.rows)
 
     def with_loss_scaled(self, weight: float | Tensor) -> Self:
         """The block of `weight` times the loss: B alone depends on it. One weight, or (b,)."""
@@ -214,13 +226,13 @@ class KroneckerBlock(Block):
         else:
             inputs = self.inputs.absorb(other.inputs)
         count = self.input_count + other.input_count
-        return type(self).of(self.layout, inputs, count, self.outputs.absorb(other.outputs))
+        return self.with_factors(inputs, count, self.outputs.absorb(other.outputs))
 
     def compact(self) -> Self:
         """The same in what takes least memory, to be kept and added to for long."""
         inputs = self.input_sum if self.has_diagonal_input else self.inputs.compact()
         outputs = self.outputs.compact()
-        return type(self).of(self.layout, inputs, self.input_count, outputs)
+        return self.with_factors(inputs, self.input_count, outputs)
 
     def sums(self) -> dict[str, Tensor]:
         """Σ a aᵀ and B, packed, or the diagonal of the first; and the count."""
@@ -285,7 +297,11 @@ class KroneckerBlock(Block):
         """Bases of B and A; values μ_i λ_j."""
         mu, lam = self.sides
         with torch.inference_mode(False):
-            return Spectrum(mu[..., :, None] * lam[..., None, :], self.bases)
+            return Spectrum(mu[..., :, None] * lam[..., None, :], self._rotation)
+
+    def _rotation(self) -> Rotation:
+        """Eigenvectors as samples and predictions turn by them."""
+        return self.bases()
 
     def bases(self) -> Bases:
         """Eigenvectors of B and A, computed anew; None for a diagonal A."""

@@ -19,7 +19,13 @@ from kfac_laplace.curvature.estimate.head import Cut, find_cut
 from kfac_laplace.curvature.estimate.low_rank import LowRankAccumulator
 from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.estimate.shared_grams import SharedGrams
-from kfac_laplace.curvature.estimate.structures import FACTORED, LowRank, Structure
+from kfac_laplace.curvature.estimate.structures import (
+    Kron,
+    LowRank,
+    Structure,
+    is_factored,
+    name_of,
+)
 from kfac_laplace.curvature.gradients.by_group import copied_gradients
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
@@ -36,7 +42,7 @@ class Estimand:
     """What is estimated, and how.
 
     Args:
-        structure: "kron", "ekfac", "diag", "full" or a `LowRank`.
+        structure: "kron", "ekfac", "diag", "full", a `LowRank` or a `Kron`.
         settings: expand or reduce, by name of the groups with Kronecker factors.
         fisher: which backward vectors.
         dtype: the precision of products and sums.
@@ -128,12 +134,15 @@ def _accumulator(
     passed: ForwardPass, estimand: Estimand, group: Group, shared: SharedGrams
 ) -> Accumulator:
     """The sum for a group's block, by its structure."""
-    treatment = group.treatment if estimand.structure in FACTORED else "diag"
+    treatment = group.treatment if is_factored(estimand.structure) else "diag"
     if treatment == "kron" and estimand.structure == "ekfac":
         return EigenAccumulator(group, passed, estimand.bases[group.name])
     if treatment == "kron":
         setting = estimand.settings[group.name]
-        return KroneckerAccumulator(group, passed, setting, estimand.dtype, estimand.widest, shared)
+        rank = estimand.structure.rank if isinstance(estimand.structure, Kron) else None
+        return KroneckerAccumulator(
+            group, passed, setting, estimand.dtype, estimand.widest, shared, rank
+        )
     if treatment == "dense":
         return DenseAccumulator([group], group.layout, passed, estimand.dtype)
     return DiagonalAccumulator(group, passed)
@@ -196,7 +205,7 @@ def _add_vector(
 
 def _may_cut(estimand: Estimand) -> bool:
     """Whether all that is wanted of the head is its B, by the exact Λ."""
-    return estimand.structure == "kron" and type(estimand.fisher) is Exact
+    return name_of(estimand.structure) == "kron" and type(estimand.fisher) is Exact
 
 
 def vectors_at_once(passed: ForwardPass) -> int:

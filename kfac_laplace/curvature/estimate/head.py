@@ -5,7 +5,7 @@ With more outputs than d, its d root vectors are backpropagated from h instead o
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from kfac_laplace.curvature.estimate.blocks import Block
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
-from kfac_laplace.curvature.linalg.gram import Gram
 from kfac_laplace.curvature.model.budget import at_once
 from kfac_laplace.curvature.model.tensors import has_values
 from kfac_laplace.likelihoods import Likelihood
@@ -116,9 +115,7 @@ class HeadAccumulator(Accumulator):
 
     def block(self) -> Block:
         """A from the inputs as always, and B."""
-        outputs = Gram.of(self._output_sum[None])
-        inner = self._inner.block()
-        return replace(inner, output_sum=outputs.packed, output_rows=outputs.rows)
+        return self._inner.block().with_outputs(self._output_sum[None])
 
 
 def find_cut(passed: ForwardPass, dtype: SumDtype) -> Cut | None:

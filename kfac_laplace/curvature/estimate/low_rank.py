@@ -35,6 +35,7 @@ class LowRankBlock(Block):
     dropped: Tensor
     rank: int = LowRank.rank
     kind: ClassVar[str] = "lowrank"
+    additive: ClassVar[bool] = False
 
     @property
     def factors(self) -> Tensor:
@@ -44,8 +45,14 @@ class LowRankBlock(Block):
     @property
     def share(self) -> float:
         """Share of the trace of H that is held, from 0 to 1; 1 where there is nothing to hold."""
-        held, dropped = float(in_double(self.rows).square().sum()), float(self.dropped)
-        return held / (held + dropped) if held + dropped > 0 else 1.0
+        held, whole = self.held
+        return held / whole if whole > 0 else 1.0
+
+    @property
+    def held(self) -> tuple[float, float]:
+        """The trace of RᵀR, and that of H."""
+        held = float(in_double(self.rows).square().sum())
+        return held, held + float(self.dropped)
 
     def dense(self) -> Tensor:
         """RᵀR (p, p), float64."""
@@ -77,6 +84,10 @@ class LowRankBlock(Block):
     ) -> Self:
         """Rebuild a block from `tensors()` and its rank."""
         return cls(layout, tensors["rows"], tensors["dropped"], rank)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The block of the same parameters and rank with other rows."""
+        return self.from_tensors(self.layout, tensors, self.rank)
 
     def __add__(self, other: Self) -> Self:
         """The leading directions of the two data sets together."""

@@ -10,10 +10,11 @@ import scipy  # loads its parts when they are used
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.linalg.basis import Basis
 from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
 from kfac_laplace.curvature.linalg.operations import note
 from kfac_laplace.curvature.linalg.packed import diagonals, pack, packed_zeros, unpack
-from kfac_laplace.curvature.linalg.spectrum import eigenvalues
+from kfac_laplace.curvature.linalg.spectrum import eigenbasis, eigenvalues
 from kfac_laplace.curvature.model.tensors import has_values
 from kfac_laplace.errors import UnsupportedUse
 
@@ -111,6 +112,21 @@ class Gram:
         found = eigenvalues(rows @ rows.mT, where)
         return torch.cat([found.new_zeros(len(found), i - k), found], -1)
 
+    def basis(self, where: str) -> Basis:
+        """Eigenvectors in the order of `eigenvalues`, float64."""
+        return eigenbasis(self.matrices(), where)
+
+
+def check_width(rows: Tensor, i: int) -> None:
+    """Raise `UnsupportedUse` unless rows have i entries."""
+    if rows.shape[-1] != i:
+        raise UnsupportedUse(
+            "a layer rule yields rows of another width than its matrix has",
+            where="layer rule",
+            got=f"{rows.shape[-1]} entries where the matrix has {i}",
+            remedy="Let matrix=(b, o, i) agree with inputs (b, *lead, i) and output rows (o)",
+        )
+
 
 def most_rows(rows: Tensor) -> int:
     """Of how many such rows (b, ..., i) packed sums in float64 would need less memory."""
@@ -155,13 +171,7 @@ class GramSum:
         assert not self._ended, "the sums belong to a Gram already"
         if not rows.numel():
             return
-        if rows.shape[-1] != self._i:
-            raise UnsupportedUse(
-                "a layer rule yields rows of another width than its matrix has",
-                where="layer rule",
-                got=f"{rows.shape[-1]} entries where the matrix has {self._i}",
-                remedy="Let matrix=(b, o, i) agree with inputs (b, *lead, i) and output rows (o)",
-            )
+        check_width(rows, self._i)
         if self._keeps(rows):
             return
         self._multiply_kept()

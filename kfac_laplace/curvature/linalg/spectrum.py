@@ -11,8 +11,18 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.linalg.basis import (
+    Basis,
+    columns_turned,
+    columns_turned_back,
+    turned,
+    turned_back,
+)
 from kfac_laplace.curvature.linalg.log_spectrum import LogSpectrum, log_spectrum
 from kfac_laplace.errors import InvalidValue
+
+#: Eigenvectors of B (b, o, o) and of A (b, i, i), as columns; None for a diagonal A.
+Rotation = tuple[Basis, Basis | None]
 
 
 @dataclass(frozen=True)
@@ -26,10 +36,10 @@ class Spectrum:
     """
 
     values: Tensor
-    make_bases: Callable[[], tuple[Tensor, Tensor | None]] | None = None
+    make_bases: Callable[[], Rotation] | None = None
 
     @cached_property
-    def bases(self) -> tuple[Tensor, Tensor | None] | None:
+    def bases(self) -> Rotation | None:
         """Left and right eigenvectors, or None for identity bases."""
         with torch.inference_mode(False):  # kept, so of use outside inference mode as well
             return self.make_bases() if self.make_bases is not None else None
@@ -72,19 +82,19 @@ class Spectrum:
         if self.bases is None:
             return matrices
         left, right = self.bases
-        turned = left.mT @ matrices
-        return turned if right is None else turned @ right
+        found = columns_turned(matrices, left)
+        return found if right is None else turned(found, right)
 
     def from_eigenbasis(self, matrices: Tensor) -> Tensor:
         """L M Rᵀ for matrices (..., b, o, i)."""
         if self.bases is None:
             return matrices
         left, right = self.bases
-        turned = left @ matrices
-        return turned if right is None else turned @ right.mT
+        found = columns_turned_back(matrices, left)
+        return found if right is None else turned_back(found, right)
 
 
-def _cast_bases(spectrum: Spectrum, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _cast_bases(spectrum: Spectrum, dtype: torch.dtype) -> Rotation:
     assert spectrum.bases is not None
     left, right = spectrum.bases
     return left.to(dtype), None if right is None else right.to(dtype)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.linalg.basis import Basis, multiplications, turned
+from kfac_laplace.curvature.linalg.spectrum import Rotation
 from kfac_laplace.curvature.model.budget import Budget, at_once
 from kfac_laplace.curvature.rows.per_example import Factored, LookedUp, Outer
 from kfac_laplace.posterior.block import BlockNormal, SpectralNormal
@@ -45,7 +47,7 @@ def factored_covariance(
         step = at_once(gradients.left[:, :, 0].numel(), budget.products(gradients.left))
         return torch.cat([_looked_up(normal, piece, width) for piece in gradients.pieces(step)])
     outer = gradients.as_outer()
-    if _pairs_are_cheaper(outer, width, rotated=bases is not None):
+    if _pairs_are_cheaper(outer, width, bases):
         return by_pairs(normal, outer, width, budget)
     return by_matrices(normal, outer, width, budget)
 
@@ -63,20 +65,21 @@ def _looked_up(normal: SpectralNormal, table: LookedUp, width: int) -> Tensor:
     """
     left = table.merged()  # (v, n, t, o)
     if normal.spectrum.bases is not None:
-        left = left @ normal.spectrum.bases[0][0]
+        left = _rowwise(left[None], normal.spectrum.bases[0])[0]
     spread = normal.deviations[0].mT[table.index]  # (n, t, o)
     return _grams((left * spread).movedim(1, 0).flatten(2), width)
 
 
-def _pairs_are_cheaper(gradients: Outer, width: int, rotated: bool) -> bool:
+def _pairs_are_cheaper(gradients: Outer, width: int, bases: Rotation | None) -> bool:
     """Whether pairs of shared positions cost less than matrices, by multiplications."""
     v, _, _, t, o = gradients.left.shape
     i = gradients.right.shape[-1]
     matrices = v * t * o * i + v * width * o * i + ENTRYWISE * v * o * i
     pairs = t * t * o * i + v * width * t * o + ENTRYWISE * t * t * (v * o + i)
-    if rotated:
-        matrices += v * min(t, i) * o * o + min(t, v * o) * i * i
-        pairs += v * t * o * o + t * i * i
+    if bases is not None:
+        left, right = (0 if basis is None else multiplications(basis) for basis in bases)
+        matrices += v * min(t, i) * left + min(t, v * o) * right
+        pairs += v * t * left + t * right
     return pairs <= matrices
 
 
@@ -158,9 +161,13 @@ def _rotated_right(normal: SpectralNormal, right: Tensor) -> Tensor:
 def _rotated_columns(normal: SpectralNormal, matrices: Tensor) -> Tensor:
     """Columns of matrices (b, n, v, o, i) in the eigenbasis."""
     bases = normal.spectrum.bases
-    return matrices if bases is None else bases[0].mT[:, None, None] @ matrices
+    if bases is None:
+        return matrices
+    if isinstance(bases[0], Tensor):
+        return bases[0].mT[:, None, None] @ matrices
+    return _rowwise(matrices.mT, bases[0]).mT
 
 
-def _rowwise(rows: Tensor, matrices: Tensor) -> Tensor:
+def _rowwise(rows: Tensor, matrices: Basis) -> Tensor:
     """Rows (b, ..., d) times matrices (b, d, e), one product for each b and no copies of it."""
-    return (rows.flatten(1, -2) @ matrices).unflatten(1, rows.shape[1:-1])
+    return turned(rows.flatten(1, -2), matrices).unflatten(1, rows.shape[1:-1])
