@@ -65,6 +65,7 @@ def test_every_method_on_every_network(finished):
         assert (row.posterior_scale is not None) == is_posterior
 
 
+@pytest.mark.slow
 def test_held_out_images_choose_the_temperature_of_a_network_that_has_not_seen_them(finished):
     """Fitted by hand: the least NLL of held-out logits, taken over by the network of all images."""
     findings, _, _ = finished

@@ -157,7 +157,7 @@ def by_squares(tuner, y, step):
     ("kind", "likelihood", "scale", "of"),
     [
         ("sequence", "classification", once, 2),
-        ("next", "classification", by_tokens_of_a_step, 2),
+        pytest.param("next", "classification", by_tokens_of_a_step, 2, marks=pytest.mark.slow),
         pytest.param("number", "regression", by_squares, 1, marks=pytest.mark.slow),
         pytest.param("tokens", "classification", by_tokens, 2, marks=pytest.mark.slow),
         pytest.param("next", "classification", by_tokens_of_a_step, 1, marks=pytest.mark.slow),

@@ -9,6 +9,9 @@ import torch
 from marglik import parted
 from processes import on_ranks
 
+# Two processes that train take half a minute to start and end.
+pytestmark = pytest.mark.slow
+
 #: Sums in another order, in float64, over six epochs of training.
 ROUNDING = 1e-10
 
@@ -29,7 +32,6 @@ def assert_found(got: list[dict[str, Any]], want: dict[str, Any]) -> None:
             assert got[0][name] == got[1][name] == value
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", parted.KINDS)
 def test_ranks_tune_as_one_process(kind, ranks):
     assert_found([each["tuned"][kind] for each in ranks], parted.tuned(kind, 0, 1))
