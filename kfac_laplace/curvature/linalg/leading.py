@@ -12,7 +12,9 @@ from kfac_laplace.errors import InvalidValue
 CONVERTED = 2**22
 
 
-def leading(parts: Sequence[Tensor], count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def leading(
+    parts: Sequence[Tensor], count: int, dtype: torch.dtype, where: str = "lowrank"
+) -> tuple[Tensor, Tensor]:
     """The rows U_cᵀ R for the `count` largest eigenvalues of R Rᵀ = U Λ Uᵀ, and the others' sum.
 
     Rᵀ U U_ᵀ R over these is the best approximation of RᵀR of such a rank, and never above it. Its
@@ -22,6 +24,7 @@ def leading(parts: Sequence[Tensor], count: int, dtype: torch.dtype) -> tuple[Te
         parts: R in pieces (m, p), one above the other.
         count: how many directions to keep.
         dtype: the precision of products and of the eigenvectors.
+        where: what is to be named where rows are not finite.
 
     Returns:
         Rows (count, p), orthogonal to each other, in the precision of R, and the trace of the
@@ -44,7 +47,7 @@ def leading(parts: Sequence[Tensor], count: int, dtype: torch.dtype) -> tuple[Te
     if has_values(gram) and not bool(torch.isfinite(gram.sum())):
         raise InvalidValue(
             "non-finite curvature",
-            where="lowrank",
+            where=where,
             remedy="Check inputs and weights; half precision may overflow",
         )
     values, vectors = torch.linalg.eigh(gram)  # ascending

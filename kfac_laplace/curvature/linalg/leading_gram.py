@@ -16,6 +16,10 @@ from kfac_laplace.curvature.linalg.packed import pack
 from kfac_laplace.curvature.linalg.spectrum import eigenbasis, eigenvalues
 
 
+#: What messages name: sums do not know whose they are.
+WHERE = "a wide factor"
+
+
 def is_wide(i: int, rank: int) -> bool:
     """Whether rows of so many entries are kept by so many directions: where that halves them."""
     return i > 2 * rank
@@ -74,7 +78,7 @@ class LeadingGram(Gram):
         """The same: neither's own tensors change."""
         assert isinstance(other, LeadingGram)
         pairs = zip(other.rows, self.rows, strict=True)
-        found = [leading(pair, self.rank, self.rest.dtype) for pair in pairs]
+        found = [leading(pair, self.rank, self.rest.dtype, WHERE) for pair in pairs]
         rows, lost = (torch.stack(parts) for parts in zip(*found, strict=True))
         return self.of_rows(rows, self.rest + other.rest + lost, self.rank)
 
@@ -172,7 +176,7 @@ class LeadingSum:
 
     def _compress(self, stack: int) -> None:
         """Keep the leading directions of a stack's rows so far."""
-        rows, lost = leading(self._held[stack], self._rank, self._dtype)
+        rows, lost = leading(self._held[stack], self._rank, self._dtype, WHERE)
         self._held[stack] = [rows]
         self._rest[stack] += lost
 
