@@ -15,7 +15,6 @@ from kfac_laplace.curvature.linalg.leading import leading
 from kfac_laplace.curvature.linalg.packed import pack
 from kfac_laplace.curvature.linalg.spectrum import eigenbasis, eigenvalues
 
-
 #: What messages name: sums do not know whose they are.
 WHERE = "a wide factor"
 
