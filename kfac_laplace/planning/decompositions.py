@@ -46,8 +46,9 @@ class Side:
 
     @property
     def bytes(self) -> int:
-        """Of all of them in float64."""
-        return DOUBLE * self.count * self.size * max(self.size, self.width)
+        """Of all of them in float64: d², or the directions and two squares that complete them."""
+        entries = self.width + 2 * self.size if self.width else self.size
+        return DOUBLE * self.count * self.size * entries
 
 
 @dataclass(frozen=True)

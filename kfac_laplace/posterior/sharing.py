@@ -217,7 +217,7 @@ def check_sharing(sharing: Sharing, hessian_structure: Structure) -> None:
         raise InvalidValue(
             "a prior that varies within a layer does not commute with Kronecker factors",
             where="prior_structure",
-            got=f"'{sharing.title}' with hessian_structure='{hessian_structure}'",
+            got=f"'{sharing.title}' with hessian_structure={hessian_structure!r}",
             remedy="Use prior_structure='layerwise', or hessian_structure='diag'",
         )
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_laplace import Kron, Laplace
+from kfac_laplace.curvature.linalg.basis import Completed
 from kfac_laplace.planning.counter import Count
 from kfac_laplace.planning.held import held
 from kfac_laplace.planning.plan import Plan
@@ -104,6 +105,22 @@ def test_bytes_are_those_of_a_fit(options: dict[str, Any]) -> None:
     assert held(la.curvature.blocks, 1).end == end
     assert plan.memory.factors == pytest.approx(end, rel=0.01)
     assert plan.memory.peak == pytest.approx(count.peak, rel=0.2)
+
+
+@pytest.mark.parametrize("structure", ["kron", Kron(3), Kron(8)], ids=str)
+def test_bytes_for_predictions_are_those_of_the_bases(structure: Any) -> None:
+    """Columns of whole matrices; of few, the reflected ones and two small squares."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 12))
+    batches = [(torch.randn(16, 24), torch.randint(12, (16,))) for _ in range(3)]
+    la = Laplace(model, "classification", hessian_structure=structure)
+    plan = la.plan(*batches[0], n_data=48)
+    parts: list[torch.Tensor] = []
+    for block in la.fit(batches).curvature.blocks.values():
+        for basis in block.spectrum.bases or ():
+            few = isinstance(basis, Completed)
+            parts += [basis.reflected, basis.middle, basis.turn] if few else [basis]
+    assert plan.memory.bases == sum(t.numel() * t.element_size() for t in parts)
 
 
 def test_rows_that_are_kept_become_products_when_they_are_many() -> None:

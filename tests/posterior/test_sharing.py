@@ -6,7 +6,7 @@ from cases import build
 from posterior import dense
 from posterior.some_layouts import LAYOUTS, P
 
-from kfac_laplace import KfacLaplaceError, Laplace
+from kfac_laplace import KfacLaplaceError, Kron, Laplace
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.posterior.prior import Prior
 from kfac_laplace.posterior.sharing import (
@@ -82,6 +82,13 @@ def test_patterns_that_fit_nothing_list_the_names():
 def test_patterns_that_divide_a_block_name_the_remedy():
     with pytest.raises(InvalidValue, match="lin.bias.*joint_bias=False"):
         entries({"*.bias": "scalar", "*": "layerwise"})
+
+
+def test_a_structure_is_told_as_it_is_written():
+    with pytest.raises(InvalidValue, match=r"'diag' with hessian_structure=Kron\(rank=4\)\."):
+        check_sharing(resolve_sharing("diag"), Kron(4))
+    with pytest.raises(InvalidValue, match="'diag' with hessian_structure='kron'"):
+        check_sharing(resolve_sharing("diag"), "kron")
 
 
 @pytest.mark.parametrize("hessian", ["kron", "diag", "full", "lowrank"])
