@@ -327,4 +327,7 @@ def _sides(block: KroneckerBlock) -> list[Tensor]:
 def _cost(block: KroneckerBlock) -> float:
     """What its decomposition costs, beside those of others."""
     b, o, i = block.layout.matrix
+    if isinstance(block, LeadingBlock):  # by inner products of few rows
+        k = block.rank
+        o, i = (k if block.has_wide_output else o), (k if block.has_wide_input else i)
     return b * (o**3 + (i if block.has_diagonal_input else i**3))

@@ -12,6 +12,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.curvature.model.random_states import random_states_kept, seed_everywhere
 from kfac_laplace.errors import InvalidType
 from kfac_laplace.integrations.tabular import (
@@ -57,7 +58,7 @@ class LaplaceEstimator(BaseEstimator):  # type: ignore[misc]  # sklearn has no a
             trains, "post-hoc" after it, or "none".
         prior_precision: δ at the start, of standardised data. None: 10⁻⁴ n, at most 1.
         prior_structure: how δ is shared; as for `Laplace`.
-        hessian_structure: "kron", "ekfac", "diag", "full" or "lowrank"; see `Laplace`.
+        hessian_structure: "kron", "ekfac", "diag", "full", "lowrank", or an object; see `Laplace`.
         objective: what tuning maximises; as for `MarglikTuner`.
         calibrate: whether the scale of the posterior is chosen at the end, by leaving out training
             points in turn.
@@ -82,7 +83,7 @@ class LaplaceEstimator(BaseEstimator):  # type: ignore[misc]  # sklearn has no a
         tuning: str = "online",
         prior_precision: float | None = None,
         prior_structure: Any = "layerwise",
-        hessian_structure: str = "kron",
+        hessian_structure: Structure = "kron",
         objective: Any = "auto",
         calibrate: bool = False,
         standardize: bool = True,
@@ -131,7 +132,7 @@ class LaplaceEstimator(BaseEstimator):  # type: ignore[misc]  # sklearn has no a
                 network,
                 loader,
                 likelihood,
-                self.hessian_structure,  # type: ignore[arg-type]  # checked there
+                self.hessian_structure,
                 optimizer_cls=self._optimizer(),
                 optimizer_kwargs={"lr": self.lr},
                 scheduler_cls=torch.optim.lr_scheduler.CosineAnnealingLR,

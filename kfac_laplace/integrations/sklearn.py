@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kfac_laplace.curvature.estimate.structures import Structure
 from kfac_laplace.errors import InvalidValue, MissingPackage
 
 try:
@@ -108,7 +109,7 @@ class LaplaceRegressor(RegressorMixin, LaplaceEstimator):  # type: ignore[misc]
         tuning: str = "online",
         prior_precision: float | None = None,
         prior_structure: Any = "layerwise",
-        hessian_structure: str = "kron",
+        hessian_structure: Structure = "kron",
         objective: Any = "auto",
         calibrate: bool = False,
         standardize: bool = True,
