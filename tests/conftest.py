@@ -30,7 +30,7 @@ def seeded():
 
 
 #: Cases of one test that the run without slow tests takes: a sample, the same one each time.
-SAMPLE = 3
+SAMPLE = 2
 
 
 @pytest.hookimpl(tryfirst=True)
