@@ -63,7 +63,8 @@ def block_from_state(
     sums = {name: one.tensor(shapes[name]) for name, one in stored.fields(shapes).items()}
     for name in {"input_count", "input_rest", "output_rest"}.intersection(sums):
         if bool((sums[name] < 0).any()):
-            raise Stored(sums[name], f"{stored.where}.{name}").fault("negative numbers")
+            what = "counts" if name == "input_count" else "traces"
+            raise Stored(sums[name], f"{stored.where}.{name}").fault(f"negative {what}")
     sums = {name: one.to(device) for name, one in sums.items()}
     if kind == "kron" and rank is not None:
         return LeadingBlock.from_tensors(layout, sums, rank)
