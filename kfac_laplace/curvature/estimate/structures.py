@@ -87,7 +87,9 @@ def resolve(structure: object) -> Structure:
     if isinstance(structure, LowRank | Kron):
         return structure
     if not isinstance(structure, str) or structure not in STRUCTURES:
-        raise unknown("hessian_structure", structure, STRUCTURES, "pass LowRank(rank=20)")
+        raise unknown(
+            "hessian_structure", structure, STRUCTURES, "pass LowRank(rank=20) or Kron(rank=64)"
+        )
     return LowRank() if structure == "lowrank" else structure
 
 

@@ -87,7 +87,7 @@ class LeadingGram(Gram):
 
     def matrices(self) -> Tensor:
         """The matrices (b, i, i), float64."""
-        rows, directions = self.rows.double(), self._directions
+        rows, directions = self.rows.double(), self._factored[0]
         eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
         others = eye - directions @ directions.mT
         return rows.mT @ rows + self._spread[:, None, None] * others
@@ -123,11 +123,6 @@ class LeadingGram(Gram):
         """Rᵀ as orthonormal columns (b, i, k) times triangles (b, k, k): also where rows depend."""
         columns, triangle = torch.linalg.qr(self.rows.double().mT)
         return columns, triangle
-
-    @property
-    def _directions(self) -> Tensor:
-        """Orthonormal columns that span the rows."""
-        return self._factored[0]
 
 
 def _zeros(rows: Tensor, count: int) -> Tensor:

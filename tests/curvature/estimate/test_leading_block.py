@@ -112,7 +112,7 @@ def test_of_many_batches_traces_are_exact_and_what_is_left_out_is_bounded(name, 
                 left = torch.as_tensor(want) - kept.mT @ kept
                 values = torch.linalg.eigvalsh(left)
                 rounding = 1e-12 * float(numpy.trace(want, axis1=-2, axis2=-1).sum())
-                assert kept.shape[1] == min(rank, kept.shape[1])
+                assert kept.shape[1] <= rank
                 assert float(values.min()) >= -rounding
                 assert bool((values.amax(-1) <= rest + rounding).all())
 
