@@ -26,8 +26,8 @@ from benchmarks.cases import SETTINGS, Case
 from benchmarks.tasks import Setting, Task, make, rehearsal
 from kfac_laplace import Curvature
 from kfac_laplace.curvature import backend
-from kfac_laplace.curvature.estimate import accumulators as sums
 from kfac_laplace.curvature.estimate import blocks as factors
+from kfac_laplace.curvature.estimate import kronecker_accumulator as sums
 from kfac_laplace.curvature.gradients import network
 from kfac_laplace.curvature.linalg import gram as grams
 from kfac_laplace.curvature.recording import backward

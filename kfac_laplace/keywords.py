@@ -13,7 +13,7 @@ from kfac_laplace.curvature.gradients.subnetwork import GivenSubnetwork
 from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.options import Uncovered
+from kfac_laplace.curvature.options import Offload, Uncovered
 from kfac_laplace.posterior.prior import Given
 from kfac_laplace.posterior.sharing import PriorStructure
 
@@ -45,6 +45,7 @@ class LaplaceKeywords(TypedDict, total=False):
     forward_fn: ForwardFn | None
     batch_fn: BatchFn | None
     memory_budget: int | None
+    offload: Offload | None
     process_group: Any
     subnetwork_indices: Tensor | None
     subnetwork_mask: GivenSubnetwork | None

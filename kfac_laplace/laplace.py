@@ -23,7 +23,7 @@ from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn
 from kfac_laplace.curvature.model.fingerprint import Weights, fingerprint
 from kfac_laplace.curvature.model.forward import ForwardFn
-from kfac_laplace.curvature.options import CurvatureOptions, Uncovered
+from kfac_laplace.curvature.options import CurvatureOptions, Offload, Uncovered
 from kfac_laplace.curvature.shards import check_all_data
 from kfac_laplace.curvature.spelling import suggesting
 from kfac_laplace.errors import InvalidValue, NotFitted, UnsupportedUse
@@ -125,6 +125,8 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         forward_fn: called as `forward_fn(model, x)` to give the output, where `model(x)` does not.
         batch_fn: takes a batch of a loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take; see `Curvature`.
+        offload: "cpu" for curvature and eigenvectors that are too large for the model's device; see
+            docs/curvature.md.
         process_group: "world" or a group of torch.distributed, whose processes each `fit` a part of
             the data and end with the posterior of all; see docs/distributed.md.
         subnetwork_indices: laplace-torch's place for indices, with subset_of_weights="subnetwork".
@@ -184,6 +186,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
         memory_budget: int | None = None,
+        offload: Offload | None = None,
         process_group: Any = None,
         subnetwork_indices: Tensor | None = None,
         subnetwork_mask: GivenSubnetwork | None = None,
@@ -203,6 +206,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
             forward_fn=forward_fn,
             batch_fn=batch_fn,
             memory_budget=memory_budget,
+            offload=offload,
             process_group=process_group,
         )
         self._sharing = resolve_sharing(prior_structure)
@@ -951,7 +955,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         """Take over a state made with the same options on the same weights.
 
         Hyperparameters, κ, curvature and mode are the state's; seed, factor_dtype, memory_budget,
-        process_group, forward_fn, batch_fn and dict_key_y stay this posterior's own.
+        offload, process_group, forward_fn, batch_fn and dict_key_y stay this posterior's own.
 
         Args:
             state_dict: the state.
@@ -1051,8 +1055,8 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
                 buffers and frozen weights as they are in the model.
             overrides: options that the file cannot hold, such as a likelihood of your own, and
                 those that do not bind its numbers: seed, factor_dtype, memory_budget,
-                process_group, forward_fn, batch_fn and dict_key_y. Others may be given if they are
-                the file's; hyperparameters are set after loading.
+                offload, process_group, forward_fn, batch_fn and dict_key_y. Others may be given if
+                they are the file's; hyperparameters are set after loading.
 
         Raises:
             FileNotFoundError: no such file.

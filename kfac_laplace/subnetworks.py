@@ -273,7 +273,10 @@ def _trainable(model: nn.Module) -> Tensor:
 
 def _whole(model: nn.Module, names: set[str]) -> Tensor:
     """True for all entries of some parameters, (P,)."""
-    parts = [torch.full((p.numel(),), name in names) for name, p in model.named_parameters()]
+    parts = [
+        torch.full((p.numel(),), name in names, device="cpu")
+        for name, p in model.named_parameters()
+    ]
     return torch.cat(parts)
 
 

@@ -58,6 +58,7 @@ posterior/prior
 posterior/carry
 posterior/block
 posterior/low_rank
+posterior/held
 posterior/log_table
 posterior/log_dets
 posterior/expansion

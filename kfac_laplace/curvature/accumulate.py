@@ -108,7 +108,14 @@ def _of_pass(
         passed = passed.weighted(ggn.likelihood.importance(targets))
     options = ggn.options
     dtype = SumDtype(options.factor_dtype)
-    estimand = Estimand(options.hessian_structure, settings, options.fisher, dtype, bases=ggn.bases)
+    estimand = Estimand(
+        options.hessian_structure,
+        settings,
+        options.fisher,
+        dtype,
+        bases=ggn.bases,
+        home=options.home(network.device),
+    )
     estimand = estimand if amend is None else amend(estimand)
     blocks = estimate(passed, estimand, targets, generator)
     if bool(idle.all()):

@@ -28,7 +28,7 @@ from kfac_laplace.curvature.linalg.dtypes import FactorDtype
 from kfac_laplace.curvature.model.batches import BatchFn, split_batch
 from kfac_laplace.curvature.model.forward import ForwardFn
 from kfac_laplace.curvature.model.unchanged import parameters_of
-from kfac_laplace.curvature.options import CurvatureOptions, Uncovered
+from kfac_laplace.curvature.options import CurvatureOptions, Offload, Uncovered
 from kfac_laplace.curvature.ranks import Ranks
 from kfac_laplace.curvature.shards import own_part, tell_of_a_part
 from kfac_laplace.curvature.spelling import suggesting
@@ -66,6 +66,8 @@ class Curvature:
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take, about; None: 1 GiB on a CPU, 8 GiB on
             other devices. Results do not depend on it.
+        offload: "cpu": curvature of a model on a GPU lies in the CPU's memory, and a block at a
+            time comes to the GPU; None: it stays on the model's device.
         process_group: "world" or a group of torch.distributed, whose processes each read their part
             of the data: what is found is that of all data, and on all of them the same. None: this
             process reads all data.
@@ -94,6 +96,7 @@ class Curvature:
         forward_fn: ForwardFn | None = None,
         batch_fn: BatchFn | None = None,
         memory_budget: int | None = None,
+        offload: Offload | None = None,
         process_group: Any = None,
     ):
         options = CurvatureOptions.of(
@@ -110,6 +113,7 @@ class Curvature:
             forward_fn=forward_fn,
             batch_fn=batch_fn,
             memory_budget=memory_budget,
+            offload=offload,
             process_group=process_group,
         )
         self._start(model, options)

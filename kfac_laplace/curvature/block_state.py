@@ -28,6 +28,7 @@ def block_from_state(
     diagonal: bool,
     device: torch.device,
     rank: int | None = None,
+    home: torch.device | None = None,
 ) -> Block:
     """A block whose sums have the shapes of its layout.
 
@@ -36,8 +37,9 @@ def block_from_state(
         kind: "kron", "ekfac", "diag" or "dense".
         layout: of its group.
         diagonal: whether of A only the diagonal is there.
-        device: where it is to lie.
+        device: where it is to lie, or to be used.
         rank: how many directions wide factors keep; None: all.
+        home: where its large tensors lie, if not on the device.
 
     Raises:
         InvalidValue: sums of other names or shapes.
@@ -65,10 +67,13 @@ def block_from_state(
         if bool((sums[name] < 0).any()):
             what = "counts" if name == "input_count" else "traces"
             raise Stored(sums[name], f"{stored.where}.{name}").fault(f"negative {what}")
-    sums = {name: one.to(device) for name, one in sums.items()}
+    if home is None:
+        sums = {name: one.to(device) for name, one in sums.items()}
     if kind == "kron" and rank is not None:
-        return LeadingBlock.from_tensors(layout, sums, rank)
-    return KINDS[kind].from_tensors(layout, sums)
+        block: Block = LeadingBlock.from_tensors(layout, sums, rank)
+    else:
+        block = KINDS[kind].from_tensors(layout, sums)
+    return block if home is None else block.placed(device, home)
 
 
 def _leading_shapes(

@@ -295,7 +295,7 @@ class Keeping:
             "format": FORMAT,
             "pass": {
                 "phase": self._phase,
-                "digests": torch.tensor(self._digests, dtype=torch.int64),
+                "digests": torch.tensor(self._digests, dtype=torch.int64, device="cpu"),
                 **self._start,
             },
             "bound": self._bound,

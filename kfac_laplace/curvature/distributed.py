@@ -95,7 +95,7 @@ def read_parts(
         InvalidValue: no rank has data, or they do not agree on what is to be added.
     """
     before = of.ggn
-    seed = int(torch.randint(2**62, (), generator=of.generator)) + ranks.rank
+    seed = int(torch.randint(2**62, (), generator=of.generator, device="cpu")) + ranks.rank
     draws = Generator().manual_seed(seed)
     own, first = Own(before.without_data(), draws, of.options, of.network), None
     sums: dict[str, dict[str, Tensor]] = {}
@@ -206,19 +206,21 @@ def summed(
     for rank, other in others:
         if not same(_added(first.blocks), _added(other.blocks)):
             raise _different_blocks((start, first), (rank, other))
+    home = own.options.home(device)
     added = {name: one for name, one in first.blocks.items() if one[0].additive}
     for name, (_, _, forms) in added.items():
         if name not in sums:
-            sums[name] = _zeros(forms, device)
-    sent = ranks.add_([tensor for name in added for tensor in sums[name].values()])
+            sums[name] = _zeros(forms, home or device)
+    sent = ranks.add_([tensor for name in added for tensor in sums[name].values()], device)
     log.debug("curvature of %d ranks: %d bytes of sums", ranks.size, sent)
     blocks: dict[str, Block] = {}
     for name, (kind, layout, _) in first.blocks.items():
         if name in added:
-            blocks[name] = kind.from_sums(layout, sums[name], own.bases.get(name))
+            block = kind.from_sums(layout, sums[name], own.bases.get(name))
         else:
             assert own.options.rank is not None
-            blocks[name] = _leading(ranks, name, parts, sums, own.options.rank, device)
+            block = _leading(ranks, name, parts, sums, own.options.rank, device)
+        blocks[name] = block if home is None else block.placed(device, home)
     return counted.with_blocks(blocks)
 
 
@@ -248,7 +250,7 @@ def _leading(
         kind, layout, forms = part.blocks[name]
         assert issubclass(kind, LowRankBlock | LeadingBlock)
         mine = sums[name] if source == ranks.rank else _zeros(forms, device)
-        tensors = {field: ranks.sent(tensor, source) for field, tensor in mine.items()}
+        tensors = {n: ranks.sent(tensor.to(device), source) for n, tensor in mine.items()}
         block: Block = kind.from_tensors(layout, tensors, rank)
         total = block if total is None else total + block
     assert total is not None
@@ -282,11 +284,12 @@ def _zeros(forms: Forms, device: torch.device) -> dict[str, Tensor]:
 
 def eigenbases(ranks: Ranks, ggn: GGN) -> dict[str, Bases]:
     """Eigenvectors of the Kronecker factors by group, each computed on one rank."""
-    blocks = _kronecker(ggn)
+    blocks, device = _kronecker(ggn), ggn.statistic.device
     made = ranks.shared_out(
         [partial(_bases, block) for block in blocks.values()],
         [_cost(block) for block in blocks.values()],
-        ggn.statistic.device,
+        device,
+        ggn.options.home(device),
     )
     return {
         name: (own[0], own[1] if len(own) > 1 else None)

@@ -22,11 +22,11 @@ from kfac_laplace.states.plain import same
 
 
 def _nothing() -> Tensor:
-    return torch.zeros((), dtype=torch.float64)
+    return torch.zeros((), dtype=torch.float64, device="cpu")
 
 
 def _none() -> Tensor:
-    return torch.zeros(0, dtype=torch.float64)
+    return torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)

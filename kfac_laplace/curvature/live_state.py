@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfac_laplace.curvature.estimate.blocks import Bases
@@ -73,14 +74,14 @@ def live_from_plain(stored: Stored, network: Network, options: CurvatureOptions)
     """
     found = stored.fields(FIELDS)
     ggn = ggn_from_state(found["ggn"], network, options)
-    bases = {name: _bases(one, network) for name, one in found["bases"].items().items()}
+    place = options.home(network.device) or network.device
+    bases = {name: _bases(one, place) for name, one in found["bases"].items().items()}
     known = _knowledge(found["knowledge"], ggn.knowledge)
     return replace(ggn, knowledge=known, bases=bases or ggn.bases)
 
 
-def _bases(stored: Stored, network: Network) -> Bases:
+def _bases(stored: Stored, device: torch.device) -> Bases:
     left, right = stored.entries(2)
-    device = network.device
     return left.tensor().to(device), None if right.value is None else right.tensor().to(device)
 
 

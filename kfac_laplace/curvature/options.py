@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
 import numpy
+import torch
 from torch import Tensor, nn
 
 from kfac_laplace import likelihoods
@@ -26,7 +27,11 @@ from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.options import check_choice, check_seed, check_whole, unknown
 
 Uncovered = Literal["diag", "error", "freeze"]
+#: The memory in which blocks lie between uses.
+Offload = Literal["cpu"]
 UNCOVERED: tuple[Uncovered, ...] = get_args(Uncovered)
+#: What is of a run and of its machine, and not of what was found: no file holds it.
+OF_A_RUN = frozenset({"offload", "process_group"})
 #: What stands in plain data for a function, which they cannot hold.
 GIVEN = "given"
 
@@ -48,6 +53,7 @@ class CurvatureKeywords(TypedDict, total=False):
     forward_fn: ForwardFn | None
     batch_fn: BatchFn | None
     memory_budget: int | None
+    offload: Offload | None
     process_group: Any
 
 
@@ -82,6 +88,9 @@ class CurvatureOptions:
         batch_fn: takes a batch of the loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take, about, here and in what a posterior
             computes; None: 1 GiB on a CPU, 8 GiB on other devices. Results do not depend on it.
+        offload: "cpu": Kronecker factors, diagonals and eigenvectors lie in the CPU's memory, and
+            come to the model's device one block at a time; None: they stay where they are made.
+            Not stored in files.
         process_group: of the processes that each read a part of the data: "world" for all, or a
             group of torch.distributed; None: this process reads all of it. Not stored in files.
 
@@ -103,6 +112,7 @@ class CurvatureOptions:
     forward_fn: ForwardFn | None = None
     batch_fn: BatchFn | None = None
     memory_budget: int | None = None
+    offload: Offload | None = None
     process_group: Any = None
 
     @classmethod
@@ -123,6 +133,7 @@ class CurvatureOptions:
         check_choice("uncovered", self.uncovered, UNCOVERED)
         check_kfac_approx(self.kfac_approx)
         Budget(self.memory_budget)  # checks it
+        self._check_offload()
         check_group(self.process_group)
         check_seed(self.seed)
         if not isinstance(self.joint_bias, bool):
@@ -151,6 +162,19 @@ class CurvatureOptions:
                 "of their names",
             )
 
+    def _check_offload(self) -> None:
+        """Raise `InvalidValue` for another memory than the CPU's, or a block that is used whole."""
+        if self.offload is None:
+            return
+        check_choice("offload", self.offload, get_args(Offload))
+        if self.one_block is not None:
+            raise InvalidValue(
+                "one block of all parameters is used as a whole: none of it could stay elsewhere",
+                where="offload",
+                got=f"'{self.offload}' with hessian_structure='{self.structure}'",
+                remedy="Choose hessian_structure='kron', 'ekfac' or 'diag', or leave offload out",
+            )
+
     def for_model(self, model: nn.Module) -> "CurvatureOptions":
         """The same with masks by parameter name as a subnetwork of a model."""
         given = self.subset_of_weights
@@ -163,6 +187,12 @@ class CurvatureOptions:
     def budget(self) -> Budget:
         """`memory_budget`, and what each computation gets of it."""
         return Budget(self.memory_budget)
+
+    def home(self, device: torch.device) -> torch.device | None:
+        """Where blocks lie of a model on a device; None: there as well."""
+        if self.offload is None or device.type in (self.offload, "meta"):
+            return None
+        return torch.device(self.offload)
 
     @property
     def ranks(self) -> Ranks | None:
@@ -226,9 +256,14 @@ class CurvatureOptions:
     def to_plain(self) -> dict[str, Any]:
         """The options as plain data; objects that have no name become None, functions "given".
 
-        Processes are those of a run, and not of what it made.
+        Options of a run are left out.
         """
-        return {f.name: _plain(getattr(self.alone(), f.name)) for f in fields(self)}
+        return {name: _plain(getattr(self, name)) for name in self.stored_names()}
+
+    @classmethod
+    def stored_names(cls) -> list[str]:
+        """Names of the options that plain data have."""
+        return [option.name for option in fields(cls) if option.name not in OF_A_RUN]
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

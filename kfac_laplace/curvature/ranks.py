@@ -83,18 +83,22 @@ class Ranks:
         dist.broadcast_object_list(found, dist.get_global_rank(self.group, 0), self.group)
         return found[0]
 
-    def add_(self, tensors: Sequence[Tensor]) -> int:
+    def add_(self, tensors: Sequence[Tensor], device: torch.device) -> int:
         """Sum tensors, dense in memory, over the ranks in place, to the same bits on each.
+
+        Args:
+            tensors: what is summed, of the same shapes on all ranks.
+            device: where the group sums; tensors that lie elsewhere go there and back in buckets.
 
         Returns:
             The number of bytes that were summed.
         """
         sent = 0
         for bucket in _buckets(tensors):
-            if len(bucket) == 1:
+            if len(bucket) == 1 and bucket[0].device == device:
                 dist.all_reduce(bucket[0], group=self.group)
             else:
-                flat = torch.cat(bucket)
+                flat = torch.cat(bucket).to(device)
                 dist.all_reduce(flat, group=self.group)
                 for piece, own in zip(bucket, flat.split([*map(len, bucket)]), strict=True):
                     piece.copy_(own)
@@ -106,6 +110,7 @@ class Ranks:
         jobs: Sequence[Callable[[], Sequence[Tensor]]],
         costs: Sequence[float],
         device: torch.device,
+        home: torch.device | None = None,
     ) -> list[list[Tensor]]:
         """What each job makes, each made on one rank and sent to the others.
 
@@ -113,6 +118,7 @@ class Ranks:
             jobs: make tensors, which have to be of the same shapes on all ranks.
             costs: of the jobs, by which they are shared out; the same numbers on all ranks.
             device: of the tensors here; a rank may have no job of its own.
+            home: where they lie before and after they are sent, if not there.
         """
         owners = shared_jobs(costs, self.size)
         forms: list[Any] = [None] * len(jobs)
@@ -124,7 +130,10 @@ class Ranks:
             return {k: [(each.dtype, each.shape) for each in forms[k]] for k in mine}
 
         told = {k: form for part in self.gathered(own) for k, form in part.items()}
-        return [self._from(owner, forms[k], told[k], device) for k, owner in enumerate(owners)]
+        return [
+            [one.to(home or device) for one in self._from(owner, forms[k], told[k], device)]
+            for k, owner in enumerate(owners)
+        ]
 
     def _from(
         self,
@@ -136,7 +145,7 @@ class Ranks:
         """One rank's tensors on all."""
         if made is None:
             made = [torch.empty(shape, dtype=dtype, device=device) for dtype, shape in form]
-        return [self.sent(tensor, owner) for tensor in made]
+        return [self.sent(tensor.to(device), owner) for tensor in made]
 
     def sent(self, tensor: Tensor, rank: int) -> Tensor:
         """A tensor of one rank's on all, in place; one without entries is not sent."""
@@ -155,13 +164,17 @@ def shared_jobs(costs: Sequence[float], ranks: int) -> list[int]:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Flat pieces of tensors, of one dtype and at most `BUCKET` bytes together."""
+    """Flat pieces of tensors, of one dtype and device and at most `BUCKET` bytes together."""
     bucket: list[Tensor] = []
     room = BUCKET
-    for tensor in sorted(tensors, key=lambda each: str(each.dtype)):
+
+    def kind(tensor: Tensor) -> tuple[str, str]:
+        return str(tensor.dtype), str(tensor.device)
+
+    for tensor in sorted(tensors, key=kind):
         size = tensor.element_size()
         for piece in tensor.view(-1).split(BUCKET // size):
-            if bucket and (piece.dtype != bucket[0].dtype or len(piece) * size > room):
+            if bucket and (kind(piece) != kind(bucket[0]) or len(piece) * size > room):
                 yield bucket
                 bucket, room = [], BUCKET
             bucket.append(piece)

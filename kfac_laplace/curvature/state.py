@@ -266,13 +266,13 @@ def _blocks(
         for name, kind in found["kinds"].fields(kinds).items():
             kind.text((kinds[name],))
     diagonal = {group.name for group in known.groups if group.diagonal}
-    rank = options.rank
+    rank, home = options.rank, options.home(device)
     if isinstance(options.hessian_structure, LowRank):
         assert rank is not None
         return {n: low_rank_block(stored[n], layouts[n], rank, device) for n in kinds if stored}
     return {
         name: block_from_state(
-            stored[name], kinds[name], layouts[name], name in diagonal, device, rank
+            stored[name], kinds[name], layouts[name], name in diagonal, device, rank, home
         )
         for name in kinds
         if stored

@@ -88,7 +88,9 @@ def check_unused(stored: Stored, known: Knowledge, blocks: Mapping[str, Block]) 
     whole = next((blocks[name] for name in TOGETHER if name in blocks), None)
     if whole is not None and unused:
         sizes = {name: each.count for name, each in known.entries.items()}
-        flags = torch.cat([torch.full((n,), name in unused) for name, n in sizes.items()])
+        flags = torch.cat(
+            [torch.full((n,), name in unused, device="cpu") for name, n in sizes.items()]
+        )
         sums = whole.tensors()
         columns = sums["matrix"] if "matrix" in sums else sums["rows"]
         if bool(columns[:, flags.to(columns.device)].any()):

@@ -227,4 +227,4 @@ def before_rounding(output: Tensor, hook: Callable[[Tensor], None]) -> None:
 
 
 def _nothing() -> Tensor:
-    return torch.zeros((), dtype=torch.float64)
+    return torch.zeros((), dtype=torch.float64, device="cpu")

@@ -73,7 +73,9 @@ class Shuffled:
         return math.ceil(len(self.x) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.x), generator=self.generator).to(self.x.device)
+        order = torch.randperm(len(self.x), generator=self.generator, device="cpu").to(
+            self.x.device
+        )
         for chosen in order.tensor_split(len(self)):
             yield self.x[chosen], self.y[chosen]
 

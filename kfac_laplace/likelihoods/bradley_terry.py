@@ -81,7 +81,7 @@ class RewardPredictive(NormalPredictive):
     """
 
     def __init__(self, latent: Latent):
-        super().__init__(latent, torch.zeros((), dtype=latent.mean.dtype))
+        super().__init__(latent, torch.zeros((), dtype=latent.mean.dtype, device="cpu"))
 
     def distribution(self, restore: Restore) -> Distribution:
         """N(mean, Σ), where there is a variance: no noise gives a certain reward a density."""

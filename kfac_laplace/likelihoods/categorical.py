@@ -175,7 +175,7 @@ class Categorical(Likelihood):
 
     def statistic(self, f: Tensor, y: Tensor) -> Tensor:
         """The log-likelihood itself."""
-        return self.log_prob(f.double(), y, torch.ones(())).sum()
+        return self.log_prob(f.double(), y, torch.ones((), device="cpu")).sum()
 
     def log_likelihood(self, statistic: Tensor, count: float, sigma: Tensor) -> Tensor:
         """The summed statistic."""

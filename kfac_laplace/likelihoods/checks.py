@@ -85,7 +85,7 @@ def _in_support(distribution: Distribution, y: Tensor) -> Tensor:
         support = distribution.support
     except NotImplementedError:
         support = None
-    return torch.ones((), dtype=torch.bool) if support is None else support.check(y)
+    return torch.ones((), dtype=torch.bool, device="cpu") if support is None else support.check(y)
 
 
 def elementwise_target(target: Tensor, f: Tensor) -> Tensor:

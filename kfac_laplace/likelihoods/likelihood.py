@@ -106,7 +106,7 @@ class Likelihood(ABC):
             y: aligned targets.
             f: outputs (n, t, c), for their shape.
         """
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
 
     def joined_sums(self, one: Tensor, other: Tensor) -> Tensor:
         """`target_sums` of two sets of data together, of as many outputs; their sum by default."""

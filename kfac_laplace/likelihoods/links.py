@@ -77,7 +77,7 @@ def normal_points(n: int, c: int, seed: int) -> Tensor:
     """Scrambled Sobol points of N(0, I), float64, shape (n, c); draws where c is beyond Sobol's."""
     if c > SobolEngine.MAXDIM:
         generator = Generator().manual_seed(seed)
-        return torch.randn(n, c, dtype=torch.float64, generator=generator)
+        return torch.randn(n, c, dtype=torch.float64, generator=generator, device="cpu")
     uniform = SobolEngine(c, scramble=True, seed=seed).draw(n, dtype=torch.float64)
     return torch.special.ndtri(uniform.clamp(EDGE, 1 - EDGE))
 

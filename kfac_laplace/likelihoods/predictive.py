@@ -297,7 +297,7 @@ class NormalPredictive(RowPredictive):
 
     def _with_noise(self) -> Tensor:
         mean, covariance = self._latent.mean, self._latent.covariance
-        noise = torch.eye(mean.shape[-1], dtype=mean.dtype) * self._sigma.cpu() ** 2
+        noise = torch.eye(mean.shape[-1], dtype=mean.dtype, device="cpu") * self._sigma.cpu() ** 2
         return covariance + noise.to(covariance)
 
 

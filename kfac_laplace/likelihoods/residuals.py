@@ -65,10 +65,10 @@ def sum_of_logs(table: Tensor, log_scale: Tensor) -> Tensor:
 
 def _nodes() -> Tensor:
     """Places of the points around a cell [0, 1)."""
-    return torch.arange(1 - POINTS // 2, POINTS // 2 + 1, dtype=torch.float64)
+    return torch.arange(1 - POINTS // 2, POINTS // 2 + 1, dtype=torch.float64, device="cpu")
 
 
 def _denominators() -> Tensor:
     """∏_{m ≠ j} (x_j − x_m)."""
     apart = _nodes()[:, None] - _nodes()
-    return (apart + torch.eye(POINTS, dtype=torch.float64)).prod(1)
+    return (apart + torch.eye(POINTS, dtype=torch.float64, device="cpu")).prod(1)

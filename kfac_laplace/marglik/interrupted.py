@@ -214,7 +214,10 @@ class Training:
         reached = asdict(self.reached)
         content = {
             "format": FORMAT,
-            "training": {**reached, "digests": torch.tensor(reached["digests"], dtype=torch.int64)},
+            "training": {
+                **reached,
+                "digests": torch.tensor(reached["digests"], dtype=torch.int64, device="cpu"),
+            },
             "parts": self._states(),
             "made": self._made,
             "best": self.best,

@@ -69,4 +69,4 @@ def first_entries(model: nn.Module) -> Tensor:
     Not their version counters, which optimisers that write through `.data` leave as they are.
     """
     entries = [p.detach().flatten()[:1].abs().double() for p in model.parameters()]
-    return torch.cat(entries) if entries else torch.zeros(0)
+    return torch.cat(entries) if entries else torch.zeros(0, device="cpu")

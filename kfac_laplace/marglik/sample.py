@@ -78,7 +78,7 @@ class KeepsFirst:
         inputs = network.batch(x, len(y))
         if inputs.segments or len(y) != inputs.n or inputs.n <= FEW:
             return Examples(x, y)
-        return Examples(inputs.select(torch.arange(FEW)).x, y[:FEW].clone())
+        return Examples(inputs.select(torch.arange(FEW, device="cpu")).x, y[:FEW].clone())
 
 
 def first_kept(loader: Iterable[Any], options: CurvatureOptions) -> KeepsFirst:

@@ -183,7 +183,9 @@ def _record(stored: Stored, likelihood: Likelihood) -> Record:
     """One record; hyperparameters are positive tensors, all else are numbers."""
     held = stored.items()
     if "constant_evidence" not in held:  # an older record
-        none = torch.full((len(held["groups"].texts()),), math.nan, dtype=torch.float64)
+        none = torch.full(
+            (len(held["groups"].texts()),), math.nan, dtype=torch.float64, device="cpu"
+        )
         later = {"effective_dimensions": none, "constant_evidence": math.nan}
         stored = Stored({**stored.value, **later}, stored.where)
     if "shared" not in held:  # likewise

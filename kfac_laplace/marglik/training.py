@@ -106,9 +106,9 @@ def marglik_training(
             again after the process died, with the same arguments, it ends at the same bits.
             `n_epochs` may be more. The file is removed at the end.
         curvature: further options of `Curvature` by their names: kfac_approx, fisher,
-            subset_of_weights, joint_bias, uncovered, seed, factor_dtype, memory_budget, class_axis,
-            forward_fn, batch_fn, process_group (the model is wrapped in DistributedDataParallel
-            then, and the loader yields this process's part).
+            subset_of_weights, joint_bias, uncovered, seed, factor_dtype, memory_budget, offload,
+            class_axis, forward_fn, batch_fn, process_group (the model is wrapped in
+            DistributedDataParallel then, and the loader yields this process's part).
 
     Returns:
         The posterior at the weights and hyperparameters that `keep` says, the model with those

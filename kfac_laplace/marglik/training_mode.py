@@ -121,8 +121,10 @@ class _Runs:
         if batch.segments or batch.n < 3:
             return None
         own = max(1, batch.n // 4)
-        company = torch.arange(own, batch.n - batch.n % own).split(own)
-        batches = [batch.select(torch.cat([torch.arange(own), others])) for others in company]
+        company = torch.arange(own, batch.n - batch.n % own, device="cpu").split(own)
+        batches = [
+            batch.select(torch.cat([torch.arange(own, device="cpu"), others])) for others in company
+        ]
         outputs = [self._output(some, {}) for some in (batches[0], *batches)]
         if outputs[0].ndim < 1 or len(outputs[0]) != 2 * own:
             return None

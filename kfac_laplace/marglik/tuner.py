@@ -113,8 +113,8 @@ class MarglikTuner:
         loss_units: "nats", or "residuals" for the loss times σ² where the noise is Gaussian: its
             scale, to which optimisers such as Adam adapt slowly, does not move then as σ does.
         options: of the curvature, all as for `Laplace`: fisher, kfac_approx, subset_of_weights,
-            joint_bias, uncovered, seed, factor_dtype, memory_budget, process_group, class_axis,
-            forward_fn, batch_fn. `fisher` left out is "exact", but that rounds take
+            joint_bias, uncovered, seed, factor_dtype, memory_budget, offload, process_group,
+            class_axis, forward_fn, batch_fn. `fisher` left out is "exact", but that rounds take
             `Hybrid(passes=1)`, one backward pass with random signs, where an example has more than
             five outputs.
 
@@ -510,7 +510,8 @@ class MarglikTuner:
         Hyperparameters, T included, Adam's moments, epoch and history are the state's. Options on
         which these depend have to be the same, fix_sigma_noise and objective among them. The
         tuner's own stay n_data, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp, method,
-        seed, factor_dtype, memory_budget, process_group, forward_fn, batch_fn and dict_key_y.
+        seed, factor_dtype, memory_budget, offload, process_group, forward_fn, batch_fn and
+        dict_key_y.
 
         Raises:
             InvalidValue: not a tuner's state, one of another version, model or option, a damaged or

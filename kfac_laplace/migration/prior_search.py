@@ -115,7 +115,7 @@ def _grid(theirs: Mapping[str, Any]) -> tuple[float, ...]:
     base = found["log_prior_prec_base"]
     check_positive("log_prior_prec_base", base)
     ends = (float(found["log_prior_prec_min"]), float(found["log_prior_prec_max"]))
-    exponents = torch.linspace(*ends, int(found["grid_size"]), dtype=torch.float64)
+    exponents = torch.linspace(*ends, int(found["grid_size"]), dtype=torch.float64, device="cpu")
     return tuple((float(base) ** exponents).tolist())
 
 

@@ -63,7 +63,7 @@ def summed(ranks: Ranks, sums: Sums, groups: Sequence[Group], like: Tensor, wide
         widest: of input factors with more columns there is the diagonal alone.
     """
     parts = {group: _part(sums, group, like, widest) for group in groups}
-    ranks.add_([tensor for part in parts.values() for tensor in part.values()])
+    ranks.add_([tensor for part in parts.values() for tensor in part.values()], like.device)
     found: Sums = {}
     for group, part in parts.items():
         if n := float(part.pop("n")):

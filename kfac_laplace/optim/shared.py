@@ -45,7 +45,7 @@ def averaged_ggn(
         known,
         {name: learned.settings[name] for name in blocks},
         blocks,
-        statistic=torch.full((), torch.nan, dtype=torch.float64),
+        statistic=torch.full((), torch.nan, dtype=torch.float64, device="cpu"),
         n_data=n_data,
         n_rows=n_data * outputs[0],
         n_outputs=n_data * outputs[1],

@@ -181,7 +181,7 @@ class Updates:
 
     def _form(self) -> dict[str, Any]:
         """On what the tensors of a state depend: the rule, its moments, which sides have bases."""
-        moments = sorted(self._rule.init(torch.empty(0)))
+        moments = sorted(self._rule.init(torch.empty(0, device="cpu")))
         rule = f"{type(self._rule).__name__} ({', '.join(moments)})"
         return {"rule": rule, "largest": self._estimate.largest}
 

@@ -104,7 +104,7 @@ def rehearse(scene: Scene) -> Rehearsed:
             settings = choose_settings(passed, options.kfac_approx, None)
         if scene.looks and isinstance(scene.batch, Batch):
             count.enter(LOOK)
-            half = torch.arange((scene.batch.n + 1) // 2)
+            half = torch.arange((scene.batch.n + 1) // 2, device="cpu")
             with torch.no_grad():  # outputs of half the batch are compared
                 passed.forward(scene.batch.select(half).x)
         passing = _Passing(count, scene, passed, y)

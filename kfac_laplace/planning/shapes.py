@@ -50,4 +50,4 @@ class Shapes:
 
 def some_targets(y: Tensor) -> Tensor:
     """The targets, or zeros in their place where they have no values."""
-    return y if has_values(y) else torch.zeros(y.shape, dtype=y.dtype)
+    return y if has_values(y) else torch.zeros(y.shape, dtype=y.dtype, device="cpu")

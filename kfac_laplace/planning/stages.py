@@ -57,7 +57,7 @@ class Data:
         """The first m examples, or all where they cannot be told apart."""
         if not isinstance(self.batch, Batch) or m >= self.batch.n or len(self.y) != self.batch.n:
             return self.batch, self.y
-        return self.batch.select(torch.arange(m)), self.y[:m]
+        return self.batch.select(torch.arange(m, device="cpu")), self.y[:m]
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _total(learned: Learned, network: Network, data: Data) -> int:
     if type(fisher) is not Exact:
         return int(getattr(fisher, "samples", 1))
     per_row = max(1, round(ggn.n_outputs / max(1.0, ggn.n_rows)))
-    return fisher.count(ggn.likelihood, torch.zeros(1, 1, per_row), data.y[:1])
+    return fisher.count(ggn.likelihood, torch.zeros(1, 1, per_row, device="cpu"), data.y[:1])
 
 
 def _few(ggn: GGN, n: int) -> int:

@@ -1,6 +1,6 @@
 """The posterior of one block, N(θ*, (scale · H + δ)⁻¹): log-determinants, samples, variances."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -31,6 +31,9 @@ class BlockNormal(Protocol):
 
     def cast(self, dtype: torch.dtype) -> "BlockNormal":
         """The same in the precision of a model's gradients, for predictives."""
+
+    def on(self, device: torch.device) -> "BlockNormal":
+        """The same with all of it on a device."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,12 @@ class SpectralNormal:
 
     def cast(self, dtype: torch.dtype) -> "SpectralNormal":
         """Bases and eigenvalues in `dtype`; decomposed in float64 all the same."""
-        return SpectralNormal(self.spectrum.cast(dtype), self.scale.to(dtype), self.delta.to(dtype))
+        return SpectralNormal(self.spectrum.to(dtype), self.scale.to(dtype), self.delta.to(dtype))
+
+    def on(self, device: torch.device) -> "SpectralNormal":
+        """Eigenvalues and bases that lie elsewhere moved."""
+        moved = self.spectrum.to(device)
+        return self if moved is self.spectrum else replace(self, spectrum=moved)
 
 
 @dataclass(frozen=True)
@@ -135,3 +143,7 @@ class DenseNormal:
     def cast(self, dtype: torch.dtype) -> "DenseNormal":
         """Factorised in float64, used in `dtype`."""
         return DenseNormal(self.factor.to(dtype), self.delta.to(dtype))
+
+    def on(self, device: torch.device) -> "DenseNormal":
+        """As it is: a block of all parameters is where the model is."""
+        return self

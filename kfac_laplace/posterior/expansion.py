@@ -42,7 +42,8 @@ class Expansion:
         if self.ggn.options.one_block or not self.prior.constant_on_blocks:
             return None
         blocks = self.ggn.blocks
-        return LogTable.of([blocks[name].spectrum for name in self.prior.layouts.groups])
+        spectra = [blocks[name].spectrum for name in self.prior.layouts.groups]
+        return LogTable.of(spectra, self.prior.device)
 
     @cached_property
     def knows_fit(self) -> bool:
@@ -95,10 +96,13 @@ class Expansion:
                 return self.prior.shared_sums(self.prior.layouts.pack_vector(self.dense.diagonal()))
             spectra = {name: block.spectrum for name, block in self.ggn.blocks.items()}
             # v/(v + c) is v/c for c far above all v, and exactly zero with v.
-            logs = torch.cat([each.logs.logs for each in spectra.values()])
+            logs = torch.cat([each.logs.logs.to(self.prior.device) for each in spectra.values()])
             c = torch.cat([logs, logs.new_zeros(1)]).max().exp() * 1e18
             one = torch.ones_like(c)
-            shares = {name: each.effective_dimensions(one, c) for name, each in spectra.items()}
+            shares = {
+                name: each.to(self.prior.device).effective_dimensions(one, c)
+                for name, each in spectra.items()
+            }
             return c * self.prior.shared_sums(shares)
 
 

@@ -18,6 +18,7 @@ from kfac_laplace.curvature.gradients.subnetwork import Subnetwork
 from kfac_laplace.errors import NotFitted
 from kfac_laplace.posterior.block import BlockNormal, DenseNormal, SpectralNormal
 from kfac_laplace.posterior.expansion import Expansion
+from kfac_laplace.posterior.held import Held
 from kfac_laplace.posterior.hyperparameters import Hyperparameters
 from kfac_laplace.posterior.log_dets import log_det
 from kfac_laplace.posterior.log_table import EXACT, LogTable
@@ -105,8 +106,12 @@ class Posterior:
         return scale if self.informed else torch.zeros_like(scale)
 
     @cached_property
-    def blocks(self) -> dict[str, BlockNormal]:
-        """Posterior of each block of the curvature."""
+    def blocks(self) -> Held:
+        """Posterior of each block of the curvature, on the device of the model."""
+        return Held(self._blocks(), self.device)
+
+    def _blocks(self) -> dict[str, BlockNormal]:
+        """The same wherever their curvature lies."""
         deltas = self.prior.by_group(self.hyperparameters.prior_precision)
         if self.ggn.options.one_block is not None:
             layouts = self.prior.layouts
@@ -125,11 +130,11 @@ class Posterior:
     def blocks_in(self, dtype: torch.dtype) -> Mapping[str, BlockNormal]:
         """The blocks in the precision of the model's gradients, made once."""
         if dtype not in self._casts:
-            self._casts[dtype] = {n: normal.cast(dtype) for n, normal in self.blocks.items()}
+            self._casts[dtype] = self.blocks.each(lambda normal: normal.cast(dtype))
         return self._casts[dtype]
 
     @cached_property
-    def _casts(self) -> dict[torch.dtype, dict[str, BlockNormal]]:
+    def _casts(self) -> dict[torch.dtype, Held]:
         return {torch.float64: self.blocks}
 
     # --- the evidence ------------------------------------------------------------------------

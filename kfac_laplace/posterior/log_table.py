@@ -24,14 +24,15 @@ class LogTable:
     group: Tensor
 
     @classmethod
-    def of(cls, spectra: Sequence[Spectrum]) -> "LogTable":
-        """The table of some blocks, in their order."""
+    def of(cls, spectra: Sequence[Spectrum], device: torch.device) -> "LogTable":
+        """The table of some blocks, in their order, on a device."""
         logs = [spectrum.logs for spectrum in spectra]
         with torch.inference_mode(False):
-            sizes = torch.tensor([len(part.logs) for part in logs])
-            group = torch.arange(len(logs)).repeat_interleave(sizes)
-            joined = torch.cat([part.logs for part in logs])
-            return cls(joined, torch.cat([part.weights for part in logs]), group.to(joined.device))
+            sizes = torch.tensor([len(part.logs) for part in logs], device="cpu")
+            group = torch.arange(len(logs), device="cpu").repeat_interleave(sizes)
+            joined = torch.cat([part.logs.to(device) for part in logs])
+            weights = torch.cat([part.weights.to(device) for part in logs])
+            return cls(joined, weights, group.to(device))
 
 
 #: Above it log(1 + eˣ) is x in float64.

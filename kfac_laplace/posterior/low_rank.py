@@ -81,3 +81,7 @@ class LowRankNormal:
         """Factorised in float64, used in `dtype`."""
         rows, factor, scale, delta = self.rows, self.factor, self.scale, self.delta
         return LowRankNormal(rows.to(dtype), factor.to(dtype), scale.to(dtype), delta.to(dtype))
+
+    def on(self, device: torch.device) -> "LowRankNormal":
+        """As it is: a block of all parameters is where the model is."""
+        return self

@@ -115,7 +115,7 @@ class Prior:
             return self.full(given)
         numbers = by_name(given, self.layouts.params, "prior_precision")
         places, values = self._spread(numbers)
-        empty = torch.zeros(self.length, dtype=torch.float64)
+        empty = torch.zeros(self.length, dtype=torch.float64, device="cpu")
         low, high = (
             empty.scatter_reduce(0, places, values, extreme, include_self=False)
             for extreme in ("amin", "amax")
@@ -139,7 +139,9 @@ class Prior:
 
     def _spread(self, numbers: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """Places of precisions, and the numbers that stand there, on the CPU."""
-        values = {n: torch.tensor(float(v), dtype=torch.float64) for n, v in numbers.items()}
+        values = {
+            n: torch.tensor(float(v), dtype=torch.float64, device="cpu") for n, v in numbers.items()
+        }
         if self.constant_on_blocks:
             ordered = [values[name] for bundle in self._bundles for name in bundle]
             return self._place_of_parameter.cpu(), torch.stack(ordered)

@@ -56,7 +56,7 @@ class Scalar(Sharing):
 
     def index(self, layouts: Layouts) -> dict[str, Tensor]:
         """Zero everywhere."""
-        return {name: torch.tensor(0) for name in layouts.groups}
+        return {name: torch.tensor(0, device="cpu") for name in layouts.groups}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Layerwise(Sharing):
 
     def index(self, layouts: Layouts) -> dict[str, Tensor]:
         """The groups' numbers."""
-        return {name: torch.tensor(k) for k, name in enumerate(layouts.groups)}
+        return {name: torch.tensor(k, device="cpu") for k, name in enumerate(layouts.groups)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Unit(Sharing):
         found, start = {}, 0
         for name, layout in layouts.groups.items():
             b, o, _ = layout.matrix
-            found[name] = (start + torch.arange(b * o)).reshape(b, o, 1)
+            found[name] = (start + torch.arange(b * o, device="cpu")).reshape(b, o, 1)
             start += b * o
         return found
 
@@ -100,7 +100,7 @@ class Input(Sharing):
         found, start = {}, 0
         for name, layout in layouts.groups.items():
             b, _, i = layout.matrix
-            found[name] = (start + torch.arange(b * i)).reshape(b, 1, i)
+            found[name] = (start + torch.arange(b * i, device="cpu")).reshape(b, 1, i)
             start += b * i
         return found
 
@@ -116,7 +116,7 @@ class Diagonal(Sharing):
 
     def index(self, layouts: Layouts) -> dict[str, Tensor]:
         """The entries' places in the vector of all parameters."""
-        return layouts.pack_vector(torch.arange(layouts.size))
+        return layouts.pack_vector(torch.arange(layouts.size, device="cpu"))
 
 
 @dataclass(frozen=True)

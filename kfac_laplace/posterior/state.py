@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
 
@@ -42,7 +42,7 @@ KEYS = (
 #: What was added to it later, in two steps, and what a file without has.
 LATER: tuple[dict[str, Any], ...] = (
     {
-        "predictive_temperature": torch.ones((), dtype=torch.float64),
+        "predictive_temperature": torch.ones((), dtype=torch.float64, device="cpu"),
         "scale_source": "older",
         "temperature_source": "default",
     },
@@ -66,6 +66,7 @@ CHOSEN = (
     "seed",
     "factor_dtype",
     "memory_budget",
+    "offload",
     "process_group",
     "forward_fn",
     "batch_fn",
@@ -166,7 +167,7 @@ def options_from_state(stored: Stored, overrides: Mapping[str, Any]) -> dict[str
 
 def _options(stored: Stored) -> dict[str, Stored]:
     """All options that there are, by name."""
-    return stored.fields((*(option.name for option in fields(CurvatureOptions)), *OWN))
+    return stored.fields((*CurvatureOptions.stored_names(), *OWN))
 
 
 def _is_own(name: str, value: object) -> bool:

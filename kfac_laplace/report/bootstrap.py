@@ -67,7 +67,7 @@ class Bootstrap:
 
     def _weights(self, counts: Sequence[int], width: int) -> Iterator[list[Tensor]]:
         """Ones, then the resamples; single examples have nothing to be resampled with."""
-        yield [torch.ones(1, n, dtype=torch.float64) for n in counts]
+        yield [torch.ones(1, n, dtype=torch.float64, device="cpu") for n in counts]
         draws = [
             torch.Generator().manual_seed((self.seed + turn) % 2**63)
             for turn, _ in enumerate(counts)
@@ -122,6 +122,6 @@ class Bootstrap:
 
 def _drawn(b: int, n: int, generator: torch.Generator) -> Tensor:
     """How often n draws with replacement take each of n examples, (b, n)."""
-    places = torch.randint(n, (b, n), generator=generator)
-    weights = torch.zeros(b, n, dtype=torch.float64)
+    places = torch.randint(n, (b, n), generator=generator, device="cpu")
+    weights = torch.zeros(b, n, dtype=torch.float64, device="cpu")
     return weights.scatter_add_(1, places, weights.new_ones(b, n))

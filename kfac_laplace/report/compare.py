@@ -98,7 +98,7 @@ def _tested(
     with draws_kept():
         for raw in loader:
             outputs, y = _predicted(choice, raw)
-            example = torch.arange(n, n + len(outputs.mean))
+            example = torch.arange(n, n + len(outputs.mean), device="cpu")
             n += len(example)
             for turn, way in enumerate(compared):
                 parts[turn].append(rows(way, choice, outputs, y, example))

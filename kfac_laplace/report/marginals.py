@@ -41,7 +41,10 @@ class Normals:
 
     def interval(self, level: float) -> tuple[Tensor, Tensor]:
         """Mean ± quantile · deviation."""
-        quantile = math.sqrt(2) * torch.erfinv(torch.tensor(level, dtype=torch.float64)).item()
+        quantile = (
+            math.sqrt(2)
+            * torch.erfinv(torch.tensor(level, dtype=torch.float64, device="cpu")).item()
+        )
         return self.mean - quantile * self.deviation, self.mean + quantile * self.deviation
 
     def rank(self, y: Tensor) -> Tensor:

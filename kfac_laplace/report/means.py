@@ -49,7 +49,7 @@ class ClassRows:
         onehot = torch.nn.functional.one_hot(labels, probs.shape[-1])
         confidence, said = probs.max(-1)
         found = (
-            torch.arange(len(labels)) if example is None else example,
+            torch.arange(len(labels), device="cpu") if example is None else example,
             probs.gather(-1, labels[:, None])[:, 0].clamp_min(tiny).log(),
             confidence,
             (said == labels).double(),

@@ -57,7 +57,7 @@ def _said(curves: Sequence[Curve], number: Callable[[Curve], str]) -> str:
 
 def _reliability(entries: Sequence[Entry[ClassRows]]) -> Panel:
     """Accuracy against confidence by bin, over the number of rows in each."""
-    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64, device="cpu")
 
     def counts(rows: ClassRows) -> tuple[Tensor, Tensor]:
         return edges, torch.bincount(rows.bins, minlength=BINS).double()
@@ -112,14 +112,14 @@ def _risk(entries: Sequence[Entry[ClassRows]]) -> Panel:
 def risk_curve(rows: ClassRows) -> tuple[Tensor, Tensor]:
     """Coverage and error rate of the surest rows, at most `POINTS` of them."""
     wrong = (1 - rows.correct)[(-rows.confidence).argsort(stable=True)]
-    count = torch.arange(1, len(wrong) + 1, dtype=torch.float64)
-    kept = torch.linspace(0, len(wrong) - 1, min(POINTS, len(wrong))).round().long()
+    count = torch.arange(1, len(wrong) + 1, dtype=torch.float64, device="cpu")
+    kept = torch.linspace(0, len(wrong) - 1, min(POINTS, len(wrong)), device="cpu").round().long()
     return (count / len(wrong))[kept], (wrong.cumsum(0) / count)[kept]
 
 
 def _coverage(entries: Sequence[Entry[ValueRows]]) -> Panel:
     """The share of targets in intervals of every probability."""
-    levels = torch.linspace(0, 1, 41, dtype=torch.float64)
+    levels = torch.linspace(0, 1, 41, dtype=torch.float64, device="cpu")
 
     def points(rows: ValueRows) -> tuple[Tensor, Tensor]:
         central = (2 * rows.ranks.flatten() - 1).abs().sort().values
@@ -139,10 +139,10 @@ def _coverage(entries: Sequence[Entry[ValueRows]]) -> Panel:
 
 def _ranks(entries: Sequence[Entry[ValueRows]]) -> Panel:
     """Where targets lie in their predictive distributions: evenly, if those are right."""
-    edges = torch.linspace(0, 1, 11, dtype=torch.float64)
+    edges = torch.linspace(0, 1, 11, dtype=torch.float64, device="cpu")
 
     def points(rows: ValueRows) -> tuple[Tensor, Tensor]:
-        return edges, 10 * torch.tensor(histogram(rows.ranks.flatten(), edges))
+        return edges, 10 * torch.tensor(histogram(rows.ranks.flatten(), edges), device="cpu")
 
     return Panel(
         "Ranks of targets",
@@ -167,7 +167,7 @@ def _entropies(found: Found) -> Panel | None:
     low, high = float(both.min()), float(both.max())
     if high - low <= 1e-9 * max(1.0, abs(high)):
         return None
-    edges = torch.linspace(low, high, 26, dtype=torch.float64)
+    edges = torch.linspace(low, high, 26, dtype=torch.float64, device="cpu")
     at = edges.tolist()
     return Panel(
         f"Entropies: {found.way.name}",

@@ -58,7 +58,7 @@ class Small:
 
 def _below(rows: int) -> Tensor:
     """Mask (i, i) of the entries on and below the diagonal."""
-    return torch.ones(rows, rows, dtype=torch.bool).tril()
+    return torch.ones(rows, rows, dtype=torch.bool, device="cpu").tril()
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

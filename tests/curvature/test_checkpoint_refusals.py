@@ -90,7 +90,7 @@ def test_other_options(path, name):
 
 def test_the_table_has_every_option(path):
     told = {*torch.load(path, weights_only=True)["bound"]["options"]}
-    assert OPTIONS.keys() | {"likelihood", "key_y", "process_group"} == told
+    assert OPTIONS.keys() | {"likelihood", "key_y"} == told
 
 
 def test_the_order_of_patterns(tmp_path):

@@ -33,6 +33,7 @@ OTHERS = {
     "forward_fn": lambda model, x: model(x),
     "batch_fn": lambda batch: (batch[0], batch[1]),
     "memory_budget": 2**20,
+    "offload": "cpu",
     "process_group": "world",
 }
 

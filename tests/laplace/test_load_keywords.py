@@ -51,6 +51,7 @@ APPLIED: dict[str, tuple[Any, Callable[[Laplace], Any]]] = {
     "seed": (3, lambda la: la.seed),
     "factor_dtype": (torch.float32, lambda la: la.curvature.options.factor_dtype),
     "memory_budget": (2**20, lambda la: la.curvature.options.memory_budget),
+    "offload": ("cpu", lambda la: la.options.offload),
     "process_group": ("world", lambda la: la.options.process_group),
     "forward_fn": (lambda model, x: 2 * model(x), lambda la: la.curvature.network.forward_fn),
     "batch_fn": (lambda batch: (batch[1], batch[0]), lambda la: la.options.batch_fn),

@@ -119,6 +119,16 @@ class Block(ABC):
         """The block of the same parameters with other raw sums."""
         return self.from_tensors(self.layout, tensors)
 
+    def placed(self, device: torch.device, home: torch.device | None) -> Self:
+        """The block for a model on a device, with its large tensors elsewhere.
+
+        Args:
+            device: where decompositions and products of it are to be made.
+            home: where it lies between them; None: there as well.
+        """
+        there = home or device
+        return self.with_tensors({name: one.to(there) for name, one in self.tensors().items()})
+
     def is_finite(self) -> bool:
         """Whether every raw sum is finite."""
         # One pass a tensor: a sum is finite only if its terms are.
@@ -140,7 +150,8 @@ class KroneckerFactors(NamedTuple):
 class KroneckerBlock(Block):
     """B ⊗ A for each of b blocks [KFAC23, eqs. for K-FAC-expand and K-FAC-reduce].
 
-    Sums and rows together are what `Gram` describes.
+    Sums and rows together are what `Gram` describes. They may lie in another memory than counts do,
+    which are where they are decomposed and multiplied.
 
     Args:
         input_sum: Σ a aᵀ over the input rows (expand) or their means by example (reduce), or the
@@ -164,6 +175,24 @@ class KroneckerBlock(Block):
         if isinstance(inputs, Tensor):
             inputs = Gram(inputs, inputs[:, None, :][:, :0])
         return cls(layout, inputs.packed, inputs.rows, count, outputs.packed, outputs.rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its decompositions and products are made."""
+        return self.input_count.device
+
+    @property
+    def home(self) -> torch.device:
+        """Where its sums lie."""
+        return self.output_sum.device
+
+    def placed(self, device: torch.device, home: torch.device | None) -> Self:
+        """With sums of products, made there, at home, and counts on the device."""
+        if home is None or home == device:
+            return super().placed(device, None)
+        inputs = self.input_sum if self.has_diagonal_input else self.inputs.as_sums()
+        outputs, count = self.outputs.as_sums().to(home), self.input_count.to(device)
+        return self.with_factors(inputs.to(home), count, outputs)
 
     @property
     def inputs(self) -> Gram:
@@ -217,7 +246,7 @@ class KroneckerBlock(Block):
         """Σ |a|², A's trace times its count, and B's trace, each (b,)."""
         diagonal = self.has_diagonal_input
         inputs = self.input_sum.sum(-1) if diagonal else self.inputs.traces()
-        return inputs, self.outputs.traces()
+        return inputs.to(self.device), self.outputs.traces().to(self.device)
 
     def absorb(self, other: Self) -> Self:
         """Add another block into this one's own sums, which nobody else may hold."""
@@ -254,9 +283,13 @@ class KroneckerBlock(Block):
     @property
     def factors(self) -> KroneckerFactors:
         """A = Σ a aᵀ / count and B."""
-        inputs = self.input_sum if self.has_diagonal_input else self.inputs.matrices()
+        if self.has_diagonal_input:
+            inputs = self.input_sum.to(self.device)
+        else:
+            inputs = self.inputs.to(self.device).matrices()
         count = self._divisor.reshape(-1, *[1] * (inputs.ndim - 1))
-        return KroneckerFactors(inputs / count.to(inputs.dtype), self.outputs.matrices())
+        outputs = self.outputs.to(self.device).matrices()
+        return KroneckerFactors(inputs / count.to(inputs.dtype), outputs)
 
     @property
     def _divisor(self) -> Tensor:
@@ -281,10 +314,11 @@ class KroneckerBlock(Block):
         """Eigenvalues μ (b, o) of B and λ (b, i) of A, float64."""
         with torch.inference_mode(False):  # kept, so of use outside inference mode as well
             count = self._divisor.double()[:, None]
-            mu = self.outputs.eigenvalues(self.name)
+            mu = self.outputs.to(self.device).eigenvalues(self.name)
             if self.has_diagonal_input:
-                return mu, eigenvalues_of_diagonal(self.input_sum, self.name) / count
-            return mu, self.inputs.eigenvalues(self.name) / count
+                diagonal = self.input_sum.to(self.device)
+                return mu, eigenvalues_of_diagonal(diagonal, self.name) / count
+            return mu, self.inputs.to(self.device).eigenvalues(self.name) / count
 
     def with_sides(self, mu: Tensor, lam: Tensor) -> Self:
         """The same, whose eigenvalues another process has computed."""
@@ -295,7 +329,7 @@ class KroneckerBlock(Block):
     @cached_property
     def spectrum(self) -> Spectrum:
         """Bases of B and A; values μ_i λ_j."""
-        mu, lam = self.sides
+        mu, lam = (side.to(self.home) for side in self.sides)
         with torch.inference_mode(False):
             return Spectrum(mu[..., :, None] * lam[..., None, :], self._rotation)
 
@@ -305,7 +339,8 @@ class KroneckerBlock(Block):
 
     def bases(self) -> Bases:
         """Eigenvectors of B and A, computed anew; None for a diagonal A."""
-        left = eigenbasis(self.outputs.matrices(), self.name)
+        left = eigenbasis(self.outputs.to(self.device).matrices(), self.name).to(self.home)
         if self.has_diagonal_input:
             return left, None
-        return left, eigenbasis(self.inputs.matrices(), self.name)
+        right = eigenbasis(self.inputs.to(self.device).matrices(), self.name)
+        return left, right.to(self.home)

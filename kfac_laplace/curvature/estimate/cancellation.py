@@ -104,7 +104,7 @@ def _root(likelihood: Likelihood, f: Tensor, generator: Generator) -> Tensor:
         root = torch.full_like(f, torch.nan)
     if bool(root.isfinite().all()) and bool(root.any()):
         return root
-    return torch.randint(2, f.shape, generator=generator).to(f) * 2 - 1
+    return torch.randint(2, f.shape, generator=generator, device="cpu").to(f) * 2 - 1
 
 
 def sharing_groups(passed: ForwardPass) -> list[Group]:

@@ -64,7 +64,7 @@ def first_examples(
     """
     weights = passed.weights
     chosen = (~idle_examples(weights)).nonzero()[:, 0]
-    chosen = torch.arange(passed.n) if len(chosen) <= 1 else chosen
+    chosen = torch.arange(passed.n, device="cpu") if len(chosen) <= 1 else chosen
     if len(chosen[:EXAMPLES]) == passed.n or not isinstance(passed.batch, Batch):
         return passed
     chosen = chosen[:EXAMPLES].cpu()
@@ -77,7 +77,7 @@ def first_examples(
 def idle_examples(weights: Tensor | None) -> Tensor:
     """Mask (n,) of the examples without an output that counts, shape (1,) where all count."""
     if weights is None:
-        return torch.zeros(1, dtype=torch.bool)
+        return torch.zeros(1, dtype=torch.bool, device="cpu")
     return (weights == 0).flatten(1).all(1)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+import torch
 from torch import Generator, Tensor
 
 from kfac_laplace.curvature.estimate.accumulators import (
@@ -11,11 +12,11 @@ from kfac_laplace.curvature.estimate.accumulators import (
     DenseAccumulator,
     DiagonalAccumulator,
     EigenAccumulator,
-    KroneckerAccumulator,
 )
 from kfac_laplace.curvature.estimate.blocks import Bases, Block
 from kfac_laplace.curvature.estimate.fisher import Exact, Fisher
 from kfac_laplace.curvature.estimate.head import Cut, find_cut
+from kfac_laplace.curvature.estimate.kronecker_accumulator import KroneckerAccumulator
 from kfac_laplace.curvature.estimate.low_rank import LowRankAccumulator
 from kfac_laplace.curvature.estimate.settings import Setting
 from kfac_laplace.curvature.estimate.shared_grams import SharedGrams
@@ -50,6 +51,7 @@ class Estimand:
         bases: eigenvectors of the factors by group, for "ekfac".
         passing: what the vectors pass through on their way, one by one: who counts or times them,
             or lets some of them through alone.
+        home: where blocks lie, if not on the device of the pass: each goes there as it is made.
         foreseen: how many vectors were to come where `passing` lets fewer through: sums then
             multiply few rows from the first on if many were to come.
     """
@@ -62,6 +64,7 @@ class Estimand:
     bases: Mapping[str, Bases] = field(default_factory=dict)
     passing: Passing | None = None
     foreseen: int = 0
+    home: torch.device | None = None
 
 
 def estimate(
@@ -85,7 +88,7 @@ def estimate(
         _add_vectors(passed, _sent_back(estimand, vectors), at_a_time, made)
     else:
         made = _add_cut(cut, _sent_back(estimand, cut.roots()), made)
-    return finished(passed, made)
+    return finished(passed, made, estimand.home)
 
 
 def estimate_all(
@@ -123,11 +126,17 @@ def accumulators(passed: ForwardPass, estimand: Estimand) -> dict[str, Accumulat
         return {group.name: _accumulator(passed, estimand, group, shared) for group in groups}
 
 
-def finished(passed: ForwardPass, made: dict[str, Accumulator]) -> dict[str, Block]:
+def finished(
+    passed: ForwardPass, made: dict[str, Accumulator], home: torch.device | None = None
+) -> dict[str, Block]:
     """The blocks of sums to which all vectors have been added; `made` is emptied."""
     # One by one, so that the sums of a finished block need no memory beside the next.
     with without_autocast(passed.device):
-        return {name: made.pop(name).block() for name in list(made)}
+        blocks = {}
+        for name in list(made):
+            block = made.pop(name).block()
+            blocks[name] = block if home is None else block.placed(passed.device, home)
+        return blocks
 
 
 def _accumulator(
@@ -141,7 +150,7 @@ def _accumulator(
         setting = estimand.settings[group.name]
         rank = estimand.structure.rank if isinstance(estimand.structure, Kron) else None
         return KroneckerAccumulator(
-            group, passed, setting, estimand.dtype, estimand.widest, shared, rank
+            group, passed, setting, estimand.dtype, estimand.widest, shared, rank, estimand.home
         )
     if treatment == "dense":
         return DenseAccumulator([group], group.layout, passed, estimand.dtype)

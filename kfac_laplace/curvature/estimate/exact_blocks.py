@@ -73,6 +73,10 @@ class DenseBlock(Block):
         """Rebuild a block from `sums()`."""
         return cls(layout, unpack(sums["matrix"])[0])
 
+    def placed(self, device: torch.device, home: torch.device | None) -> Self:
+        """All on the device: blocks for themselves are small, and one of all is used as a whole."""
+        return super().placed(device, None)
+
     def dense(self) -> Tensor:
         """The matrix."""
         return self.matrix

@@ -58,7 +58,7 @@ class Exact:
     def count(self, likelihood: Likelihood, f: Tensor, y: Tensor) -> int:
         """How many vectors these are."""
         _, last = _turns(f, likelihood.importance(y))
-        row = torch.zeros(1, 1, f.shape[-1])
+        row = torch.zeros(1, 1, f.shape[-1], device="cpu")
         softmax = likelihood.softmax_probabilities(row) is not None
         roots = f.shape[-1] - 1 if softmax else sum(1 for _ in likelihood.roots(row))
         return max(1, last * roots)

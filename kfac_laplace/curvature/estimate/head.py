@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from kfac_laplace.curvature.estimate.accumulators import Accumulator, KroneckerAccumulator
+from kfac_laplace.curvature.estimate.accumulators import Accumulator
 from kfac_laplace.curvature.estimate.blocks import Block
+from kfac_laplace.curvature.estimate.kronecker_accumulator import KroneckerAccumulator
 from kfac_laplace.curvature.gradients.forward_pass import ForwardPass
 from kfac_laplace.curvature.gradients.groups import Group
 from kfac_laplace.curvature.linalg.dtypes import SumDtype, accumulable
@@ -61,7 +62,7 @@ class Cut:
             used = (values > noise).any(0)
             used[-1] = True  # sums take their dtype from a vector
         else:
-            used = torch.ones(values.shape[-1], dtype=torch.bool)
+            used = torch.ones(values.shape[-1], dtype=torch.bool, device="cpu")
         for k in used.nonzero()[:, 0].flip(0):
             yield scaled[..., k].to(self.weight.dtype)
 

@@ -42,7 +42,7 @@ class LeadingBlock(KroneckerBlock):
         """The block of two Gram matrices, or of a diagonal (b, i) and one."""
         inputs = inputs if isinstance(inputs, Gram) else Gram(inputs, inputs[:, None, :][:, :0])
         sums = inputs.packed, inputs.rows, count, outputs.packed, outputs.rows
-        return cls(layout, *sums, _rest(inputs), _rest(outputs), rank)
+        return cls(layout, *sums, _rest(inputs, count), _rest(outputs, count), rank)
 
     def with_factors(self, inputs: Gram | Tensor, count: Tensor, outputs: Gram) -> Self:
         """A block of the same parameters and rank with other factors."""
@@ -113,12 +113,14 @@ class LeadingBlock(KroneckerBlock):
 
     def _rotation(self) -> Rotation:
         """Few eigenvectors of wide factors, and reflections that complete them."""
-        left = self.outputs.basis(self.name)
-        return left, None if self.has_diagonal_input else self.inputs.basis(self.name)
+        left = self.outputs.to(self.device).basis(self.name).to(self.home)
+        if self.has_diagonal_input:
+            return left, None
+        return left, self.inputs.to(self.device).basis(self.name).to(self.home)
 
 
-def _rest(gram: Gram) -> Tensor:
-    """What was left out of a Gram matrix, (b,)."""
+def _rest(gram: Gram, count: Tensor) -> Tensor:
+    """What was left out of a Gram matrix, (b,), where the counts are."""
     if isinstance(gram, LeadingGram):
-        return gram.rest
-    return gram.packed.new_zeros(len(gram.packed), dtype=gram.packed.dtype)
+        return gram.rest.to(count.device)
+    return count.new_zeros(len(gram.packed), dtype=gram.packed.dtype)

@@ -44,7 +44,7 @@ class ExampleGraph:
         """Outputs (t, c) of one example with its own copy of the parameters."""
         copies = {name: copy[k] for name, copy in self._copies.items()}
         try:
-            rows = forward(copies, batch.select(torch.tensor([k])).x)
+            rows = forward(copies, batch.select(torch.tensor([k], device="cpu")).x)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, KfacLaplaceError) or ran_out_of_memory(error):
                 raise
@@ -94,7 +94,7 @@ class ExampleGraph:
             counts = counts * (weights != 0)
         if not outputs.requires_grad or not bool(counts.any()):
             return
-        size = torch.arange(1, counts[..., 0].numel() + 1, dtype=outputs.dtype).sqrt()
+        size = torch.arange(1, counts[..., 0].numel() + 1, dtype=outputs.dtype, device="cpu").sqrt()
         probe = (counts * size.reshape(counts.shape[:2]).to(counts)[..., None]).expand_as(outputs)
         found = torch.autograd.grad(
             outputs, list(params.values()), probe, retain_graph=True, allow_unused=True

@@ -82,7 +82,7 @@ def _may_move(passed: ForwardPass, u: int, row_layout: RowLayout | None) -> bool
 def _probe(outputs: Tensor, half: Tensor) -> Tensor:
     """A backward vector from the examples of a mask (n,) alone."""
     # Irregular weights: equal ones could cancel in a softmax or a normalisation.
-    weights = torch.arange(1, outputs[0].numel() + 1, dtype=outputs.dtype).sqrt()
+    weights = torch.arange(1, outputs[0].numel() + 1, dtype=outputs.dtype, device="cpu").sqrt()
     probe = half.to(outputs.dtype)[:, None] * weights
     return probe.reshape(outputs.shape).to(outputs.device)
 
@@ -90,11 +90,11 @@ def _probe(outputs: Tensor, half: Tensor) -> Tensor:
 def _halves(n: int) -> list[Tensor]:
     """Masks (n,) that tell examples apart: each alone if few, else two random halvings."""
     if n <= 4:
-        return list(torch.eye(n, dtype=torch.bool))
+        return list(torch.eye(n, dtype=torch.bool, device="cpu"))
     generator = torch.Generator().manual_seed(0)
     masks = []
     for _ in range(2):
-        half = torch.zeros(n, dtype=torch.bool)
-        half[torch.randperm(n, generator=generator)[: n // 2]] = True
+        half = torch.zeros(n, dtype=torch.bool, device="cpu")
+        half[torch.randperm(n, generator=generator, device="cpu")[: n // 2]] = True
         masks += [half, ~half]
     return masks

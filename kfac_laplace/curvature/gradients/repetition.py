@@ -88,7 +88,7 @@ class Repetition:
     def _run(self, part: Sequence[int] | None) -> Tensor:
         batch = self._passed.batch
         if part is not None:
-            batch = batch.select(torch.tensor(part))
+            batch = batch.select(torch.tensor(part, device="cpu"))
         own = batch.copied()
         try:
             output = self._passed.forward(own.x, self._weights)
@@ -133,7 +133,7 @@ class Repetition:
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, like.shape, generator=generator) * 2 - 1
+    signs = torch.randint(0, 2, like.shape, generator=generator, device="cpu") * 2 - 1
     return signs.to(like)
 
 

@@ -80,7 +80,7 @@ class Subnetwork:
         whole = [
             masks[name].detach().cpu().flatten()
             if name in masks
-            else torch.zeros(shape.numel(), dtype=torch.bool)
+            else torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
             for name, shape in shapes.items()
         ]
         return cls.of(torch.cat(whole))
@@ -105,7 +105,9 @@ class Subnetwork:
         found, start = {}, 0
         for name, shape in shapes.items():
             stop = start + shape.numel()
-            first, last = torch.searchsorted(self.indices, torch.tensor([start, stop])).tolist()
+            first, last = torch.searchsorted(
+                self.indices, torch.tensor([start, stop], device="cpu")
+            ).tolist()
             if last > first:
                 whole = last - first == shape.numel()
                 found[name] = Entries(shape, None if whole else self.indices[first:last] - start)

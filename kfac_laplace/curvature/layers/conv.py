@@ -182,9 +182,9 @@ def _windows(
     length: int, before: int, kernel: int, stride: int, dilation: int, size: int
 ) -> Tensor:
     """For each kernel entry a row (length,) with ones at the places that it visits."""
-    windows = torch.zeros(kernel, length)
+    windows = torch.zeros(kernel, length, device="cpu")
     for k in range(kernel):
-        visited = torch.arange(size) * stride + k * dilation - before
+        visited = torch.arange(size, device="cpu") * stride + k * dilation - before
         windows[k, visited[(visited >= 0) & (visited < length)]] = 1
     return windows
 

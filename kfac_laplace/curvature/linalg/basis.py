@@ -36,9 +36,9 @@ class Completed:
         middle = (left / (1 + scale)[:, None]) @ left.mT
         return cls(reflected, middle, turn)
 
-    def to(self, dtype: torch.dtype) -> "Completed":
-        """In another precision."""
-        return Completed(*(part.to(dtype) for part in (self.reflected, self.middle, self.turn)))
+    def to(self, target: torch.dtype | torch.device) -> "Completed":
+        """In another precision, or on another device."""
+        return Completed(*(part.to(target) for part in (self.reflected, self.middle, self.turn)))
 
     def turned(self, rows: Tensor) -> Tensor:
         """Rows (..., b, m, d) times Q."""

@@ -54,6 +54,10 @@ class Gram:
         """The sum over the rows of both."""
         return Gram(self.packed.clone(), self.rows).absorb(other)
 
+    def to(self, device: torch.device) -> "Gram":
+        """The same on a device."""
+        return Gram(self.packed.to(device), self.rows.to(device))
+
     def clone(self) -> "Gram":
         """The same in tensors of its own."""
         return Gram(self.packed.clone(), self.rows.clone())
@@ -84,6 +88,10 @@ class Gram:
     def summed(self) -> Tensor:
         """The packed sums of all rows, in a tensor of their own."""
         return self._multiplied().packed
+
+    def as_sums(self) -> "Gram":
+        """The same as sums of products alone."""
+        return self._multiplied() if self.rows.shape[1] or not self.packed.numel() else self
 
     def compact(self) -> "Gram":
         """The same in what takes least memory: rows as they are, or sums alone."""

@@ -44,7 +44,7 @@ class LeadingGram(Gram):
     @classmethod
     def of_rows(cls, rows: Tensor, rest: Tensor, rank: int) -> Self:
         """That of rows and a rest."""
-        return cls(rest.new_empty(len(rows), 0, 0), rows, rest, rank)
+        return cls(rest.new_empty(len(rows), 0, 0, device=rows.device), rows, rest, rank)
 
     @classmethod
     def nearest(cls, matrices: Tensor, rank: int) -> Self:
@@ -69,6 +69,10 @@ class LeadingGram(Gram):
         """The sum over the rows of both."""
         return self.absorb(other)
 
+    def to(self, device: torch.device) -> "LeadingGram":
+        """The same with its rows on a device."""
+        return self.of_rows(self.rows.to(device), self.rest, self.rank)
+
     def clone(self) -> "LeadingGram":
         """The same in tensors of its own."""
         return self.of_rows(self.rows.clone(), self.rest.clone(), self.rank)
@@ -76,10 +80,16 @@ class LeadingGram(Gram):
     def absorb(self, other: Gram) -> "LeadingGram":
         """The same: neither's own tensors change."""
         assert isinstance(other, LeadingGram)
-        pairs = zip(other.rows, self.rows, strict=True)
+        device = self.rest.device  # where to compute, wherever rows lie
+        pairs = zip(other.rows.to(device), self.rows.to(device), strict=True)
         found = [leading(pair, self.rank, self.rest.dtype, WHERE) for pair in pairs]
         rows, lost = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return self.of_rows(rows, self.rest + other.rest + lost, self.rank)
+        rest = self.rest + other.rest + lost
+        return self.of_rows(rows.to(self.rows.device), rest, self.rank)
+
+    def as_sums(self) -> "LeadingGram":
+        """As it is."""
+        return self
 
     def compact(self) -> "LeadingGram":
         """As it is."""
@@ -98,7 +108,7 @@ class LeadingGram(Gram):
 
     def traces(self) -> Tensor:
         """Traces (b,)."""
-        return self.rows.to(self.rest.dtype).square().sum((1, 2)) + self.rest
+        return self.rows.to(self.rest.dtype).square().sum((1, 2)).to(self.rest.device) + self.rest
 
     def eigenvalues(self, where: str) -> Tensor:
         """Of the rows, ascending, then ρ for all other directions: (b, i), float64."""

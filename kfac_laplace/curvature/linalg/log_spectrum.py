@@ -72,5 +72,5 @@ def log_spectrum(values: Tensor) -> LogSpectrum:
 
 def _powers() -> Tensor:
     """Powers (j, k) of the six places −2, …, 3 around a cell [0, 1)."""
-    places = torch.arange(1 - POINTS // 2, POINTS // 2 + 1, dtype=torch.float64)
-    return places[:, None] ** torch.arange(POINTS)
+    places = torch.arange(1 - POINTS // 2, POINTS // 2 + 1, dtype=torch.float64, device="cpu")
+    return places[:, None] ** torch.arange(POINTS, device="cpu")

@@ -68,14 +68,12 @@ class Spectrum:
         """Posterior variance 1/(scale · value + delta) of each eigendirection, (b, o, i)."""
         return (scale * self.values + delta).reciprocal()
 
-    def cast(self, dtype: torch.dtype) -> "Spectrum":
-        """Eigenvalues and, when asked for, bases in another precision."""
-        if dtype == self.values.dtype:
+    def to(self, target: torch.dtype | torch.device) -> "Spectrum":
+        """Eigenvalues and, when asked for, bases in another precision or on another device."""
+        if target in (self.values.dtype, self.values.device):
             return self
-        if self.make_bases is None:
-            return Spectrum(self.values.to(dtype))
-
-        return Spectrum(self.values.to(dtype), partial(_cast_bases, self, dtype))
+        moved = None if self.make_bases is None else partial(_moved_bases, self, target)
+        return Spectrum(self.values.to(target), moved)
 
     def to_eigenbasis(self, matrices: Tensor) -> Tensor:
         """Lᵀ M R for matrices (..., b, o, i)."""
@@ -94,10 +92,10 @@ class Spectrum:
         return found if right is None else turned_back(found, right)
 
 
-def _cast_bases(spectrum: Spectrum, dtype: torch.dtype) -> Rotation:
+def _moved_bases(spectrum: Spectrum, target: torch.dtype | torch.device) -> Rotation:
     assert spectrum.bases is not None
     left, right = spectrum.bases
-    return left.to(dtype), None if right is None else right.to(dtype)
+    return left.to(target), None if right is None else right.to(target)
 
 
 def eigenvalues(matrices: Tensor, where: str) -> Tensor:

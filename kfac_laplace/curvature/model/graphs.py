@@ -101,5 +101,5 @@ class GraphBatch:
         if step >= self.n or not self.divisible:
             yield self
             return
-        for indices in torch.arange(self.n).split(step):
+        for indices in torch.arange(self.n, device="cpu").split(step):
             yield self.select(indices)

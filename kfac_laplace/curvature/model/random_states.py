@@ -58,7 +58,7 @@ class RandomStates:
             "cpu": self.cpu,
             "other": self.other,
             "numpy": {**self.numpy, "state": {**self.numpy["state"], "key": key}},
-            "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
+            "python": [version, torch.tensor(words, dtype=torch.int64, device="cpu"), gauss],
         }
 
     @classmethod

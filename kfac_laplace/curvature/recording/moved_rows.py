@@ -136,8 +136,8 @@ def _noise(shape: torch.Size, seed: int, first: bool) -> Tensor:
     """Numbers of random signs and sizes; a table of them, repeated: random numbers take time."""
     generator = torch.Generator().manual_seed(seed)
     least = FIRST if first else LEAST
-    powers = torch.rand(TABLE, generator=generator) * (MOST - least) + least
-    table = powers.exp2() * (torch.randint(2, (TABLE,), generator=generator) * 2 - 1)
+    powers = torch.rand(TABLE, generator=generator, device="cpu") * (MOST - least) + least
+    table = powers.exp2() * (torch.randint(2, (TABLE,), generator=generator, device="cpu") * 2 - 1)
     return table.repeat(shape.numel() // TABLE + 1)[: shape.numel()].reshape(shape)
 
 

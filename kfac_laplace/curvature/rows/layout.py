@@ -104,7 +104,7 @@ class Layout:
     @cached_property
     def order(self) -> Tensor:
         """For each parameter entry, flattened one tensor after another, its place in the matrix."""
-        places = torch.arange(self.size).reshape(self.matrix)
+        places = torch.arange(self.size, device="cpu").reshape(self.matrix)
         return torch.cat([part.flatten() for part in self.unpack(places).values()])
 
 

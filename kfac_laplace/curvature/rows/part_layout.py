@@ -78,4 +78,4 @@ class PartLayout(Layout):
     @cached_property
     def order(self) -> Tensor:
         """The entries stand in the order of the parameters."""
-        return torch.arange(self.size)
+        return torch.arange(self.size, device="cpu")

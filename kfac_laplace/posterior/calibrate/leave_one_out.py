@@ -127,8 +127,8 @@ def _divided(
     n_data, rows = int(ggn.n_data), min(MAX_ROWS, MAX_FEATURES // posterior.prior.size)
     count = min(n_data, max(1, rows * n_data // int(ggn.n_outputs)))
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.zeros(n_data, dtype=torch.bool)
-    chosen[torch.randperm(n_data, generator=generator)[:count]] = True
+    chosen = torch.zeros(n_data, dtype=torch.bool, device="cpu")
+    chosen[torch.randperm(n_data, generator=generator, device="cpu")[:count]] = True
     picked, seen = [], 0
     with draws_kept():
         for raw in loader:

@@ -83,7 +83,11 @@ def _candidates(grid: Iterable[float] | None, device: torch.device) -> list[Tens
     """Checked prior precisions."""
     if grid is not None:
         check_iterable("grid", grid, "prior precisions")
-    values = torch.logspace(-4, 4, 21, dtype=torch.float64).tolist() if grid is None else list(grid)
+    values = (
+        torch.logspace(-4, 4, 21, dtype=torch.float64, device="cpu").tolist()
+        if grid is None
+        else list(grid)
+    )
     candidates = [positive(value, "grid", device) for value in values]
     if not candidates:
         raise InvalidValue("no candidates", where="grid", got="an empty grid")

@@ -28,7 +28,7 @@ from kfac_laplace.posterior.gaussian import Posterior
 log = logging.getLogger("kfac_laplace")
 
 #: Candidates for κ before the search is refined between them; 0 and 1 are always among them.
-GRID = torch.logspace(-6, 3, 46, dtype=torch.float64).tolist()
+GRID = torch.logspace(-6, 3, 46, dtype=torch.float64, device="cpu").tolist()
 
 #: Losses within this of each other, beside their size, are the same, as four digits are said.
 ROUNDING = 1e-3

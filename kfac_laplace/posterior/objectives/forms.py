@@ -140,7 +140,11 @@ def _assembled(
     """Whole matrices of their tiles."""
     pieces = [*found]
     own = {a: next(iter(piece.values())) for a, b, piece in pieces if a == b and piece}
-    ends = torch.tensor([0, *(len(product) for product in own.values())]).cumsum(0).tolist()
+    ends = (
+        torch.tensor([0, *(len(product) for product in own.values())], device="cpu")
+        .cumsum(0)
+        .tolist()
+    )
     span = {a: slice(*ends[k : k + 2]) for k, a in enumerate(own)}
     places = sorted({place for _, _, piece in pieces for place in piece})
     like = next(iter(posterior.mode.values()))

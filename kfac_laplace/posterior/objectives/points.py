@@ -63,11 +63,11 @@ def chosen_points(posterior: Posterior, data: Data, count: int | None = None) ->
     """
     ggn = posterior.ggn
     n_data = int(ggn.n_data)
-    chosen = torch.ones(n_data, dtype=torch.bool)
+    chosen = torch.ones(n_data, dtype=torch.bool, device="cpu")
     if count is not None and count < n_data:
         generator = torch.Generator().manual_seed(data.seed)
-        chosen = torch.zeros(n_data, dtype=torch.bool)
-        chosen[torch.randperm(n_data, generator=generator)[:count]] = True
+        chosen = torch.zeros(n_data, dtype=torch.bool, device="cpu")
+        chosen[torch.randperm(n_data, generator=generator, device="cpu")[:count]] = True
     found: list[Points] = []
     seen = 0
     with draws_kept():

@@ -211,7 +211,9 @@ def entries_inside(ggn: GGN, names: set[str]) -> Tensor:
     """1 where an entry of all parameters behind one another is in these groups, else 0, (p,)."""
     inside = {p for group in ggn.groups if group.name in names for p in group.layout.params}
     entries = ggn.knowledge.entries.items()
-    return torch.cat([torch.full((each.count,), float(name in inside)) for name, each in entries])
+    return torch.cat(
+        [torch.full((each.count,), float(name in inside), device="cpu") for name, each in entries]
+    )
 
 
 def _add_group(

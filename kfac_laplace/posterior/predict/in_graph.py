@@ -285,7 +285,7 @@ def _agreement(values: Tensor) -> Tensor:
 
 def _unequal(like: Tensor) -> Tensor:
     """Weights of a sum in which no two entries are exchangeable, from -1 to 1."""
-    places = torch.arange(1, like.numel() + 1, dtype=torch.float64)
+    places = torch.arange(1, like.numel() + 1, dtype=torch.float64, device="cpu")
     return (places * 2.399963).sin().to(like).reshape(like.shape)
 
 

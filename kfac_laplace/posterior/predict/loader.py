@@ -91,7 +91,7 @@ def _predicted(
     else:
         told = ranks.gathered(lambda: (indices(part), [each.to("cpu") for each in own()]))
         found = [each.to(device) for _, made in told for each in made]
-        order = torch.tensor([place for places, _ in told for place in places])
+        order = torch.tensor([place for places, _ in told for place in places], device="cpu")
         order = order.argsort(stable=True).to(device)
     if not found:
         raise InvalidValue(
