@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_laplace.devices import CPU, is_other, random_state, set_random_state
+
 
 class Turns:
     """Things that one thread has at a time; it may ask again for what it has."""
@@ -135,7 +137,7 @@ def draws_kept(device: torch.device | None = None) -> Iterator[None]:
     """
     devices = _devices(device)
     with _states_kept(devices):
-        before = {one: state_of(one) for one in devices}
+        before = {one: random_state(one) for one in devices}
         try:
             yield
         finally:  # where another thread has seeds of its own, the last to leave puts all back
@@ -144,8 +146,7 @@ def draws_kept(device: torch.device | None = None) -> Iterator[None]:
 
 def _devices(device: torch.device | None) -> list[torch.device]:
     """Whose states a pass on this device may change."""
-    other = [device] if device is not None and device.type == "cuda" else []
-    return [torch.device("cpu"), *other]
+    return [CPU, device] if device is not None and is_other(device) else [CPU]
 
 
 @contextmanager
@@ -164,22 +165,14 @@ _SHARED: dict[torch.device, Shared] = {}
 
 @contextmanager
 def _kept(device: torch.device) -> Iterator[None]:
-    before = {device: state_of(device)}
+    before = {device: random_state(device)}
     try:
         yield
     finally:
         set_states(before)
 
 
-def state_of(device: torch.device) -> Tensor:
-    """Torch's random state on a device."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
 def set_states(states: Mapping[torch.device, Tensor]) -> None:
     """Set torch's random states, by device."""
     for device, state in states.items():
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
-        else:
-            torch.set_rng_state(state)
+        set_random_state(device, state)

@@ -19,6 +19,7 @@ ROOMS = """
 version
 errors
 options
+devices
 process
 states
 likelihoods

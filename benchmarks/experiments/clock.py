@@ -4,6 +4,8 @@ import time
 
 import torch
 
+from kfac_laplace.devices import finish
+
 
 class Clock:
     """Both kinds of seconds since construction, once work queued on the device is done.
@@ -22,6 +24,5 @@ class Clock:
         return {"seconds": used, "wall_seconds": wall}
 
     def _now(self) -> tuple[float, float]:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        finish(self._device)
         return time.process_time(), time.perf_counter()

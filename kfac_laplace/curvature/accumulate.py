@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from kfac_laplace.curvature.estimate.choice import choose_settings, first_examples, idle_examples
 from kfac_laplace.curvature.estimate.estimator import Estimand, estimate
+from kfac_laplace.curvature.estimate.finite import not_finite
 from kfac_laplace.curvature.estimate.structures import is_factored
 from kfac_laplace.curvature.ggn import GGN
 from kfac_laplace.curvature.gradients.effect import effective
@@ -23,6 +24,7 @@ from kfac_laplace.curvature.model.batches import Batch
 from kfac_laplace.curvature.model.failures import ran_out_of_memory
 from kfac_laplace.curvature.model.unchanged import undisturbed
 from kfac_laplace.curvature.options import CurvatureOptions
+from kfac_laplace.devices import sent
 from kfac_laplace.errors import (
     InvalidValue,
     KfacLaplaceError,
@@ -84,7 +86,7 @@ def _of_pass(
 ) -> GGN:
     """The GGN of one batch, by what is known and what this batch teaches."""
     batch = passed.batch
-    passed, f, y = _aligned(passed, y.to(network.device), ggn.options.class_axis)
+    passed, f, y = _aligned(passed, sent(y, network.device), ggn.options.class_axis)
     passed = passed.knowing(examined(passed))
     statistic, sums = ggn.likelihood.statistic(f, y), ggn.likelihood.target_sums(y, f)
     targets = passed.by_example(y)
@@ -120,13 +122,12 @@ def _of_pass(
     blocks = estimate(passed, estimand, targets, generator)
     if bool(idle.all()):
         blocks = {name: block.zero() for name, block in blocks.items()}
-    for name, block in blocks.items():
-        if not block.is_finite():
-            raise InvalidValue(
-                "non-finite curvature",
-                where=name,
-                remedy="Check inputs and weights; half precision may overflow",
-            )
+    if (name := not_finite(blocks)) is not None:
+        raise InvalidValue(
+            "non-finite curvature",
+            where=name,
+            remedy="Check inputs and weights; half precision may overflow",
+        )
     known = passed.learned
     counts = {"n_data": batch.n, "n_rows": len(f), "n_outputs": f.numel()}
     return GGN(options, known, settings, blocks, statistic, **counts, targets=sums, bases=ggn.bases)

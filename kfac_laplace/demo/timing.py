@@ -2,8 +2,9 @@
 
 import time
 
-import torch
 from torch import Tensor
+
+from kfac_laplace.devices import finish
 
 
 class Stopwatch:
@@ -22,6 +23,5 @@ class Stopwatch:
         return self._now() - self._start
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        finish(self._device)
         return time.perf_counter()

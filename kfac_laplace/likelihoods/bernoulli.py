@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from torch.distributions import Bernoulli as BernoulliDistribution
 from torch.distributions import Distribution, Independent
 
+from kfac_laplace.devices import sent
 from kfac_laplace.errors import InvalidValue
 from kfac_laplace.likelihoods.activations import last_activation, sigmoid_values
 from kfac_laplace.likelihoods.checks import (
@@ -124,7 +125,7 @@ class Bernoulli(Likelihood):
     def sample(self, f: Tensor, generator: Generator) -> Tensor:
         """Draw zeros and ones."""
         noise = torch.rand(f.shape, generator=generator, device=generator.device, dtype=f.dtype)
-        return (noise.to(f.device) < f.sigmoid()).to(f.dtype)
+        return (sent(noise, f.device) < f.sigmoid()).to(f.dtype)
 
     def random_root(self, f: Tensor, generator: Generator) -> Tensor:
         """sigmoid(f) minus a draw, without the weight."""

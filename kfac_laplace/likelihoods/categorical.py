@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from torch.distributions import Categorical as CategoricalDistribution
 from torch.distributions import Distribution
 
+from kfac_laplace.devices import sent
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods.activations import last_activation, softmax_rows
 from kfac_laplace.likelihoods.axes import ambiguous, without
@@ -135,7 +136,7 @@ class Categorical(Likelihood):
             check_length(self.weight, (c,), "weight")
         y = target.reshape(n, t).long()
         _, labels = self.kept(y)
-        low, high = int(labels.min()), int(labels.max())
+        low, high = torch.stack(labels.aminmax()).tolist()
         if low < 0 or high >= c:
             raise InvalidValue(
                 f"labels outside 0..{c - 1}",
@@ -186,8 +187,11 @@ class Categorical(Likelihood):
     def target_sums(self, y: Tensor, f: Tensor) -> Tensor:
         """Labels that count, and Σ q, by class, (2, c)."""
         kept, labels = self.kept(y)
-        counts = torch.bincount(labels[kept], minlength=f.shape[-1]).double()
-        return torch.stack([counts, counts @ self._losses(torch.eye(len(counts)).to(counts))])
+        # Of ones, which float64 adds without rounding in any order.
+        counts = torch.zeros(f.shape[-1], dtype=torch.float64, device=y.device)
+        counts.index_add_(0, labels.flatten(), kept.flatten().double())
+        eye = torch.eye(len(counts), dtype=counts.dtype, device=counts.device)
+        return torch.stack([counts, counts @ self._losses(eye)])
 
     def uninformed(self, y: Tensor, f: Tensor) -> tuple[Tensor, Tensor] | None:
         """All classes alike."""
@@ -231,7 +235,8 @@ class Categorical(Likelihood):
         """Labels (n, t) drawn from softmax(f) by the Gumbel-max trick."""
         noise = torch.rand(f.shape, generator=generator, device=generator.device, dtype=f.dtype)
         tiny = torch.finfo(f.dtype).tiny
-        gumbel = -(-noise.to(f.device).clamp_min(tiny).log()).clamp_min(tiny).log()
+        noise = sent(noise, f.device).clamp_min(tiny)
+        gumbel = -(-noise.log()).clamp_min(tiny).log()
         return (f + gumbel).argmax(-1)
 
     def random_root(self, f: Tensor, generator: Generator) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import Distribution, Independent, Normal
 
+from kfac_laplace.devices import sent
 from kfac_laplace.likelihoods.checks import check_same_layout, elementwise_target
 from kfac_laplace.likelihoods.latent import Latent
 from kfac_laplace.likelihoods.moments import Moments
@@ -105,4 +106,4 @@ class Gaussian(Moments):
 def _noise(f: Tensor, generator: Generator) -> Tensor:
     """Standard normal noise, shaped as f."""
     noise = torch.randn(f.shape, generator=generator, device=generator.device, dtype=f.dtype)
-    return noise.to(f.device)
+    return sent(noise, f.device)

@@ -23,6 +23,7 @@ from kfac_laplace.curvature.model.forward import substituted
 from kfac_laplace.curvature.model.kept import without_trace
 from kfac_laplace.curvature.model.random_states import random_states_kept
 from kfac_laplace.curvature.model.unchanged import undisturbed
+from kfac_laplace.devices import CPU, seed_draws
 
 log = logging.getLogger("kfac_laplace")
 
@@ -110,10 +111,8 @@ class _Runs:
         with substituted(self._network.model, params):
             for module, training in self._modes.items():
                 module.training = training
-            torch.default_generator.manual_seed(0)
-            if self._network.device.type == "cuda":
-                with torch.cuda.device(self._network.device):
-                    torch.cuda.manual_seed(0)
+            for device in {CPU, self._network.device}:
+                seed_draws(device, 0)
             return self._network.forward(batch.copied().x).double()
 
     def mixes_examples(self, batch: AnyBatch) -> bool | None:

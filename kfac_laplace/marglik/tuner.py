@@ -23,6 +23,7 @@ from kfac_laplace.curvature.model.batches import split_batch
 from kfac_laplace.curvature.model.forward import Forward
 from kfac_laplace.curvature.options import CurvatureKeywords
 from kfac_laplace.curvature.spelling import spelled
+from kfac_laplace.devices import finish
 from kfac_laplace.errors import NotFitted, UnsupportedUse
 from kfac_laplace.laplace import Laplace
 from kfac_laplace.likelihoods import Likelihood, LikelihoodName, settled_axis
@@ -378,8 +379,7 @@ class MarglikTuner:
         burn_in = progress.burn_in
         if burn_in.waits:
             burn_in = burn_in.judged(found.constant)
-        if self._network.device.type == "cuda":  # the clock tells the pass from the steps
-            torch.cuda.synchronize(self._network.device)
+        finish(self._network.device)  # the clock tells the pass from the steps
         curvature_seconds = time.perf_counter() - began
         goal = on_data(self.objective, found.posterior, found.data)
         roles = found.standing.groups.roles

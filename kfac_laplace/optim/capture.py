@@ -18,6 +18,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from kfac_laplace.curvature.estimate.estimator import Estimand
+from kfac_laplace.curvature.estimate.finite import not_finite
 from kfac_laplace.curvature.estimate.fisher import Empirical
 from kfac_laplace.curvature.gradients.knowledge import Knowledge
 from kfac_laplace.curvature.gradients.network import Network
@@ -141,7 +142,8 @@ class Capture:
         if isinstance(self._fisher, Empirical):
             weight = (n / loss_scale) ** 2
             sums = {name: (b.with_loss_scaled(weight), m) for name, (b, m) in sums.items()}
-        return sums if all(block.is_finite() for block, _ in sums.values()) else {}
+        blocks = {name: block for name, (block, _) in sums.items()}
+        return sums if not_finite(blocks) is None else {}
 
     # --- the model's forward pass ------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from kfac_laplace.curvature.gradients.network import Network
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.linalg.gram import GramSum
 from kfac_laplace.curvature.model.batches import AnyBatch
+from kfac_laplace.devices import finish
 from kfac_laplace.planning.rehearsal import INPUTS, ROOTS, VECTORS
 
 #: Passes of which the median counts.
@@ -59,8 +60,7 @@ class Watch:
 
     def now(self) -> float:
         """Seconds, once the device has done its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        finish(self.device)
         return perf_counter()
 
     def _passing(self, vectors: Iterator[Tensor]) -> Iterator[Tensor]:

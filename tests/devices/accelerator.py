@@ -8,6 +8,8 @@ tests run it in processes of their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -122,6 +124,9 @@ class OnDevice(Tensor):
         Tensor.data.__set__(self, other)
         self.raw = other.raw
 
+    def untyped_storage(self) -> Any:
+        return self.raw.untyped_storage()
+
     def tolist(self) -> Any:
         wait("tolist")
         return self.raw.tolist()
@@ -188,7 +193,8 @@ def _called(op: Any, *args: Any, **kwargs: Any) -> Any:
     if (name in WAITS and mine) or boolean or (crosses and not kwargs.get("non_blocking")):
         wait(name)
     raw_args, raw_kwargs = tree_map(_raw, (args, kwargs))
-    out = op(*raw_args, **raw_kwargs)
+    with _own_draws() if torch.Tag.nondeterministic_seeded in op.tags else nullcontext():
+        out = op(*raw_args, **raw_kwargs)
 
     def wrapped(made: Any) -> Any:
         if not isinstance(made, Tensor):
@@ -213,6 +219,18 @@ def _reshape_alike(op: Any, args: Any, kwargs: Any) -> None:
             op(*args, **kwargs)
         finally:
             torch._C._set_meta_in_tls_dispatch_include(before)
+
+
+@contextmanager
+def _own_draws() -> Iterator[None]:
+    """What a call draws without a generator is drawn from the device's own."""
+    before = torch.get_rng_state()
+    torch.set_rng_state(GENERATOR.get_state())
+    try:
+        yield
+    finally:
+        GENERATOR.set_state(torch.get_rng_state())
+        torch.set_rng_state(before)
 
 
 def _raw(leaf: Any) -> Any:

@@ -6,13 +6,14 @@ Every function imports the device itself, so that who imports this file does not
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfac_laplace import Kron, Laplace, MarglikTuner
+from kfac_laplace import Curvature, Kron, Laplace, MarglikTuner
+from kfac_laplace.curvature.model.random_states import random_states_kept, seed_everywhere
 from kfac_laplace.optim import KFAC
 
 Answers = dict[str, Tensor]
@@ -220,3 +221,49 @@ def under_a_default_device() -> Answers:
         )
         got["part"] = part.fit([(x, y)]).log_marginal_likelihood()
     return on_cpu(got)
+
+
+def waited(depth: int, structure: str, fisher: str = "exact") -> int:
+    """How often a third batch of a fit waits for the device, on which all of it lies."""
+    from devices.accelerator import DEVICE
+    from devices.watch import waits
+
+    quiet()
+    model = network(5, *[8] * depth, 3).to(DEVICE)
+    x, y = (part.to(DEVICE) for part in data(60, 5, 3))
+    counts = []
+
+    def loader() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in (0, 20, 40):
+            with waits() as found:
+                yield x[start : start + 20], y[start : start + 20]
+            counts.append(sum(found.values()))
+
+    options = {"hessian_structure": STRUCTURES[structure], "fisher": fisher}
+    Curvature(model, "classification", **options).fit(loader())
+    return counts[-1]
+
+
+def waited_often() -> dict[str, tuple[int, int]]:
+    """The same of a shallow and a deep network, by what is computed."""
+    cases = [(structure, "exact") for structure in ("kron", "diag", "full")]
+    cases += [("kron", "mc"), ("kron", "hybrid")]
+    return {" ".join(case): (waited(1, *case), waited(6, *case)) for case in cases}
+
+
+def drawn() -> dict[str, bool]:
+    """Whether the device's own random numbers are seeded, and stay where they were."""
+    from devices.accelerator import DEVICE, GENERATOR
+
+    before = GENERATOR.get_state()
+    with random_states_kept(DEVICE):
+        seed_everywhere(DEVICE, 3)
+        first = torch.rand(9, device=DEVICE)
+        second = torch.rand(9, device=DEVICE)
+        seed_everywhere(DEVICE, 3)
+        again = torch.rand(9, device=DEVICE)
+    return {
+        "seeded": torch.equal(again, first),
+        "drawn": not torch.equal(second, first),
+        "kept": torch.equal(GENERATOR.get_state(), before),
+    }

@@ -8,6 +8,7 @@ import pytest
 from devices import on_device
 from laws import EXACT, NEGLIGIBLE, relative_error
 from processes import on_ranks
+from torch.utils import backend_registration
 from zoo.case import BUILDERS, build
 from zoo.fitting import fitted
 from zoo.parted import found
@@ -15,6 +16,10 @@ from zoo.parted import found
 from kfac_laplace import Laplace
 from kfac_laplace.errors import InvalidValue
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no backends in Python",
+)
 #: Ends of searches, which stop within a tolerance.
 SEARCHED = {"temperature": 1e-3}
 
@@ -95,3 +100,16 @@ def test_on_the_cpu_nothing_changes():
     assert la.log_marginal_likelihood().equal(other.log_marginal_likelihood())
     with pytest.raises(InvalidValue, match="offload"):
         Laplace(la.model, "classification", offload="disk")
+
+
+def test_how_often_a_batch_waits_for_the_device(tmp_path):
+    """Outputs, labels and curvature are looked at, however many layers there are."""
+    found = alone(tmp_path, on_device.waited_often)
+    assert all(shallow == deep for shallow, deep in found.values()), found
+    assert max(deep for _, deep in found.values()) <= 8, found
+    assert {found[f"{structure} exact"] for structure in ("kron", "diag", "full")} == {(5, 5)}
+
+
+@pytest.mark.slow
+def test_random_numbers_of_the_device(tmp_path):
+    assert all(alone(tmp_path, on_device.drawn).values())

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from math import isfinite
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -128,12 +127,6 @@ class Block(ABC):
         """
         there = home or device
         return self.with_tensors({name: one.to(there) for name, one in self.tensors().items()})
-
-    def is_finite(self) -> bool:
-        """Whether every raw sum is finite."""
-        # One pass a tensor: a sum is finite only if its terms are.
-        sums = [tensor.sum() for tensor in self.tensors().values() if tensor.numel()]
-        return all(isfinite(float(one)) for one in sums)
 
 
 class KroneckerFactors(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from kfac_laplace.curvature.linalg.dtypes import in_double
+from kfac_laplace.devices import sent
 from kfac_laplace.errors import InvalidType, InvalidValue
 from kfac_laplace.likelihoods import Likelihood
 from kfac_laplace.likelihoods.stick_breaking import StickBreaking
@@ -161,7 +162,7 @@ class Hybrid:
         coins = torch.randint(
             2, (*f.shape[:2], len(traces)), generator=generator, device=generator.device
         )
-        signs = (2 * coins - 1).to(f)  # (n, t, r)
+        signs = sent(2 * coins - 1, f.device).to(f.dtype)  # (n, t, r)
         for vector in columns.vectors(signs, self._count(traces)):
             yield _weighted(vector, importance)
 

@@ -176,7 +176,17 @@ def _is_plain(passed: ForwardPass, node: Node, use: int, head: Sequence[Group]) 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal, or of one shape where they have no values."""
-    return torch.equal(one, other) if has_values(one) else one.shape == other.shape
+    if one.shape != other.shape or not has_values(one):
+        return one.shape == other.shape
+    return _in_one_place(one, other) or torch.equal(one, other)
+
+
+def _in_one_place(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have the same memory, as a device need not be asked."""
+    places = (
+        (t.untyped_storage()._cdata, t.storage_offset(), t.stride(), t.dtype) for t in (one, other)
+    )
+    return next(places) == next(places)
 
 
 def _pulled_back(

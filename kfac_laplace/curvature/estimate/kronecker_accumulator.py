@@ -167,10 +167,11 @@ class KroneckerAccumulator(Accumulator):
 
     def _inputs(self, term: Term) -> tuple[Inputs, Tensor | None]:
         """The rows that count, and their mask; None where all do."""
-        if self._passed.seen.all_of(term.use):
+        passed = self._passed
+        if passed.seen.all_of(term.use) or term.use in passed.live_everywhere:
             return term.inputs, None
-        live = self._passed.live(term.use)
-        return (term.inputs, None) if bool(live.all()) else (term.inputs.keep(live), live)
+        live = passed.live(term.use)
+        return term.inputs.keep(live), live
 
     def _rows(self, terms: Sequence[Term]) -> tuple[Gram | Tensor, Tensor]:
         """Σ a aᵀ over the rows, or its diagonal, and how many there are."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from kfac_laplace.curvature.gradients.example_copies import ExampleGraph
 from kfac_laplace.curvature.gradients.groups import Group, Term, check_consistent
 from kfac_laplace.curvature.gradients.knowledge import Knowledge, UseKey
-from kfac_laplace.curvature.gradients.seen_rows import SeenRows, patterns
+from kfac_laplace.curvature.gradients.seen_rows import SeenRows, full, patterns
 from kfac_laplace.curvature.linalg.dtypes import accumulable
 from kfac_laplace.curvature.model.batches import AnyBatch, with_examples
 from kfac_laplace.curvature.model.budget import Budget
@@ -251,6 +251,11 @@ class ForwardPass:
         reachable = self._read[0][u]
         return masks[u] | reachable if u in masks else reachable
 
+    @cached_property
+    def live_everywhere(self) -> set[int]:
+        """Watched uses all of whose rows outputs depend on, once all vectors have been sent."""
+        return full({u: self.live(u) for u in self.seen.incomplete})
+
     @property
     def reachable(self) -> list[Tensor]:
         """For each use a mask over the leading axes of its rows: those that outputs depend on."""
@@ -262,8 +267,7 @@ class ForwardPass:
         if "_read" not in vars(self):
             return self.knowledge
         known, (found, unread) = self.knowledge, self._read
-        unread = known.unread | unread
-        unseen = known.unseen
+        unread, unseen = known.unread | unread, known.unseen
         # Where gradients show all that is read, they need no backward pass beside them again.
         masks, read = self.seen.masks, self._patterns(dict(enumerate(found)))
         shown = self.seen.noted and all(torch.equal(found[u], masks[u]) for u in masks)

@@ -20,6 +20,9 @@ class SeenRows:
     def __init__(self) -> None:
         self._masks: dict[int, Tensor | None] = {}
         self._complete: set[int] = set()
+        self._turns: dict[int, int] = {}  # vectors noted, by use, of rows on a device
+        self._asked = 1  # so many of them when the device was asked last
+        self._unasked = False
         #: Whether it is settled which rows count beside those that receive a gradient.
         self.settled = False
 
@@ -44,11 +47,25 @@ class SeenRows:
         if not has_values(rows):
             self._complete.add(use)
             return
-        known, seen = self._masks[use], _nonzero_rows(rows)
+        on_cpu = rows.device.type == "cpu"
+        known, seen = self._masks[use], (_nonzero_rows if on_cpu else _nonzero_in_all)(rows)
         seen = seen if known is None else known | seen
         self._masks[use] = seen
-        if bool(seen.all()):
-            self._complete.add(use)
+        if on_cpu:
+            self._complete.update([use] if bool(seen.all()) else [])
+            return
+        # A device is asked for all uses at once, and more and more seldom.
+        self._turns[use] = self._turns.get(use, 0) + 1
+        self._unasked = True
+        if self._turns[use] > self._asked:
+            self._asked *= 2
+            self._ask()
+
+    def _ask(self) -> None:
+        """See of which uses all rows have received a gradient."""
+        if self._unasked:
+            self._complete |= full({u: m for u, m in self.masks.items() if u not in self._complete})
+        self._unasked = False
 
     def settle(self, rows: Mapping[int, Tensor] | None) -> None:
         """Have these rows of watched uses count, and of all others those that receive a gradient.
@@ -65,7 +82,13 @@ class SeenRows:
 
     def all_of(self, use: int) -> bool:
         """Whether every row counts: all have been seen, or the use is not watched."""
+        self._ask()
         return use in self._complete or use not in self._masks
+
+    @property
+    def incomplete(self) -> list[int]:
+        """Watched uses with rows that were not seen."""
+        return [use for use in self._masks if use not in self._complete]
 
     @property
     def masks(self) -> dict[int, Tensor]:
@@ -76,6 +99,12 @@ class SeenRows:
     def noted(self) -> bool:
         """Whether rows of all watched uses have come."""
         return None not in self._masks.values()
+
+
+def full(masks: Mapping[int, Tensor]) -> set[int]:
+    """Which of some masks hold everywhere; a device is asked once for all."""
+    told = torch.stack([mask.all() for mask in masks.values()]).tolist() if masks else []
+    return {use for use, everywhere in zip(masks, told, strict=True) if everywhere}
 
 
 def patterns(
@@ -112,6 +141,11 @@ def _nonzero_rows(rows: Tensor) -> Tensor:
     others = rows[..., SOME_COLUMNS:].movedim((0, 1), (-3, -2))[~first]  # (m, 1, b, o)
     first[~first] = is_nonzero(others).flatten(1).any(1)
     return first
+
+
+def _nonzero_in_all(rows: Tensor) -> Tensor:
+    """The same of all entries, without a wait for the device."""
+    return is_nonzero(rows).any(-1).flatten(0, 1).any(0)
 
 
 def _all_nonzero(entries: Tensor) -> bool:

@@ -170,7 +170,8 @@ class Patches(Inputs):
             self.data.shape[2:],
             strict=True,
         ):
-            windows = _windows(length, margins[0], kernel, stride, dilation, size).to(sums)
+            like = sums.dtype, sums.device
+            windows = _windows(length, margins[0], kernel, stride, dilation, size, *like)
             sums = windows @ sums.reshape(lead, length, -1)  # (lead, kernel, rest)
             lead *= kernel
         sums = sums.reshape(len(self.data), -1, channels).mT if last else sums
@@ -179,14 +180,22 @@ class Patches(Inputs):
 
 @lru_cache(maxsize=64)
 def _windows(
-    length: int, before: int, kernel: int, stride: int, dilation: int, size: int
+    length: int,
+    before: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """For each kernel entry a row (length,) with ones at the places that it visits."""
     windows = torch.zeros(kernel, length, device="cpu")
     for k in range(kernel):
         visited = torch.arange(size, device="cpu") * stride + k * dilation - before
         windows[k, visited[(visited >= 0) & (visited < length)]] = 1
-    return windows
+    with torch.inference_mode(False):  # kept, so of use outside inference mode as well
+        return windows.to(device, dtype)
 
 
 @layer_rule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)

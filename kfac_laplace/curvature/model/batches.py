@@ -12,6 +12,7 @@ from kfac_laplace.curvature.model.graphs import GraphBatch, is_graph
 from kfac_laplace.curvature.model.interface import Interface
 from kfac_laplace.curvature.model.mappings import like, without
 from kfac_laplace.curvature.model.unchanged import outside_inference
+from kfac_laplace.devices import sent
 from kfac_laplace.errors import InvalidType, InvalidValue
 
 BatchFn = Callable[[Any], tuple[Any, Tensor]]
@@ -45,7 +46,7 @@ class Batch:
         entries, self._tree = tree_flatten_with_path(dict(x) if isinstance(x, Mapping) else x)
         self._places = [keystr(path) for path, _ in entries]
         self._leaves = [
-            outside_inference(v).to(device) if isinstance(v, Tensor) else v for _, v in entries
+            sent(outside_inference(v), device) if isinstance(v, Tensor) else v for _, v in entries
         ]
         self._device, self._interface = device, interface or Interface()
         tensors = {

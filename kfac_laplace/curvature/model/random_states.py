@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kfac_laplace.process import own_generators, set_states, state_of
-
-CPU = torch.device("cpu")
+from kfac_laplace.devices import CPU, is_other, random_state, seed_draws
+from kfac_laplace.process import own_generators, set_states
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +23,7 @@ class RandomStates:
     Args:
         device: the device.
         cpu: torch's own on the CPU.
-        other: that of the device, if it is CUDA's.
+        other: that of the device, if it has one.
         numpy: numpy's.
         python: Python's.
     """
@@ -38,10 +37,10 @@ class RandomStates:
     @classmethod
     def now(cls, device: torch.device) -> "RandomStates":
         """Today's."""
-        other = state_of(device) if device.type == "cuda" else None
+        other = random_state(device) if is_other(device) else None
         numpy = np.random.get_state(legacy=False)
         assert isinstance(numpy, dict)
-        return cls(device, state_of(CPU), other, numpy, random.getstate())
+        return cls(device, random_state(CPU), other, numpy, random.getstate())
 
     def restore(self) -> None:
         """Put them back."""
@@ -63,11 +62,11 @@ class RandomStates:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], device: torch.device) -> "RandomStates":
-        """The inverse; on another kind of device than CUDA's without that device's state."""
+        """The inverse; on the CPU without another device's state."""
         state = plain["numpy"]["state"]
         state = {**state, "key": state["key"].numpy().astype(np.uint32)}
         version, words, gauss = plain["python"]
-        other = plain["other"] if device.type == "cuda" else None
+        other = plain["other"] if is_other(device) else None
         python = (version, tuple(words.tolist()), gauss)
         return cls(device, plain["cpu"], other, {**plain["numpy"], "state": state}, python)
 
@@ -101,10 +100,8 @@ def random_states_kept(device: torch.device) -> Iterator[None]:
 
 def seed_everywhere(device: torch.device, seed: int) -> None:
     """Other global random states, on the CPU and one device."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[index].manual_seed(seed)
+    for one in {CPU, device}:
+        seed_draws(one, seed)
     np.random.seed(seed)
     random.seed(seed)
 
