@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kfac_laplace import Curvature, Kron, Laplace, MarglikTuner
@@ -267,3 +269,31 @@ def drawn() -> dict[str, bool]:
         "drawn": not torch.equal(second, first),
         "kept": torch.equal(GENERATOR.get_state(), before),
     }
+
+
+def on_ranks(structure: str, offload: str | None) -> Answers:
+    """A fit of parts by several processes, each with a device; gloo itself knows none."""
+    from devices.accelerator import DEVICE
+
+    quiet()
+    reduce, broadcast = dist.all_reduce, dist.broadcast
+    with (
+        patch.object(dist, "all_reduce", lambda t, group: reduce(t.raw, group=group)),
+        patch.object(dist, "broadcast", lambda t, rank, group: broadcast(t.raw, rank, group)),
+    ):
+        return of_parts(structure, DEVICE, dist.get_rank(), offload=offload, process_group="world")
+
+
+def of_parts(
+    structure: str, device: torch.device | str, part: int | None, **options: Any
+) -> Answers:
+    """Evidence and predictions of a fit to one of two parts of the data, or to both."""
+    x, y = (part.to(device) for part in data(60, 5, 3))
+    batches = [(x[:25], y[:25]), (x[25:], y[25:])]
+    model = network(5, 12, 12, 3).to(device)
+    la = Laplace(model, "classification", hessian_structure=STRUCTURES[structure], **options)
+    la.fit(batches if part is None else batches[part : part + 1])
+    la.optimize_prior("mackay", n_steps=5)
+    la.posterior_scale = 1.0
+    got = {"evidence": la.log_marginal_likelihood(), "probit": la.predict(x, "glm", "probit").mean}
+    return on_cpu(got)

@@ -113,3 +113,13 @@ def test_how_often_a_batch_waits_for_the_device(tmp_path):
 @pytest.mark.slow
 def test_random_numbers_of_the_device(tmp_path):
     assert all(alone(tmp_path, on_device.drawn).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [None, "cpu"])
+@pytest.mark.parametrize("structure", ["kron", "few directions", "diag"])
+def test_several_processes_with_a_device_each(structure, offload, tmp_path):
+    first, second = on_ranks(2, tmp_path, on_device.on_ranks, structure, offload)
+    assert all(first[name].equal(second[name]) for name in first)
+    tolerance = 1e-3 if structure == "few directions" else EXACT  # the rows' order is another
+    check(first, on_device.of_parts(structure, "cpu", None), tolerance)
