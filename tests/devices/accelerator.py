@@ -190,7 +190,7 @@ def _called(op: Any, *args: Any, **kwargs: Any) -> Any:
         isinstance(t, OnDevice) and t.dtype == torch.bool for t in (args[1] or ()) if t is not None
     )
     crosses = name in {"_to_copy", "copy_"} and bool(mine) and (leaves_device or bool(others))
-    if (name in WAITS and mine) or boolean or (crosses and not kwargs.get("non_blocking")):
+    if (name in WAITS and mine) or boolean or (crosses and not _goes_on(name, args, kwargs)):
         wait(name)
     raw_args, raw_kwargs = tree_map(_raw, (args, kwargs))
     with _own_draws() if torch.Tag.nondeterministic_seeded in op.tags else nullcontext():
@@ -231,6 +231,11 @@ def _own_draws() -> Iterator[None]:
     finally:
         GENERATOR.set_state(torch.get_rng_state())
         torch.set_rng_state(before)
+
+
+def _goes_on(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a copy was asked for that is not waited for."""
+    return kwargs.get("non_blocking", name == "copy_" and len(args) > 2 and args[2])
 
 
 def _raw(leaf: Any) -> Any:

@@ -45,7 +45,7 @@ class GraphBatch:
             batch = edge_index.new_zeros(self._node_count(edge_index))
         graphs = getattr(x, "num_graphs", None)
         self.n = int(graphs) if graphs is not None else int(batch.max()) + 1 if len(batch) else 0
-        self._nodes = batch
+        self._nodes = batch.clone()  # ours: what is found of it is kept with it
         self._edges = batch[edge_index[0]]
 
     def _get(self, name: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 class RowLayout(Protocol):
@@ -44,8 +45,7 @@ class Segments:
         assert self.index is not None
         axis = block_axis + 1
         rows = rows.flatten(axis + 1, -2) if rows.ndim > axis + 2 else rows.unsqueeze(axis + 1)
-        most = max(1, int(torch.bincount(self.index, minlength=n).max()))
-        order, slots = self._slots(n, most)
+        order, slots, most = _slots(self.index, n)
         out = rows.new_zeros((*rows.shape[:axis], n * most, *rows.shape[axis + 1 :]))
         out = out.index_copy(axis, slots, rows.index_select(axis, order))
         return out.unflatten(axis, (n, most)).flatten(axis + 1, axis + 2)
@@ -56,18 +56,27 @@ class Segments:
 
     def rows_of(self, padded: Tensor) -> Tensor:
         """Undo `by_example` for one tensor (n, t, ...): the rows in their own order."""
-        order, slots = self._slots(*padded.shape[:2])
+        assert self.index is not None
+        order, slots, _ = _slots(self.index, len(padded))
         return padded.flatten(0, 1)[slots[order.argsort()]]
 
-    def _slots(self, n: int, most: int) -> tuple[Tensor, Tensor]:
-        """Rows sorted by example, and the place of each in a table of n · most slots."""
-        assert self.index is not None
-        order = self.index.argsort(stable=True)
-        owner = self.index[order]
-        counts = torch.bincount(self.index, minlength=n)
-        starts = counts.cumsum(0) - counts
-        place = torch.arange(len(order), device=order.device) - starts[owner]
-        return order, owner * most + place
+
+#: By index, which nobody changes, as long as it is there: each use and each vector asks for it.
+_SLOTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _slots(index: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
+    """Rows sorted by example, the place of each in a table of n · most slots, and this most."""
+    found: dict[int, tuple[Tensor, Tensor, int]] = _SLOTS.setdefault(index, {})
+    if n not in found:
+        with torch.inference_mode(False):  # kept, so of use outside inference mode as well
+            order = index.argsort(stable=True)
+            owner, counts = index[order], torch.bincount(index, minlength=n)
+            most = max(1, int(counts.max()))
+            starts = counts.cumsum(0) - counts
+            place = torch.arange(len(order), device=order.device) - starts[owner]
+            found[n] = order, owner * most + place, most
+    return found[n]
 
 
 @dataclass(frozen=True)
