@@ -78,6 +78,7 @@ def test_where_a_default_device_is_set(tmp_path):
     assert got["nll"].isfinite().all() and got["part"].isfinite()
 
 
+@pytest.mark.slow
 def test_what_the_device_holds(tmp_path):
     """With offload the mode stays there, and factors and bases of one layer at a time."""
     (tmp_path / "here").mkdir(), (tmp_path / "there").mkdir()
@@ -102,6 +103,7 @@ def test_on_the_cpu_nothing_changes():
         Laplace(la.model, "classification", offload="disk")
 
 
+@pytest.mark.slow
 def test_how_often_a_batch_waits_for_the_device(tmp_path):
     """Outputs, labels and curvature are looked at, however many layers there are."""
     found = alone(tmp_path, on_device.waited_often)
