@@ -26,8 +26,9 @@ def finish(device: torch.device) -> None:
 
 
 def is_other(device: torch.device) -> bool:
-    """Whether it is a device with work, and random numbers, of its own."""
-    return device.type not in ("cpu", "meta")
+    """Whether torch can be asked for the work and the random numbers of a device of its own."""
+    known = device.type not in ("cpu", "meta") and hasattr(torch, device.type)
+    return known and hasattr(_module(device), "get_rng_state")
 
 
 def random_state(device: torch.device) -> Tensor:

@@ -126,7 +126,7 @@ class Laplace(LaplaceTorchWords, Generic[Answer]):
         batch_fn: takes a batch of a loader to (x, y), where it is no pair and no mapping.
         memory_budget: bytes that temporary tensors may take; see `Curvature`.
         offload: "cpu" for curvature and eigenvectors that are too large for the model's device; see
-            docs/curvature.md.
+            docs/devices.md.
         process_group: "world" or a group of torch.distributed, whose processes each `fit` a part of
             the data and end with the posterior of all; see docs/distributed.md.
         subnetwork_indices: laplace-torch's place for indices, with subset_of_weights="subnetwork".

@@ -129,9 +129,10 @@ class GGN:
                 got=f"{other.knowledge.axis} into {self.knowledge.axis}",
                 remedy="Give both the same class_axis",
             )
+        theirs = other.blocks_like(self)
         if not self.blocks:
             known = other.knowledge.with_rows_of(self.knowledge)
-            return replace(other, options=self.options, knowledge=known)
+            return replace(other, options=self.options, knowledge=known, blocks=theirs)
         if not other.blocks:
             return replace(self, knowledge=self.knowledge.with_rows_of(other.knowledge))
         if not same(self._signature(), other._signature()):
@@ -147,7 +148,7 @@ class GGN:
                 got="hessian_structure='ekfac'",
                 remedy="Begin both from one: other = curvature.empty(); other.fit(loader)",
             )
-        return self.joined({n: b + other.blocks[n] for n, b in self.blocks.items()}, other)
+        return self.joined({n: b + theirs[n] for n, b in self.blocks.items()}, other)
 
     def after(self, earlier: "GGN") -> "GGN":
         """This batch's and what came before, summed into this one's own tensors."""
@@ -156,6 +157,14 @@ class GGN:
             for name, block in self.blocks.items()
         }
         return self.joined(blocks, earlier)
+
+    def blocks_like(self, other: "GGN") -> Mapping[str, Block]:
+        """The blocks where those of another lie, whose `offload` may not be the same."""
+        if self.options.offload == other.options.offload:
+            return self.blocks
+        device = self.statistic.device
+        home = other.options.home(device)
+        return {name: block.placed(device, home) for name, block in self.blocks.items()}
 
     def with_blocks(self, blocks: Mapping[str, Block]) -> "GGN":
         """The same counts with other blocks."""

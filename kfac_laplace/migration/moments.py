@@ -54,7 +54,8 @@ def curvature(posterior: Posterior, where: str) -> Tensor:
     if structure == "full":
         return posterior.expansion.dense
     if structure == "diag":
-        values = {name: block.factors for name, block in posterior.ggn.blocks.items()}
+        blocks, device = posterior.ggn.blocks, posterior.device
+        values = {name: block.factors.to(device) for name, block in blocks.items()}
         return posterior.prior.layouts.flatten(values).double()
     if structure == "lowrank":
         raise UnsupportedUse(

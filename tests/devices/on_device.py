@@ -297,3 +297,53 @@ def of_parts(
     la.posterior_scale = 1.0
     got = {"evidence": la.log_marginal_likelihood(), "probit": la.predict(x, "glm", "probit").mean}
     return on_cpu(got)
+
+
+def merged(structure: str, *offload: str | None) -> Answers:
+    """Curvature of two parts of the data, each with an `offload` of its own, and of a third after.
+
+    Args:
+        structure: of the curvature.
+        offload: of the first, to which the other is added, and of the other.
+    """
+    from devices.accelerator import DEVICE
+
+    return of_merged(structure, DEVICE, *offload)
+
+
+def of_merged(
+    structure: str, device: torch.device | str, one: str | None, other: str | None
+) -> Answers:
+    """The same on any device; and what is added to one that has seen nothing."""
+    quiet()
+    x, y = data(60, 5, 3)
+    model = network(5, 12, 12, 3).to(device)
+
+    def begun(offload: Any) -> Curvature:
+        kind = STRUCTURES[structure]
+        return Curvature(model, "classification", hessian_structure=kind, offload=offload)
+
+    first, second = begun(one).fit([(x[:20], y[:20])]), begun(other).fit([(x[20:40], y[20:40])])
+    found = {"none": begun(one).merge(second), "some": first.merge(second)}
+    got = {}
+    for name, curvature in found.items():
+        curvature.accumulate(x[40:], y[40:])
+        got |= {f"{name} {key}": block.dense() for key, block in curvature.blocks.items()}
+    return on_cpu(got)
+
+
+def diagonal_words(offload: str | None) -> Answers:
+    """What laplace-torch calls the precision of a diagonal posterior, beside its prior."""
+    from devices.accelerator import DEVICE
+
+    return of_diagonal_words(DEVICE, offload=offload)
+
+
+def of_diagonal_words(device: torch.device | str, **options: Any) -> Answers:
+    """The same on any device."""
+    quiet()
+    model = network(5, 12, 3).to(device)
+    la = Laplace(model, "classification", hessian_structure="diag", **options)
+    la.fit([data(60, 5, 3)])
+    assert la.H.device == la.posterior_precision.device == la.mean.device
+    return on_cpu({"H": la.H, "precision": la.posterior_precision})

@@ -92,6 +92,18 @@ def test_what_the_device_holds(tmp_path):
     assert there["fit"] < here["fit"] - 0.9 * (layers - 1) / layers * here["factors"]
 
 
+@pytest.mark.parametrize("offload", [("cpu", None), (None, "cpu")])
+@pytest.mark.parametrize("structure", ["kron", "few directions", "diag"])
+def test_curvature_that_lies_elsewhere_is_added(structure, offload, tmp_path):
+    got = alone(tmp_path, on_device.merged, structure, *offload)
+    check(got, on_device.of_merged(structure, "cpu", None, None), EXACT)
+
+
+def test_the_precision_of_a_diagonal_posterior(tmp_path):
+    got = alone(tmp_path, on_device.diagonal_words, "cpu")
+    check(got, on_device.of_diagonal_words("cpu"), EXACT)
+
+
 def test_on_the_cpu_nothing_changes():
     x, y = on_device.data(60, 5, 3)
     la, other = (

@@ -183,8 +183,18 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _in_one_place(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape have the same memory, as a device need not be asked."""
+    if not all(map(torch._C._has_storage, (one, other))):  # sparse ones, and those of torch.func
+        return False
     places = (
-        (t.untyped_storage()._cdata, t.storage_offset(), t.stride(), t.dtype) for t in (one, other)
+        (
+            t.untyped_storage()._cdata,
+            t.storage_offset(),
+            t.stride(),
+            t.dtype,
+            t.is_neg(),
+            t.is_conj(),
+        )
+        for t in (one, other)
     )
     return next(places) == next(places)
 

@@ -190,11 +190,11 @@ def _windows(
     device: torch.device,
 ) -> Tensor:
     """For each kernel entry a row (length,) with ones at the places that it visits."""
-    windows = torch.zeros(kernel, length, device="cpu")
-    for k in range(kernel):
-        visited = torch.arange(size, device="cpu") * stride + k * dilation - before
-        windows[k, visited[(visited >= 0) & (visited < length)]] = 1
     with torch.inference_mode(False):  # kept, so of use outside inference mode as well
+        windows = torch.zeros(kernel, length, device="cpu")
+        for k in range(kernel):
+            visited = torch.arange(size, device="cpu") * stride + k * dilation - before
+            windows[k, visited[(visited >= 0) & (visited < length)]] = 1
         return windows.to(device, dtype)
 
 

@@ -13,6 +13,7 @@ from laws import EXACT, assert_same_blocks, dense_blocks, fitted
 from torch import Tensor, nn
 
 from kfac_laplace import Categorical, Curvature, Exact, Laplace
+from kfac_laplace.curvature.estimate.head import _same
 
 
 @dataclass
@@ -271,3 +272,11 @@ def test_models_of_lower_precision(dtype):
     # a few dozen roundings of relative size eps
     tolerance = 32 * torch.finfo(dtype).eps
     assert_same_blocks(dense_blocks(got), dense_blocks(want), tolerance)
+
+
+def test_one_memory_is_one_tensor_only_if_it_is_read_alike():
+    numbers = torch.randn(3, 3, dtype=torch.complex128)
+    assert _same(numbers.imag, numbers.imag)
+    assert not _same(numbers.imag, numbers.conj().imag)  # a negative view
+    assert not _same(numbers, numbers.conj())
+    assert not _same(numbers.real, numbers.imag)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from laws import relative_error
 from torch import Tensor
 
-from kfac_laplace.curvature.layers.conv import Patches, conv
+from kfac_laplace.curvature.layers.conv import Patches, _windows, conv
 from kfac_laplace.curvature.layers.lags import lag_products, lags_apply
 from kfac_laplace.curvature.linalg.dtypes import SumDtype
 from kfac_laplace.curvature.model.budget import Budget
@@ -222,3 +222,11 @@ def test_single_precision_keeps_its_digits(name, order, monkeypatch):
     rows = replace(patches, data=data.double()).rows()
     # Some hundred float32 products: a few eps of 1.2e-7.
     assert_sums_of(rows, single, monkeypatch, 1e-6, SHARED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_windows_kept_from_inference_mode_serve_outside(dtype):
+    _windows.cache_clear()
+    with torch.inference_mode():
+        made = _windows(6, 0, 3, 1, 1, 4, dtype, torch.device("cpu"))
+    assert not made.is_inference()
