@@ -166,13 +166,20 @@ class CurvatureOptions:
         """Raise `InvalidValue` for another memory than the CPU's, or a block that is used whole."""
         if self.offload is None:
             return
-        check_choice("offload", self.offload, get_args(Offload))
+        if self.offload not in get_args(Offload):
+            raise InvalidValue(
+                "curvature lies on the model's device or in the CPU's memory",
+                where="offload",
+                got=repr(self.offload),
+                remedy="Pass 'cpu' for the second, or leave it out",
+            )
         if self.one_block is not None:
             raise InvalidValue(
                 "one block of all parameters is used as a whole: none of it could stay elsewhere",
                 where="offload",
                 got=f"'{self.offload}' with hessian_structure='{self.structure}'",
-                remedy="Choose hessian_structure='kron', 'ekfac' or 'diag', or leave offload out",
+                remedy="Choose hessian_structure='kron', Kron(rank), 'ekfac' or 'diag', or leave "
+                "offload out",
             )
 
     def for_model(self, model: nn.Module) -> "CurvatureOptions":

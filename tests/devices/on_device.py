@@ -31,7 +31,7 @@ STRUCTURES: dict[str, Any] = {
 
 
 def quiet() -> None:
-    """Without warnings."""
+    """Without warnings, in a process that ends with the device."""
     logging.getLogger("kfac_laplace").setLevel(logging.ERROR)
 
 
@@ -72,7 +72,6 @@ def data(n: int, width: int, classes: int) -> tuple[Tensor, Tensor]:
 
 def answers(structure: str, device: torch.device | str, **options: Any) -> Answers:
     """Everything that users ask of a posterior."""
-    quiet()
     x, y = (part.to(device) for part in data(60, 5, 3))
     model = network(5, 12, 12, 3).to(device)
     la = Laplace(model, "classification", hessian_structure=STRUCTURES[structure], **options)
@@ -109,6 +108,7 @@ def on_the_device(structure: str, offload: str | None) -> Answers:
     """The same on the device."""
     from devices.accelerator import DEVICE
 
+    quiet()
     return answers(structure, DEVICE, offload=offload)
 
 
@@ -119,7 +119,6 @@ def trained(device: torch.device | str, **options: Any) -> Answers:
         device: where.
         options: of the tuner's curvature.
     """
-    quiet()
     x, y = (part.to(device) for part in data(60, 5, 3))
     batches = [(x[:30], y[:30]), (x[30:], y[30:])]
     got = {}
@@ -143,6 +142,7 @@ def trained_on_the_device(offload: str | None) -> Answers:
     """The same on the device."""
     from devices.accelerator import DEVICE
 
+    quiet()
     return trained(DEVICE, offload=offload)
 
 
@@ -180,6 +180,7 @@ def refusals() -> dict[str, str]:
     from devices.accelerator import DEVICE
     from devices.watch import HELD, waits
 
+    quiet()
     here, there = torch.ones(3, device="cpu"), torch.ones(3, device=DEVICE)
     told = {}
     for name, call in {
@@ -257,6 +258,7 @@ def drawn() -> dict[str, bool]:
     """Whether the device's own random numbers are seeded, and stay where they were."""
     from devices.accelerator import DEVICE, GENERATOR
 
+    quiet()
     before = GENERATOR.get_state()
     with random_states_kept(DEVICE):
         seed_everywhere(DEVICE, 3)
@@ -308,6 +310,7 @@ def merged(structure: str, *offload: str | None) -> Answers:
     """
     from devices.accelerator import DEVICE
 
+    quiet()
     return of_merged(structure, DEVICE, *offload)
 
 
@@ -315,7 +318,6 @@ def of_merged(
     structure: str, device: torch.device | str, one: str | None, other: str | None
 ) -> Answers:
     """The same on any device; and what is added to one that has seen nothing."""
-    quiet()
     x, y = data(60, 5, 3)
     model = network(5, 12, 12, 3).to(device)
 
@@ -336,12 +338,12 @@ def diagonal_words(offload: str | None) -> Answers:
     """What laplace-torch calls the precision of a diagonal posterior, beside its prior."""
     from devices.accelerator import DEVICE
 
+    quiet()
     return of_diagonal_words(DEVICE, offload=offload)
 
 
 def of_diagonal_words(device: torch.device | str, **options: Any) -> Answers:
     """The same on any device."""
-    quiet()
     model = network(5, 12, 3).to(device)
     la = Laplace(model, "classification", hessian_structure="diag", **options)
     la.fit([data(60, 5, 3)])
