@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from devices import on_device
+from devices import counted, on_device
 from laws import EXACT, NEGLIGIBLE, relative_error
 from processes import on_ranks
 from torch.utils import backend_registration
@@ -37,7 +37,7 @@ def check(got: on_device.Answers, want: on_device.Answers, tolerance: float) -> 
 
 
 def test_the_simulated_device_refuses_strangers_and_counts(tmp_path):
-    told = alone(tmp_path, on_device.refusals)
+    told = alone(tmp_path, counted.refusals)
     assert all("same device" in told.pop(name) for name in ("sum", "product", "cat"))
     assert told == {"number": "[4.0, 4.0, 4.0]", "without": "0", "with": "3", "bytes": "8000"}
 
@@ -82,8 +82,8 @@ def test_where_a_default_device_is_set(tmp_path):
 def test_what_the_device_holds(tmp_path):
     """With offload the mode stays there, and factors and bases of one layer at a time."""
     (tmp_path / "here").mkdir(), (tmp_path / "there").mkdir()
-    here = alone(tmp_path / "here", on_device.memory, None)
-    there = alone(tmp_path / "there", on_device.memory, "cpu")
+    here = alone(tmp_path / "here", counted.memory, None)
+    there = alone(tmp_path / "there", counted.memory, "cpu")
     weights, layers = here["weights"], 9
     assert here["kept"] > here["factors"] + 2 * weights  # eigenvalues and eigenvectors
     assert there["kept"] < 1.1 * weights  # the mode
@@ -118,7 +118,7 @@ def test_on_the_cpu_nothing_changes():
 @pytest.mark.slow
 def test_how_often_a_batch_waits_for_the_device(tmp_path):
     """Outputs, labels and curvature are looked at, however many layers there are."""
-    found = alone(tmp_path, on_device.waited_often)
+    found = alone(tmp_path, counted.waited_often)
     assert all(shallow == deep for shallow, deep in found.values()), found
     assert max(deep for _, deep in found.values()) <= 8, found
     assert {found[f"{structure} exact"] for structure in ("kron", "diag", "full")} == {(5, 5)}
@@ -126,7 +126,7 @@ def test_how_often_a_batch_waits_for_the_device(tmp_path):
 
 @pytest.mark.slow
 def test_random_numbers_of_the_device(tmp_path):
-    assert all(alone(tmp_path, on_device.drawn).values())
+    assert all(alone(tmp_path, counted.drawn).values())
 
 
 @pytest.mark.slow
