@@ -109,9 +109,8 @@ class EigenAccumulator(WholeGradients):
         """Turn the per-example gradients in factored form, and square them."""
         factored = factored_gradient(self._passed, self._group, rows)
         if factored is not None:
-            left, right = (one if one is None else one.to(factored.left) for one in self._bases)
-            assert left is not None
-            turned = factored.turned(left, right)
+            (left, right), like = self._bases, factored.left
+            turned = factored.turned(left.to(like), None if right is None else right.to(like))
             self._values += turned.squares(self._passed.budget)
 
     def block(self) -> EigenBlock:
